@@ -1,0 +1,106 @@
+"""Tiny models and a tiny tokenizer, made from configs alone, that every test file shares."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import pytest
+import torch
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and m.reasoning_content is defined and m.reasoning_content %}"
+    "<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+VOCAB_SIZE = 320  # 256 bytes + the special tokens, rounded up so that tensor parallelism divides it
+
+COMMON = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=2048,
+    tie_word_embeddings=False,
+    # far above the usual 0.02, so that a tiny random model has losses and gradients that differ from token to token
+    initializer_range=0.1,
+    bos_token_id=None,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+MOE = dict(num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True)
+
+# family -> (transformers config class, arguments). Adding a MoE family starts with a line here.
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 8, "decoder_sparse_step": 1, "mlp_only_layers": []}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            **MOE,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "num_mtp_layers": 0,
+        },
+    ),
+    "qwen2_moe": ("Qwen2MoeConfig", {**MOE, "num_experts": 8, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1}),
+}
+
+
+def tiny_config(family, **overrides):
+    """The transformers config of a tiny model of `family` (a key of FAMILIES)."""
+    import transformers
+
+    name, extra = FAMILIES[family]
+    return getattr(transformers, name)(**{**COMMON, **extra, **overrides})
+
+
+def tiny_model(family, seed=0, dtype=torch.float32, **overrides):
+    """A randomly initialised tiny causal LM of `family`; the same seed gives the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(tiny_config(family, **overrides), dtype=dtype)
+
+
+def tiny_tokenizer(chat_template=CHATML):
+    """A byte-level tokenizer with ChatML markers: every string round-trips, no file is needed."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(SPECIAL_TOKENS + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS[1:2] + SPECIAL_TOKENS[3:]})
+    fast.chat_template = chat_template
+    return fast
+
+
+def save_tiny_checkpoint(directory, family, seed=0, dtype=torch.float32, **overrides):
+    """Write a tiny model and its tokenizer as a normal checkpoint directory; returns the directory as str."""
+    model = tiny_model(family, seed, dtype, **overrides)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
