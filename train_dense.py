@@ -1,0 +1,331 @@
+"""Low-rank fine-tuning of a dense model: Hugging Face Trainer, PEFT, DeepSpeed ZeRO-3, Liger's fused cross entropy.
+
+Run it through a launcher, `bash ds3-qwen3-32b-lora-256.sh`, on several GPUs, or alone on one device:
+
+    python3 train_dense.py --model_name_or_path MODEL --dataset data/conversations --run_name try --max_seq_length 1024 --global_batch_size 4
+
+Output, under outputs/<run_name>/:
+    args.json           every argument, the git commit, the data's fingerprint
+    log.jsonl           one record a step: loss, grad_norm, learning_rate, tokens_per_second, mfu, peak_gib
+    checkpoint-<step>/  once an epoch: a verified PEFT adapter, and beside it what `--resume` needs
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+import adapter
+import multipack
+import plan
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "hub id or directory of the base model"})
+    model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub model"})
+
+
+@dataclass
+class DenseTrainingArguments(TrainingArguments):
+    """TrainingArguments with the experiment's hyper-parameters as defaults, and what the launchers add to them."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "default: outputs/<run_name>"})
+    run_name: str | None = field(default="train_dense", metadata={"help": "the experiment's only name; a launcher passes its file name"})
+    project: str = field(default="malaysian-sft", metadata={"help": "wandb project"})
+    global_batch_size: int = field(default=32, metadata={"help": "packs in one optimiser step, over all ranks and micro-batches"})
+    resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint of this run"})
+    prepare_only: bool = field(default=False, metadata={"help": "tokenise and pack, print the report, and stop"})
+    num_train_epochs: float = 3.0
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 50
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    per_device_train_batch_size: int = 1
+    bf16: bool = True
+    gradient_checkpointing: bool = True
+    logging_steps: float = 1
+    save_strategy: str = "epoch"
+    report_to: str | list[str] | None = "wandb"
+    remove_unused_columns: bool = False
+    dataloader_num_workers: int = 0
+
+    def __post_init__(self):
+        self.output_dir = self.output_dir or os.path.join("outputs", self.run_name)
+        if self.prepare_only:
+            self.deepspeed, self.use_cpu = None, True  # one process, no device
+        if not torch.cuda.is_available():
+            self.use_cpu, self.ddp_backend = True, "gloo"
+        self.use_liger_kernel = not self.use_cpu  # its Triton kernels need a GPU; the CPU path is transformers' own loss
+        self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        micro = world_size * self.per_device_train_batch_size
+        if self.global_batch_size % micro:
+            raise ValueError(
+                f"--global_batch_size {self.global_batch_size} is not a multiple of {world_size} ranks x "
+                f"--per_device_train_batch_size {self.per_device_train_batch_size}"
+            )
+        self.gradient_accumulation_steps = self.global_batch_size // micro
+        if world_size == 1 and torch.cuda.device_count() > 1 and not self.prepare_only:
+            raise ValueError(
+                "several GPUs are visible to one process: start with `torchrun --nproc_per_node N` or set CUDA_VISIBLE_DEVICES"
+            )
+        if self.report_to == "wandb":
+            wandb_without_login()
+            os.environ.setdefault("WANDB_PROJECT", self.project)
+        super().__post_init__()
+
+
+def wandb_without_login():
+    """Keep wandb offline where it has no key, so that a run never waits at a login prompt."""
+    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text())
+    if not has_key:
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+class EvenPacks(Dataset):
+    """`packs` followed by as many empty ones (nothing supervised) as make its length a multiple of `multiple`.
+
+    Without them the last step of an epoch would either lose packs, repeat some, or leave ranks waiting for one another.
+    """
+
+    def __init__(self, packs, multiple):
+        self.packs, self.multiple = packs, multiple
+
+    def __len__(self):
+        return math.ceil(len(self.packs) / self.multiple) * self.multiple
+
+    def __getitem__(self, index):
+        if index < len(self.packs):
+            return self.packs[index]
+        return [{"input_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.full((2,), -100)}]
+
+    def set_epoch(self, epoch):
+        self.packs.set_epoch(epoch)
+
+
+class DenseTrainer(Trainer):
+    """Trainer that keeps multipack's order, saves verified adapters, and accounts for tokens and FLOPs."""
+
+    def __init__(self, *args, lora_args, base_model, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_args, self.base_model = lora_args, base_model
+        self.last_log_time, self.last_log_step = None, 0
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(train_dataset or self.train_dataset)  # multipack shuffles, by seed and epoch
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        directory = output_dir or self.args.output_dir
+        tensors = full_precision_adapter(self.model) if self.is_deepspeed_enabled else None
+        adapter.save_adapter(self.model, directory, self.base_model, self.processing_class, self.lora_args, tensors=tensors)
+
+    def _get_output_dir(self, trial):
+        return getattr(self, "staging", None) or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        """Write the whole checkpoint under `.saving/` and rename it: a crash while saving leaves the previous one whole."""
+        self.staging = os.path.join(self.args.output_dir, ".saving")
+        name = f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(self.staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            final = os.path.join(self.args.output_dir, name)
+            shutil.rmtree(final, ignore_errors=True)  # a step saved twice: the same step reached again after a resume
+            os.replace(os.path.join(self.staging, name), final)
+            os.rmdir(self.staging)
+        self.accelerator.wait_for_everyone()
+        self.staging = None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self.is_deepspeed_enabled:  # DeepSpeed restores the parameters together with its optimiser
+            adapter.load_adapter(model or self.model, resume_from_checkpoint)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs |= self.step_statistics()
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            with open(os.path.join(self.args.output_dir, "log.jsonl"), "a") as f:
+                f.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+
+    def step_statistics(self):
+        """Rates since the previous log line: real tokens per second over all ranks, MFU by plan.py's account, peak memory."""
+        now, step = time.perf_counter(), self.state.global_step
+        statistics = {}
+        if torch.cuda.is_available():
+            statistics["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if self.last_log_time is not None:
+            lengths = [n for s in range(self.last_log_step, step) for n in self.document_lengths(s)]
+            seconds, tokens = now - self.last_log_time, sum(lengths)
+            statistics["tokens_per_second"] = round(tokens / seconds, 1)
+            flops = plan.train_flops(
+                self.model.config, tokens, sum(n * n for n in lengths), self.lora_args.r, use_dora=self.lora_args.use_dora
+            )
+            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+            utilisation = plan.mfu(flops, seconds, self.args.world_size, device)
+            if utilisation is not None:
+                statistics["mfu"] = round(utilisation, 4)
+        self.last_log_time, self.last_log_step = now, step
+        return statistics
+
+    def document_lengths(self, step):
+        """Token counts of the documents in optimiser step `step` (0-based) of the whole run, over all ranks."""
+        packs = self.train_dataset.packs
+        first = step % math.ceil(len(self.train_dataset) / self.args.global_batch_size) * self.args.global_batch_size
+        return [n for i in range(first, min(first + self.args.global_batch_size, len(packs))) for n in packs.document_lengths(i)]
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM (a scheduler's eviction, torchrun's shutdown) saves a checkpoint at the end of the step and stops."""
+
+    def __init__(self):
+        self.stop = torch.zeros(1)
+        signal.signal(signal.SIGTERM, lambda *_: self.stop.fill_(1))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        stop = self.stop.to(args.device)
+        if args.world_size > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)  # signals reach ranks at different times; they must stop at one step
+        if stop.item():
+            control.should_save = control.should_training_stop = True
+
+
+def full_precision_adapter(model):
+    """The adapter under its on-disk names from DeepSpeed's fp32 master weights: the optimiser's truth, not its bf16 copy.
+
+    Collective over all ranks; CPU fp32 tensors on rank 0, {} elsewhere.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            full = safe_get_full_fp32_param(parameter)
+            if dist.get_rank() == 0:
+                tensors[adapter.disk_name(name)] = full.detach().float().cpu().contiguous()
+    return tensors
+
+
+def git_commit():
+    """The commit of the code that runs, with "+" when the tree differs from it; None outside a git checkout."""
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if commit.returncode:
+        return None
+    dirty = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True).stdout.strip()
+    return commit.stdout.strip() + ("+" if dirty else "")
+
+
+def build_model(model_args, lora_args, training_args):
+    """The frozen base in bf16 (fp32 without --bf16) with attention that keeps packed documents apart, and LoRA on it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        dtype=torch.bfloat16 if training_args.bf16 else torch.float32,
+        attn_implementation=multipack.register_attention(),
+    )
+    model.config.use_cache = False
+    model = adapter.apply_lora(model, lora_args)
+    if training_args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return model
+
+
+def find_resume_checkpoint(training_args):
+    """The checkpoint `--resume` continues from, or None for a fresh run; refuses to write over an existing run."""
+    last = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
+    if training_args.resume and last is None:
+        raise ValueError(f"--resume: no checkpoint-* under {training_args.output_dir}; start without --resume, or check --run_name")
+    if last is not None and not training_args.resume:
+        raise ValueError(f"{last} exists: pass --resume to continue that run, or another --run_name or --output_dir for a new one")
+    return last
+
+
+def write_arguments(model_args, data_args, lora_args, training_args, packs):
+    """outputs/<run>/args.json: what another person needs to repeat the run."""
+    arguments = {}
+    for group in (model_args, data_args, lora_args):
+        arguments |= dataclasses.asdict(group)
+    arguments |= {k: v for k, v in training_args.to_dict().items() if not k.endswith("_token")}
+    record = {
+        "launcher": training_args.run_name,
+        "model": model_args.model_name_or_path,
+        "commit": git_commit(),
+        "data": packs.fingerprint,
+        "world_size": training_args.world_size,
+        "arguments": arguments,
+    }
+    os.makedirs(training_args.output_dir, exist_ok=True)
+    Path(training_args.output_dir, "args.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+def print_batch_arithmetic(training_args, packs, max_seq_length):
+    """Print, and assert, how packs become optimiser steps."""
+    a = training_args
+    assert a.world_size * a.per_device_train_batch_size * a.gradient_accumulation_steps == a.global_batch_size
+    steps = math.ceil(len(packs) / a.global_batch_size)
+    print(
+        f"{a.world_size} ranks x {a.per_device_train_batch_size} packs x {a.gradient_accumulation_steps} micro-batches = "
+        f"{a.global_batch_size} packs a step = {a.global_batch_size * max_seq_length:,} token places; "
+        f"{len(packs):,} packs = {steps:,} steps an epoch, {a.num_train_epochs:g} epochs",
+        flush=True,
+    )
+
+
+def main():
+    parser = HfArgumentParser((ModelArguments, multipack.DataArguments, adapter.LoraArguments, DenseTrainingArguments))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")  # before TrainingArguments, which would pick its own backend
+    try:
+        model_args, data_args, lora_args, training_args = parser.parse_args_into_dataclasses()
+        AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+        packs = multipack.prepare(data_args, tokenizer, model_args.model_name_or_path, seed=training_args.seed)
+        if training_args.prepare_only:
+            return
+        checkpoint = find_resume_checkpoint(training_args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+    if training_args.process_index == 0:
+        print_batch_arithmetic(training_args, packs, data_args.max_seq_length)
+        write_arguments(model_args, data_args, lora_args, training_args, packs)
+    trainer = DenseTrainer(
+        model=build_model(model_args, lora_args, training_args),
+        args=training_args,
+        train_dataset=EvenPacks(packs, training_args.world_size * training_args.per_device_train_batch_size),
+        data_collator=multipack.collate,
+        processing_class=tokenizer,
+        callbacks=[StopOnSignal()],
+        lora_args=lora_args,
+        base_model=model_args.model_name_or_path,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()  # leaving it to the interpreter's exit aborts now and then
+
+
+if __name__ == "__main__":
+    main()
