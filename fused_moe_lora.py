@@ -1,0 +1,324 @@
+"""LoRA and DoRA on the routed experts of a mixture-of-experts layer, frozen base, forward and backward.
+
+A drop-in for the experts modules of transformers 5 (`gate_up_proj (E, 2I, H)`, `down_proj (E, H, I)`):
+
+    model = AutoModelForCausalLM.from_pretrained(...)
+    wrap_experts(model, r=32, lora_alpha=64)        # every mlp.experts becomes a FusedMoELoRA; returns how many
+
+On a CPU the reference runs: plain PyTorch, any dtype.
+Tests: `pytest tests/test_fused_moe_lora.py`; benchmark: `python benchmarks/bench_fused_moe_lora.py`.
+
+Letters: T tokens; E experts; top_k experts a token; S = T * top_k routed rows, sorted by expert; H hidden; I expert intermediate;
+r LoRA rank. With s = scaling, and per routed row x (its token) and w (its router weight):
+
+    u = s x A1^T               for gate and up each
+    g = x W1^T + u B1^T        gate and up; DoRA multiplies each output row by magnitude / ||W + sBA||
+    a = silu(g_gate) g_up
+    v = s a A2^T
+    y = a W2^T + v B2^T        DoRA as above
+    out = sum over a token's top_k rows of w y
+"""
+
+import inspect
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Reference
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def moe_lora_reference(
+    hidden_states,
+    top_k_index,
+    top_k_weights,
+    gate_up_proj,
+    down_proj,
+    gate_proj_lora_A,
+    gate_proj_lora_B,
+    up_proj_lora_A,
+    up_proj_lora_B,
+    down_proj_lora_A,
+    down_proj_lora_B,
+    scaling,
+    gate_scale=None,
+    up_scale=None,
+    down_scale=None,
+):
+    """The experts block in plain PyTorch; autograd gives every gradient. One pair of matrix products per expert that has rows.
+
+    hidden_states (T, H); top_k_index (T, top_k) integers in [0, E); top_k_weights (T, top_k); gate_up_proj (E, 2I, H), gate rows
+    first; down_proj (E, H, I); lora_A (E, r, in), lora_B (E, out, r); scaling a float. DoRA: gate_scale and up_scale (E, I),
+    down_scale (E, H), each magnitude / ||W + scaling B A|| (see `dora_scale`). Computes in hidden_states' dtype, whatever the
+    dtype of the rest; returns (T, H) in that dtype.
+    """
+    tokens, top_k = top_k_index.shape
+    dtype = hidden_states.dtype
+    order = top_k_index.reshape(-1).argsort(stable=True)  # (S,) routed rows sorted by expert
+    rows_per_expert = torch.bincount(top_k_index.reshape(-1), minlength=gate_up_proj.shape[0]).tolist()
+    x_sorted = hidden_states[order // top_k]  # (S, H)
+
+    def project(x, weight, lora_A, lora_B, scale):
+        y = F.linear(x, weight.to(dtype)) + scaling * F.linear(F.linear(x, lora_A.to(dtype)), lora_B.to(dtype))
+        return y if scale is None else y * scale.to(dtype)
+
+    outputs = []
+    for e, x in enumerate(x_sorted.split(rows_per_expert)):
+        if x.shape[0] == 0:
+            continue
+        gate_weight, up_weight = gate_up_proj[e].chunk(2)
+        gate = project(x, gate_weight, gate_proj_lora_A[e], gate_proj_lora_B[e], None if gate_scale is None else gate_scale[e])
+        up = project(x, up_weight, up_proj_lora_A[e], up_proj_lora_B[e], None if up_scale is None else up_scale[e])
+        activation = F.silu(gate) * up  # (rows, I)
+        y = project(activation, down_proj[e], down_proj_lora_A[e], down_proj_lora_B[e], None if down_scale is None else down_scale[e])
+        outputs.append(y)  # (rows, H)
+    y_sorted = torch.cat(outputs) if outputs else hidden_states.new_zeros(0, hidden_states.shape[1])
+    y = torch.empty_like(y_sorted).index_copy(0, order, y_sorted).view(tokens, top_k, -1)  # back in token order
+    return (y * top_k_weights.to(dtype).unsqueeze(-1)).sum(dim=1)  # (T, H)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# DoRA norms
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def squared_row_norms(weight):
+    """||W||^2 of every output row: weight (E, out, in) -> (E, out) fp32, one expert at a time so that no fp32 copy of W exists."""
+    return torch.stack([w.float().square().sum(dim=-1) for w in weight])
+
+
+@torch.no_grad()
+def dora_norm(weight, weight_norms_squared, lora_A, lora_B, scaling):
+    """||W + s B A|| of every output row, without forming W + s B A.
+
+    weight (E, out, in), weight_norms_squared (E, out) fp32, lora_A (E, r, in), lora_B (E, out, r) -> (E, out) fp32, detached as
+    in the DoRA paper (arXiv 2402.09353, section 4.3): ||W||^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>.
+    """
+    lora_A32, lora_B32 = lora_A.float(), lora_B.float()
+    weight_A = torch.bmm(weight, lora_A.to(weight.dtype).transpose(1, 2)).float()  # (E, out, r)
+    gram_A = torch.bmm(lora_A32, lora_A32.transpose(1, 2))  # (E, r, r)
+    cross = (weight_A * lora_B32).sum(dim=-1)
+    square = (torch.bmm(lora_B32, gram_A) * lora_B32).sum(dim=-1)
+    return (weight_norms_squared + 2 * scaling * cross + scaling**2 * square).clamp_min_(0).sqrt_()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Module
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+class FusedMoELoRA(nn.Module):
+    """Routed experts with a frozen base and trainable LoRA (or DoRA) on gate, up and down of every expert.
+
+    Parameters, experts in dimension 0 so that FSDP2 shards whole experts: `gate_up_proj (E, 2I, H)` and `down_proj (E, H, I)`
+    frozen; `{gate,up,down}_proj_lora_A (E, r, in)`, `{gate,up,down}_proj_lora_B (E, out, r)` and for DoRA
+    `{gate,up,down}_proj_lora_magnitude (E, out)` fp32 and trainable. `forward(hidden_states, top_k_index, top_k_weights)` is the
+    signature of transformers' experts modules.
+
+    mode: "fast" keeps gate and up for the backward, "frugal" recomputes them. shared_A: gate and up use one lora_A (the parameter
+    is registered under both names). cache_norms: DoRA's row norms are computed once and kept until `forget_norms()`, which the
+    training loop then has to call after every optimiser step; by default every forward computes them.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        r,
+        lora_alpha,
+        use_dora=False,
+        mode="fast",
+        shared_A=False,
+        cache_norms=False,
+        dtype=None,
+        device=None,
+    ):
+        super().__init__()
+        if mode not in ("fast", "frugal"):
+            raise ValueError(f'mode is {mode!r}; expected "fast" or "frugal"')
+        if r < 1:
+            raise ValueError(f"r is {r}; the rank of an expert must be at least 1")
+        self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
+        self.use_dora, self.mode, self.shared_A, self.cache_norms = use_dora, mode, shared_A, cache_norms
+
+        def frozen(*shape):
+            return nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype, device=device), requires_grad=False)
+
+        def trainable(*shape):
+            return nn.Parameter(torch.empty(num_experts, *shape, dtype=torch.float32, device=device))
+
+        self.gate_up_proj = frozen(2 * intermediate_size, hidden_size)
+        self.down_proj = frozen(hidden_size, intermediate_size)
+        for name, out_features, in_features in self.projections():
+            shared = shared_A and name == "up_proj"
+            self.register_parameter(f"{name}_lora_A", self.gate_proj_lora_A if shared else trainable(r, in_features))
+            self.register_parameter(f"{name}_lora_B", trainable(out_features, r))
+            if use_dora:
+                self.register_parameter(f"{name}_lora_magnitude", trainable(out_features))
+        self.forget_norms()
+        self._weight_norms = None
+        self.register_load_state_dict_post_hook(FusedMoELoRA._after_load)
+
+    def projections(self):
+        """(name, output features, input features) of the three projections of an expert."""
+        H, I = self.hidden_size, self.intermediate_size  # noqa: E741
+        return ("gate_proj", I, H), ("up_proj", I, H), ("down_proj", H, I)
+
+    def extra_repr(self):
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, r={self.r}, "
+            f"lora_alpha={self.lora_alpha}, use_dora={self.use_dora}, mode={self.mode!r}, shared_A={self.shared_A}"
+        )
+
+    @torch.no_grad()
+    def reset_lora_parameters(self):
+        """Start values: A Kaiming-uniform per expert over its own fan-in, B zero, magnitude the fp32 row norm of W.
+
+        Works on plain tensors and on FSDP2's sharded ones, where every rank draws the whole A and keeps its part: with equal
+        random states the start does not depend on the number of ranks. Call it once the base weights are loaded.
+        """
+        for name, _, in_features in self.projections():
+            lora_A = getattr(self, f"{name}_lora_A")
+            if not (self.shared_A and name == "up_proj"):
+                bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5)
+                whole = torch.empty(lora_A.shape, dtype=lora_A.dtype, device=lora_A.device).uniform_(-bound, bound)
+                local_tensor(lora_A).copy_(local_part(whole, lora_A))
+            local_tensor(getattr(self, f"{name}_lora_B")).zero_()
+        if self.use_dora:
+            gate_up_norms = squared_row_norms(local_tensor(self.gate_up_proj)).sqrt()
+            gate_norms, up_norms = gate_up_norms.chunk(2, dim=1)
+            local_tensor(self.gate_proj_lora_magnitude).copy_(gate_norms)
+            local_tensor(self.up_proj_lora_magnitude).copy_(up_norms)
+            local_tensor(self.down_proj_lora_magnitude).copy_(squared_row_norms(local_tensor(self.down_proj)).sqrt())
+        self._after_load()
+
+    def _after_load(self, *_):
+        self.forget_norms()
+        self._weight_norms = None
+
+    def forget_norms(self):
+        """Drop the cached ||W + s B A||: to be called after an optimiser step when the module was made with cache_norms=True."""
+        self._norms = None
+
+    def _dora_scales(self):
+        if not self.use_dora:
+            return None, None, None
+        if self._weight_norms is None:
+            self._weight_norms = squared_row_norms(self.gate_up_proj), squared_row_norms(self.down_proj)
+        if self._norms is None or not self.cache_norms:
+            gate_weight, up_weight = self.gate_up_proj.chunk(2, dim=1)
+            gate_squares, up_squares = self._weight_norms[0].chunk(2, dim=1)
+            self._norms = (
+                dora_norm(gate_weight, gate_squares, self.gate_proj_lora_A, self.gate_proj_lora_B, self.scaling),
+                dora_norm(up_weight, up_squares, self.up_proj_lora_A, self.up_proj_lora_B, self.scaling),
+                dora_norm(self.down_proj, self._weight_norms[1], self.down_proj_lora_A, self.down_proj_lora_B, self.scaling),
+            )
+        magnitudes = self.gate_proj_lora_magnitude, self.up_proj_lora_magnitude, self.down_proj_lora_magnitude
+        return tuple(magnitude.float() / norm for magnitude, norm in zip(magnitudes, self._norms, strict=True))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """hidden_states (T, H), top_k_index (T, top_k), top_k_weights (T, top_k) -> (T, H) in hidden_states' dtype."""
+        return moe_lora_reference(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.gate_up_proj,
+            self.down_proj,
+            self.gate_proj_lora_A,
+            self.gate_proj_lora_B,
+            self.up_proj_lora_A,
+            self.up_proj_lora_B,
+            self.down_proj_lora_A,
+            self.down_proj_lora_B,
+            self.scaling,
+            *self._dora_scales(),
+        )
+
+
+def local_tensor(tensor):
+    """The part of `tensor` that this rank holds: the tensor itself unless FSDP2 has sharded it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def local_part(whole, like):
+    """This rank's part of the plain tensor `whole`, laid out as the parameter `like`; no communication."""
+    if not hasattr(like, "to_local"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
+def why_not_conforming(experts):
+    """What keeps `experts` from being replaced by FusedMoELoRA, in words; None if it conforms."""
+    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    if not isinstance(gate_up, torch.Tensor) or not isinstance(down, torch.Tensor):
+        names = ", ".join(name for name, _ in experts.named_parameters()) or "no parameters"
+        return f"it holds {names}; expected stacked gate_up_proj (E, 2I, H) and down_proj (E, H, I)"
+    differences = []
+    if getattr(experts, "is_transposed", False):
+        differences.append("its weights are transposed (E, in, out)")
+    if not getattr(experts, "is_concatenated", True):
+        differences.append("gate and up rows are interleaved")
+    biases = [name for name, _ in experts.named_parameters() if name.endswith("bias")]
+    if getattr(experts, "has_bias", False) or biases:
+        differences.append(f"it has biases ({', '.join(biases)})")
+    if not getattr(experts, "has_gate", True):
+        differences.append("it has no gate")
+    shapes_fit = gate_up.dim() == 3 and down.dim() == 3 and tuple(gate_up.shape) == (down.shape[0], 2 * down.shape[2], down.shape[1])
+    if not differences and not shapes_fit:
+        differences.append(f"shapes {tuple(gate_up.shape)} and {tuple(down.shape)} are not (E, 2I, H) and (E, H, I)")
+    activation = getattr(experts, "act_fn", None)
+    gate_function = getattr(type(experts), "_apply_gate", None)
+    if gate_function is not None and gate_function.__name__ != "_default_apply_gate":
+        differences.append(f"it has its own gating function ({type(experts).__name__}._apply_gate)")
+    elif activation is not None and not (isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"):
+        differences.append(f"its activation is {type(activation).__name__}, not SiLU")
+    arguments = list(inspect.signature(type(experts).forward).parameters)[1:]
+    if not differences and arguments != ["hidden_states", "top_k_index", "top_k_weights"]:
+        differences.append(f"its forward takes ({', '.join(arguments)}), not (hidden_states, top_k_index, top_k_weights)")
+    return "; ".join(differences) or None
+
+
+def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", shared_A=False, cache_norms=False):
+    """Replace every `...mlp.experts` of `model` by a FusedMoELoRA that holds the same base weights; returns how many.
+
+    Works on the meta device too: then call `reset_lora_parameters()` of each once the weights are loaded. Raises ValueError, and
+    changes nothing, if an experts module does not conform (saying what differs) or if there is none. Nothing but the experts is
+    touched: freeze the rest of the model yourself, or leave that to adapter.apply_lora.
+    """
+    found = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
+    found = {name: module for name, module in found.items() if not isinstance(module, FusedMoELoRA)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no module named experts that is not yet wrapped")
+    for name, module in found.items():
+        reason = why_not_conforming(module)
+        if reason:
+            raise ValueError(f"{name} ({type(module).__name__}) cannot be wrapped: {reason}")
+    for name, module in found.items():
+        num_experts, hidden_size, intermediate_size = module.down_proj.shape
+        base = dict(dtype=module.gate_up_proj.dtype, device="meta")
+        fused = FusedMoELoRA(
+            num_experts, hidden_size, intermediate_size, r, lora_alpha, use_dora, mode, shared_A, cache_norms, **base
+        ).train(module.training)
+        if not module.gate_up_proj.is_meta:
+            # to_empty would also allocate the base: materialise the adapters alone, then take the base over without a copy
+            lora = {n: torch.empty_like(p, device=module.gate_up_proj.device) for n, p in fused.named_parameters() if "lora" in n}
+            base_weights = {"gate_up_proj": module.gate_up_proj, "down_proj": module.down_proj}
+            if shared_A:
+                lora["up_proj_lora_A"] = lora["gate_proj_lora_A"]
+            fused.load_state_dict({**base_weights, **lora}, assign=True)
+            fused.gate_up_proj.requires_grad_(False)
+            fused.down_proj.requires_grad_(False)
+            if shared_A:
+                fused.up_proj_lora_A = fused.gate_proj_lora_A
+            fused.reset_lora_parameters()
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, fused)
+    return len(found)
