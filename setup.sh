@@ -10,7 +10,7 @@ fail() { echo "error: $*" >&2; exit 1; }
 PYTHON=${PYTHON:-python3}
 DEVICE=${DEVICE:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}
 [ -f "requirements-$DEVICE.txt" ] || fail "DEVICE=$DEVICE: expected cpu or gpu"
-WANTED="$DEVICE $(cat requirements.txt "requirements-$DEVICE.txt" overrides-cpu.txt pyproject.toml | sha256sum | cut -d' ' -f1)"
+WANTED="$DEVICE $(cat requirements.txt "requirements-$DEVICE.txt" overrides*.txt pyproject.toml | sha256sum | cut -d' ' -f1)"
 if [ "$(cat .venv/.installed 2>/dev/null)" = "$WANTED" ]; then
     echo "setup: .venv is up to date ($DEVICE)"
     exit 0
@@ -26,7 +26,7 @@ fi
 echo "setup: installing the $DEVICE environment into .venv (2 to 4 GB, a few minutes the first time)"
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv || fail "$PYTHON cannot make a virtual environment: install its venv module"
 .venv/bin/python -m pip install --quiet uv || fail "pip could not install uv: is a package registry reachable?"
-INSTALL=(.venv/bin/uv pip install --quiet --python .venv/bin/python -r "requirements-$DEVICE.txt")
+INSTALL=(.venv/bin/uv pip install --quiet --python .venv/bin/python -r "requirements-$DEVICE.txt" --overrides overrides.txt)
 if [ "$DEVICE" = cpu ]; then
     INSTALL+=(--overrides overrides-cpu.txt)
     # PyTorch's CPU build: from wherever pip is configured to look, else from PyTorch's own index, which uv knows.

@@ -2,7 +2,7 @@
 
 Run it through a launcher, `bash ds3-qwen3-32b-lora-256.sh`, on several GPUs, or alone on one device:
 
-    python3 train_dense.py --model_name_or_path MODEL --dataset data/conversations --run_name try --max_seq_length 1024 --global_batch_size 4
+    python3 train_dense.py --model_name_or_path MODEL --dataset data/conversations --run_name try --max_seq_length 1024
 
 Output, under outputs/<run_name>/:
     args.json           every argument, the git commit, the data's fingerprint
@@ -25,7 +25,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 import adapter
@@ -81,9 +90,7 @@ class DenseTrainingArguments(TrainingArguments):
             )
         self.gradient_accumulation_steps = self.global_batch_size // micro
         if world_size == 1 and torch.cuda.device_count() > 1 and not self.prepare_only:
-            raise ValueError(
-                "several GPUs are visible to one process: start with `torchrun --nproc_per_node N` or set CUDA_VISIBLE_DEVICES"
-            )
+            raise ValueError("one process sees several GPUs: start with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES")
         if self.report_to == "wandb":
             wandb_without_login()
             os.environ.setdefault("WANDB_PROJECT", self.project)
@@ -244,6 +251,7 @@ def build_model(model_args, lora_args, training_args):
         attn_implementation=multipack.register_attention(),
     )
     model.config.use_cache = False
+    set_seed(training_args.seed)  # every rank draws the same A
     model = adapter.apply_lora(model, lora_args)
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()

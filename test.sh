@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up .venv if needed and runs the tests. Arguments go to pytest: `bash test.sh tests/test_multipack.py -k pack`.
+set -euo pipefail
+cd "$(dirname "$0")"
+bash setup.sh
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+# Two threads at most: the tests start several processes, which would otherwise fight over the cores.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} .venv/bin/python -m pytest --durations 15 "$@"

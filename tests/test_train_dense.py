@@ -1,0 +1,188 @@
+"""train_dense.py, run as users run it: against a plain loop without packing, on two ranks under ZeRO-3, killed and resumed."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import adapter
+import multipack
+from conftest import save_tiny_checkpoint, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+STEPS_AN_EPOCH = 3
+# fp32, so that what is compared is arithmetic, not rounding; a short warm-up, so that the learning rate moves
+FLAGS = (
+    "--max_seq_length 256 --global_batch_size 4 --r 4 --bf16 False --report_to none --warmup_steps 2 --learning_rate 1e-2 "
+    "--num_train_epochs 2 --gradient_checkpointing False --preprocessing_num_workers 1 --seed 3"
+).split()
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A tiny Llama checkpoint, conversations of very different lengths that fill 10 packs (so the last step is short), no network."""
+    root = tmp_path_factory.mktemp("dense")
+    save_tiny_checkpoint(root / "model", "llama")
+    with open(root / "train.jsonl", "w") as f:
+        for i in range(30):
+            question = f"Soalan {i}: berapakah {i} tambah {i * 3}?"
+            answer = f"Jawapannya ialah {i * 4}. " + "Kira dengan teliti. " * (i % 5)
+            f.write(json.dumps({"question": question, "answer": answer}) + "\n")
+    return root
+
+
+def command(workspace, name, *extra, processes=1):
+    launcher = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launcher += [] if processes == 1 else ["--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    return [
+        *launcher,
+        str(ROOT / "train_dense.py"),
+        *("--model_name_or_path", str(workspace / "model"), "--dataset", str(workspace / "train.jsonl"), "--run_name", name),
+        *("--data_cache", str(workspace / "cache")),
+        *FLAGS,
+        *extra,
+    ]
+
+
+def run(workspace, name, *extra, processes=1):
+    """Run to the end and return (log records by step, adapter tensors by checkpoint step)."""
+    done = subprocess.run(
+        command(workspace, name, *extra, processes=processes),
+        cwd=workspace,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    output = workspace / "outputs" / name
+    # results are judged, not the exit code alone: two-process runs abort now and then after all work is done
+    assert (output / f"checkpoint-{2 * STEPS_AN_EPOCH}").is_dir(), done.stdout[-2000:] + done.stderr[-4000:]
+    return read_log(output), read_adapters(output)
+
+
+def read_log(output):
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {r["step"]: r for r in records if "loss" in r}
+
+
+def read_adapters(output):
+    return {int(d.name.split("-")[1]): load_file(d / "adapter_model.safetensors") for d in output.glob("checkpoint-*")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(workspace):
+    return run(workspace, "unbroken")
+
+
+def assert_same_adapter(got, expected, **tolerance):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+def test_equals_a_plain_loop_without_packing(workspace, unbroken):
+    """Six steps of PyTorch on one document at a time: sum of token losses over the step's documents / supervised tokens."""
+    from transformers import AutoModelForCausalLM, set_seed
+
+    log, adapters = unbroken
+    data_args = multipack.DataArguments(
+        dataset=str(workspace / "train.jsonl"), max_seq_length=256, data_cache=str(workspace / "cache"), preprocessing_num_workers=1
+    )
+    packs = multipack.prepare(data_args, tiny_tokenizer(), str(workspace / "model"), seed=3)
+    assert math.ceil(len(packs) / 4) == STEPS_AN_EPOCH and len(packs) % 4, "the test wants a short last step"
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32, attn_implementation="eager")
+    set_seed(3)
+    model = adapter.apply_lora(model, adapter.LoraArguments(r=4))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(s / 2, (6 - s) / 4))
+    for epoch in range(2):
+        packs.set_epoch(epoch)
+        order = [packs[i] for i in range(len(packs))]
+        for first in range(0, len(order), 4):
+            documents = [d for pack in order[first : first + 4] for d in pack]
+            count = sum(int((d["labels"][1:] != -100).sum()) for d in documents)
+            total = 0.0
+            for d in documents:
+                logits = model(input_ids=d["input_ids"][None]).logits[0, :-1]
+                loss = torch.nn.functional.cross_entropy(logits, d["labels"][1:], reduction="sum") / count
+                loss.backward()
+                total += loss.item()
+            norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0).item()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step = epoch * STEPS_AN_EPOCH + first // 4 + 1
+            assert log[step]["loss"] == pytest.approx(total, rel=2e-4), step
+            assert log[step]["grad_norm"] == pytest.approx(norm, rel=2e-3), step
+    assert_same_adapter(adapters[6], adapter.adapter_state_dict(model), rtol=2e-3, atol=2e-4)
+
+
+def test_two_ranks_under_zero3_equal_one_rank_with_accumulation(workspace, unbroken):
+    log, adapters = unbroken
+    log2, adapters2 = run(workspace, "two", "--deepspeed", str(ROOT / "ds3.json"), processes=2)
+    for step, record in log.items():
+        assert log2[step]["loss"] == pytest.approx(record["loss"], rel=1e-4), step
+        assert log2[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-3), step
+    for step in adapters:
+        assert_same_adapter(adapters2[step], adapters[step], rtol=1e-3, atol=1e-4)
+    assert adapter.verify_adapter(workspace / "outputs/two/checkpoint-6", workspace / "model") == []
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
+    """kill -9 after the first epoch's checkpoint; `--resume` must go on with the same batches to the same numbers."""
+    name = f"killed-{processes}"
+    zero3 = ["--deepspeed", str(ROOT / "ds3.json")] if processes == 2 else []
+    output = workspace / "outputs" / name
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(workspace, name, *zero3, processes=processes),
+        cwd=workspace,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.time() + 240
+    while not (output / f"checkpoint-{STEPS_AN_EPOCH}").exists():
+        assert process.poll() is None and time.time() < deadline, "the run ended before its first checkpoint"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    log, adapters = run(workspace, name, "--resume", *zero3, processes=processes)
+    for step in range(STEPS_AN_EPOCH + 1, 2 * STEPS_AN_EPOCH + 1):
+        tolerance = 0 if processes == 1 else 1e-4
+        assert log[step]["loss"] == pytest.approx(unbroken[0][step]["loss"], rel=tolerance), step
+    assert_same_adapter(adapters[6], unbroken[1][6], rtol=1e-3, atol=1e-6 if processes == 1 else 1e-4)
+
+
+def test_existing_run_is_not_overwritten(workspace, unbroken):
+    done = subprocess.run(command(workspace, "unbroken"), cwd=workspace, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "checkpoint-6 exists: pass --resume" in done.stderr.splitlines()[-1]
+    assert len(read_log(workspace / "outputs/unbroken")) == 2 * STEPS_AN_EPOCH
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--global_batch_size", "0"], "--global_batch_size"),
+        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model_name_or_path", "./no-such-model"], "no-such-model"),
+        (["--resume", "--run_name", "never-started"], "--resume: no checkpoint"),
+        (["--no_such_flag", "1"], "no_such_flag"),
+    ],
+)
+def test_mistakes_are_one_line(workspace, flags, message):
+    done = subprocess.run(command(workspace, "mistake", *flags), cwd=workspace, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
