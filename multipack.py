@@ -5,9 +5,9 @@
 prepares a dataset for a model and prints what is in it; `--show N` prints N documents with the supervised part marked. Trainers call
 `prepare`, wrap the result in a DataLoader with `collate`, and load the model with `attn_implementation=register_attention()`.
 
-Output: `<data_cache>/<fingerprint>/` with flat arrays that every process memory-maps (tokens.npy uint32, supervised.npy bool, offsets.npy
-int64, rows.npy int64, configs.npy uint16), report.json, and bad_rows.jsonl when rows were skipped. The fingerprint is a hash of everything
-that changes a token or a label, so a stale cache cannot be used.
+Output: `<data_cache>/<key>/` with flat arrays that every process memory-maps (tokens.bin uint32 and supervised.bin bool, one entry a
+token; offsets.npy, rows.npy and sources.npy: where each document lies and which row of which file it is), report.json, and bad_rows.jsonl
+when rows were skipped. The key is a hash of everything that changes a token or a label, so a stale cache cannot be used.
 """
 
 import functools
@@ -20,9 +20,10 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,38 +83,28 @@ class BadRow(ValueError):
     """A row that cannot be trained on; the message says what is wrong with it."""
 
 
-# config of Scicom-intl/Malaysian-Instructions -> the field that holds (system, user, reasoning, answer)
+# config of Scicom-intl/Malaysian-Instructions -> its fields for the user's turn and the answer; system and reasoning are named so in all
 SCHEMAS = {
-    "ayat_aktif_pasif": (None, "input", None, "output"),
-    "coding": (None, "question", None, "answer"),
-    "malaysian_reasoning": ("system", "input", "reasoning", "answer"),
-    "meta_prompt": (None, "input", None, "answer"),
-    "multiple_choice_qa": (None, "question", None, "answer"),
+    "ayat_aktif_pasif": ("input", "output"),
+    "coding": ("question", "answer"),
+    "malaysian_reasoning": ("input", "answer"),
+    "meta_prompt": ("input", "answer"),
+    "multiple_choice_qa": ("question", "answer"),
 }
 
 
-def detect_schema(row: dict) -> str:
-    """The name of the schema that a row's fields belong to: "messages" or a key of SCHEMAS. Raises BadRow when it is none of them."""
-    if "messages" in row:
-        return "messages"
-    for name in ("malaysian_reasoning", "ayat_aktif_pasif", "meta_prompt", "coding"):  # coding stands for multiple_choice_qa too
-        _, user, reasoning, answer = SCHEMAS[name]
-        if all(key is None or key in row for key in (user, reasoning, answer)):
-            return name
-    raise BadRow(
-        f"fields {sorted(map(str, row))} fit no schema (messages; input+output; question+answer; input+answer[+reasoning, system])"
-    )
-
-
-def _text(row: dict, key: str, empty_ok: bool = False) -> str:
+def _text(row: dict, key: str, optional: bool = False) -> str:
+    """A row's text field, "" for an optional one that is absent, null or blank. Raises BadRow for anything else that is not text."""
+    value = row.get(key)
+    if optional and (value is None or value == ""):
+        return ""
     if key not in row:
         raise BadRow(f"missing field {key!r}")
-    value = row[key]
-    if value is None and empty_ok:
-        return ""
     if not isinstance(value, str):
         raise BadRow(f"field {key!r} is {type(value).__name__}, expected a string")
-    if not value.strip() and not empty_ok:
+    if not value.strip():
+        if optional:
+            return ""
         raise BadRow(f"field {key!r} is empty")
     try:
         value.encode("utf-8")
@@ -125,22 +116,31 @@ def _text(row: dict, key: str, empty_ok: bool = False) -> str:
 def to_conversation(row: dict, config: str | None = None) -> list[dict]:
     """Map one dataset row to messages: dicts with role, content and, where there is any, reasoning_content.
 
-    `config` names the schema (a key of SCHEMAS); None, or a row that has `messages`, detects it by the row's fields.
-    Raises BadRow with the field and the reason: nothing is guessed, and no field is dropped.
+    `config` names the schema (a key of SCHEMAS); None, or a row that has `messages`, detects it by the row's fields. A non-empty system or
+    reasoning field is always used. Raises BadRow with the field and the reason: nothing is guessed.
     """
     if not isinstance(row, dict):
         raise BadRow(f"row is {type(row).__name__}, expected an object")
-    schema = config if config in SCHEMAS and "messages" not in row else detect_schema(row)
-    if schema == "messages":
+    if "messages" in row:
         return _check_messages(row["messages"])
-    system, user, reasoning, answer = SCHEMAS[schema]
+    if config in SCHEMAS:
+        user, answer = SCHEMAS[config]
+    else:
+        fitting = sorted({fields for fields in SCHEMAS.values() if all(name in row for name in fields)})
+        if len(fitting) != 1:
+            which = "more than one schema" if fitting else "no schema"
+            known = "messages, " + ", ".join(sorted({"+".join(fields) for fields in SCHEMAS.values()}))
+            raise BadRow(f"fields {sorted(map(str, row))} fit {which} ({known})")
+        user, answer = fitting[0]
     messages = []
-    if system is not None and _text(row, system, empty_ok=True).strip():
-        messages.append({"role": "system", "content": row[system]})
+    system = _text(row, "system", optional=True)
+    if system:
+        messages.append({"role": "system", "content": system})
     messages.append({"role": "user", "content": _text(row, user)})
     messages.append({"role": "assistant", "content": _text(row, answer)})
-    if reasoning is not None:
-        messages[-1]["reasoning_content"] = _text(row, reasoning)
+    reasoning = _text(row, "reasoning", optional=config != "malaysian_reasoning")
+    if reasoning:
+        messages[-1]["reasoning_content"] = reasoning
     return messages
 
 
@@ -162,10 +162,10 @@ def _check_messages(messages) -> list[dict]:
             raise BadRow(f"messages[{i}] is an assistant turn that follows no user turn")
         try:
             checked.append({"role": role, "content": _text(message, "content")})
-            reasoning = _text(message, "reasoning_content", empty_ok=True) if "reasoning_content" in message else ""
+            reasoning = _text(message, "reasoning_content", optional=True)
         except BadRow as error:
             raise BadRow(f"messages[{i}]: {error}") from None
-        if reasoning.strip():
+        if reasoning:
             if role != "assistant":
                 raise BadRow(f"messages[{i}] has reasoning_content in a {role} turn")
             checked[-1]["reasoning_content"] = reasoning
@@ -257,7 +257,10 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 
 def _local_sources(path: Path, wanted: set[str] | None) -> list[Source]:
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        found = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        files = [file for file in found if file.suffix in SUFFIXES]
+        if ignored := [str(file) for file in found if file.suffix not in (*SUFFIXES, ".md")]:
+            print(f"--dataset {path}: {len(ignored)} files of other kinds are not read: {', '.join(ignored[:5])}", file=sys.stderr)
         if not files:
             raise ValueError(f"--dataset {path}: the directory has no {', '.join(SUFFIXES)} file")
     elif path.suffix in SUFFIXES:
@@ -322,11 +325,11 @@ class ChatFormat:
 
     Nothing is known about any template: everything is found by rendering.
 
-    - A turn begins where the generation prompt ends, `render(messages[:i], add_generation_prompt=True)`, so the model is trained from exactly
-      the text that it is given when it is asked to answer. What the template puts after that by itself (Qwen3's empty think block) is
-      something the model has to write, and is supervised.
-    - A turn's text ends where the text that the template puts after it begins. That text is found by rendering the same conversation with the
-      turn's content replaced by a sentinel, because a template may rewrite earlier turns (Qwen3 and GLM-4.5 strip their reasoning),
+    - A turn begins where the generation prompt ends, `render(messages[:i], add_generation_prompt=True)`, so the model is trained from
+      exactly the text that it is given when it is asked to answer. What the template puts after that by itself (Qwen3's empty think block)
+      is something the model has to write, and is supervised.
+    - A turn's text ends where the text that the template puts after it begins. That text is found by rendering the same conversation with
+      the turn's content replaced by a sentinel, because a template may rewrite earlier turns (Qwen3 and GLM-4.5 strip their reasoning),
       so that the rendering of `messages[:i + 1]` need not be a prefix of the whole.
     - The end-of-turn text (`<|im_end|>`, `<|eot_id|>`) belongs to the turn; white space after it does not. A template without one (GLM-4.5)
       ends a turn with the next role's token, which is then supervised, and the last turn gets the tokenizer's end-of-sequence token.
@@ -348,16 +351,14 @@ class ChatFormat:
         self.tail = self.probe[self.probe.rindex(SENTINEL) + len(SENTINEL) :]  # "<|im_end|>\n", "<|eot_id|>" or ""
         self.stop = self.tail.rstrip()
         if not self.stop and not tokenizer.eos_token:
-            raise ValueError(
-                "the chat template ends a turn with nothing and the tokenizer has no eos_token: the model could not learn to stop"
-            )
+            raise ValueError("the chat template ends a turn with nothing and the tokenizer has no eos_token: nothing teaches it to stop")
         thinking = self.render([user, {"role": "assistant", "content": SENTINEL, "reasoning_content": "q7Zreasoningq7Z"}])
         self.keeps_reasoning = "q7Zreasoningq7Z" in thinking
         pieces = self.segments([user, {"role": "assistant", "content": SENTINEL}])
         apart = [token for ids in self.encode([text for text, _ in pieces]) for token in ids]
         if apart != self.encode(["".join(text for text, _ in pieces)])[0]:
             raise ValueError(
-                "the tokenizer changes text that is tokenised in pieces (a prefix space?); prompts and answers cannot be told apart"
+                "the tokenizer changes text that is tokenised in pieces (a prefix space?): prompt and answer cannot be told apart"
             )
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
@@ -518,7 +519,7 @@ def _parse(line: bytes) -> object:
         raise BadRow(f"not valid JSON ({error})") from None
 
 
-_worker: dict = {}  # what a worker process holds; empty in the parent
+_worker: dict = {}  # the tokenizer and loss_on, in a worker process; empty in the parent
 
 
 def _start_worker(chat: ChatFormat, loss_on: str) -> None:
@@ -548,21 +549,22 @@ def _tokenise_all(chat: ChatFormat, sources: list[Source], loss_on: str, workers
         for chunk in _chunks(sources, 256):
             yield tokenise(chat, chunk, loss_on)
         return
-    waiting = threading.Semaphore(4 * workers)  # imap would read the whole dataset ahead
-
-    def bounded():
-        for chunk in _chunks(sources, 256):
-            waiting.acquire()
-            yield chunk
-
-    with multiprocessing.get_context("fork").Pool(workers, _start_worker, (chat, loss_on)) as pool:
-        for result in pool.imap(_work, bounded()):
-            waiting.release()
-            yield result
+    waiting = deque()
+    fork = multiprocessing.get_context("fork")  # hands the tokenizer over without pickling; the children run no kernels and no threads
+    try:
+        with ProcessPoolExecutor(workers, fork, _start_worker, (chat, loss_on)) as pool:
+            for chunk in _chunks(sources, 256):
+                waiting.append(pool.submit(_work, chunk))
+                if len(waiting) >= 4 * workers:  # never the whole dataset in flight
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError("a tokenising process died, probably for lack of memory; pass a smaller --preprocessing_num_workers") from None
 
 
 def _fingerprint(data_args: DataArguments, sources: list[Source], chat: ChatFormat) -> str:
-    """Hash of everything that changes a token, a label or which rows are kept. max_seq_length and the seed do not: they act after the cache."""
+    """Hash of all that changes a token, a label or which rows are kept. max_seq_length and the seed act later and are not in it."""
     import tokenizers
     import transformers
 
@@ -593,7 +595,10 @@ def _write_cache(directory: Path, data_args: DataArguments, sources: list[Source
         workers = 1
     temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.tmp-", dir=directory.parent))
     try:
-        lengths, rows, bad, seen = [], [], [], 0
+        lengths: list[int] = []
+        rows: list[tuple[int, int]] = []
+        bad: list[tuple[int, int, str]] = []
+        seen = 0
         with (
             open(temporary / "tokens.bin", "wb") as tokens,
             open(temporary / "supervised.bin", "wb") as supervised,
@@ -757,18 +762,22 @@ def pack(lengths, max_seq_length: int, seed: int = 0) -> list[list[int]]:
 class PackedDataset(torch.utils.data.Dataset):
     """Packs of tokenised documents, read from memory-mapped arrays.
 
-    `ds[i]` is a list of documents, each `{"input_ids": int64 (n,), "labels": int64 (n,)}`. `lengths` holds the documents' token counts, `packs`
-    the documents of each pack, `report` what `prepare` printed, `fingerprint` a hash of the data and of how it is packed, and
+    `ds[i]` is a list of documents, each `{"input_ids": int64 (n,), "labels": int64 (n,)}`. `lengths` holds the documents' token counts,
+    `packs` the documents of each pack, `report` the figures that the command prints, `fingerprint` a hash of the data and its packing, and
     `validation` the PackedDataset of held-out documents or None.
     """
 
-    def __init__(self, tokens, supervised, starts, lengths, max_seq_length, seed, fingerprint):
+    def __init__(self, tokens, supervised, starts, lengths, max_seq_length, seed, key):
+        """`tokens` uint32 and `supervised` bool hold documents end to end; `starts` and `lengths`, int64 (documents,), find this part's."""
         self._tokens, self._supervised, self._starts = tokens, supervised, starts
-        self.lengths = lengths  # int64 (documents,)
-        self.max_seq_length, self.seed, self.fingerprint = max_seq_length, seed, fingerprint
+        self.lengths, self.max_seq_length, self.seed = lengths, max_seq_length, seed
         self.report: dict = {}
         self.validation: PackedDataset | None = None
         self.set_epoch(0)
+        digest = hashlib.blake2b(key.encode(), digest_size=10)
+        for array in (starts, lengths, *map(np.array, self.packs)):
+            digest.update(array.astype(np.int64).tobytes())
+        self.fingerprint = digest.hexdigest()
 
     def set_epoch(self, epoch: int) -> None:
         """Pack anew with (seed, epoch): other documents together, in another order, and always the same number of packs.
@@ -795,9 +804,9 @@ class PackedDataset(torch.utils.data.Dataset):
 def collate(packs: list[list[dict[str, torch.Tensor]]]) -> dict:
     """Join packs into one row of T tokens, documents kept apart by their positions and boundaries.
 
-    Returns input_ids, labels, position_ids, each int64 (1, T), positions restarting at 0 in every document; cu_seq_lens_q and cu_seq_lens_k,
-    int32 (documents + 1,), where documents begin and end; max_length_q and max_length_k, ints, the longest document. The names are those of
-    transformers' FlashAttentionKwargs, so `model(**batch)` hands them to attention.
+    Returns input_ids, labels, position_ids, each int64 (1, T), positions restarting at 0 in every document; cu_seq_lens_q and
+    cu_seq_lens_k, int32 (documents + 1,), where documents begin and end; max_length_q and max_length_k, ints, the longest document. The
+    names are those of transformers' FlashAttentionKwargs, so `model(**batch)` hands them to attention.
     """
     documents = [document for documents in packs for document in documents]
     lengths = torch.tensor([len(document["input_ids"]) for document in documents])
@@ -822,8 +831,8 @@ def collate(packs: list[list[dict[str, torch.Tensor]]]) -> dict:
 def prepare(data_args: DataArguments, tokenizer, model_name: str, seed: int = 0, progress: bool | None = None) -> PackedDataset:
     """Tokenise (or find in the cache), split off validation rows, drop what is too long, pack. Returns the training PackedDataset.
 
-    Safe to call from many processes at once: the first tokenises, the others wait and memory-map its arrays. `progress` None shows a bar on a
-    terminal only. Raises ValueError, with the file and row, for data that cannot be used.
+    Safe to call from many processes at once: the first tokenises, the others wait and memory-map its arrays. `progress` None shows a bar
+    on a terminal only. Raises ValueError, with the file and row, for data that cannot be used.
     """
     data_args.check()
     sources = find_sources(data_args)
@@ -854,12 +863,12 @@ def _load(directory: Path, data_args: DataArguments, model_name: str, seed: int)
     parts = []
     for part in (fits & ~held_out, fits & held_out):
         chosen = np.flatnonzero(part)
-        identity = [directory.name, data_args.max_seq_length, data_args.validation_share, seed, len(parts)]
-        fingerprint = hashlib.blake2b(json.dumps(identity).encode(), digest_size=10).hexdigest()
-        parts.append(PackedDataset(tokens, supervised, offsets[chosen], lengths[chosen], data_args.max_seq_length, seed, fingerprint))
+        parts.append(PackedDataset(tokens, supervised, offsets[chosen], lengths[chosen], data_args.max_seq_length, seed, directory.name))
     train, validation = parts
     if not len(train):
         raise ValueError(f"no document of {len(lengths)} is left to train on with --max_seq_length {data_args.max_seq_length}")
+    if data_args.validation_share and not len(validation):
+        raise ValueError(f"--validation_share {data_args.validation_share} holds out none of {meta['rows']} rows")
     train.validation = validation if len(validation) else None
     train.report = _report(meta, rows, sources, lengths, supervised, offsets, fits, train, data_args, model_name)
     _write_report(directory / "report.json", train.report)
@@ -975,9 +984,14 @@ def _import_varlen(module: str) -> Callable | None:
     return getattr(found, "flash_attn_varlen_func", None) or getattr(found, "varlen_attn", None)
 
 
+@functools.cache
+def _parameters(function: Callable) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 def _call_varlen(function: Callable, query, key, value, boundaries, longest: int, scaling: float | None, window: int | None):
     """Call a variable-length attention kernel, whichever of the known signatures it has. Tensors are (T, heads, D)."""
-    accepts = inspect.signature(function).parameters
+    accepts = _parameters(function)
     kwargs = {}
     if "softmax_scale" in accepts:  # flash-attn 2, 3 and 4
         kwargs = {"cu_seqlens_q": boundaries, "cu_seqlens_k": boundaries, "softmax_scale": scaling, "causal": True}
@@ -1009,6 +1023,8 @@ def _call_varlen(function: Callable, query, key, value, boundaries, longest: int
 
 def _document_loop(query, key, value, boundaries: list[int], scaling: float | None, window: int | None):
     """Exact attention, document by document. query (1, heads, T, D), key and value (1, kv_heads, T, D); returns (1, heads, T, D)."""
+    if boundaries[-1] != query.shape[2]:
+        raise ValueError(f"packed attention: cu_seq_lens_q ends at {boundaries[-1]}, but there are {query.shape[2]} tokens")
     outputs = []
     for start, end in zip(boundaries, boundaries[1:], strict=False):
         mask = None
@@ -1147,7 +1163,7 @@ def format_report(report: dict) -> str:
         lines.append(f"{report['validation_documents']:,} documents held out for validation, in {report['validation_packs']:,} packs")
     if report["extra_documents"]:
         lines.append(
-            f"{report['extra_documents']:,} documents more than rows: earlier turns whose reasoning the template hides, trained one by one"
+            f"{report['extra_documents']:,} documents more than rows: turns whose reasoning the template hides later are trained one by one"
         )
     return "\n".join(lines)
 
@@ -1167,15 +1183,18 @@ def format_document(document: dict[str, torch.Tensor], tokenizer, color: bool) -
 def main() -> None:
     from transformers import AutoTokenizer, HfArgumentParser
 
-    data_args, args = HfArgumentParser((DataArguments, CommandArguments)).parse_args_into_dataclasses()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        data_args, args = HfArgumentParser((DataArguments, CommandArguments)).parse_args_into_dataclasses()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model {args.model}: no tokenizer there ({str(error).splitlines()[0]})") from None
         dataset = prepare(data_args, tokenizer, args.model, seed=args.seed)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(format_report(dataset.report))
-    for index in range(min(args.show, len(dataset.lengths))):
-        print(f"\n----- document {index + 1}, {dataset.lengths[index]} tokens")
+    for index in np.linspace(0, len(dataset.lengths) - 1, min(args.show, len(dataset.lengths)), dtype=int):
+        print(f"\n----- document {index + 1} of {len(dataset.lengths):,}, {dataset.lengths[index]:,} tokens")
         print(format_document(dataset.document(index), tokenizer, color=sys.stdout.isatty()))
 
 
