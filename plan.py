@@ -23,10 +23,21 @@ activations, rotary, softmax, the optimiser and DoRA's per-step row norms count 
 over what the machine could have done.
 """
 
+import itertools
 import json
+import math
+import os
 import re
-from dataclasses import dataclass
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
+
+from adapter import NOT_ADAPTED
+
+GIB = 2**30
 
 # Dense bf16 tensor-core TFLOP/s (no sparsity, fp32 accumulation) by a word of the name that CUDA reports; the first that occurs wins.
 # Sources: NVIDIA's data sheets of each product (which print the sparse figure, twice this, for most of them) and, for the workstation
@@ -73,6 +84,12 @@ class Architecture:
     matrices: tuple[Matrix, ...]
     vectors: dict  # layer (None outside the layers) -> parameters in norms and biases
     top_k: int  # routed experts a token passes; 1 for a dense model
+    query_key_norm: bool  # queries and keys are normalised per head
+
+    def layers(self):
+        """The decoder layers in order: for each, its matrices."""
+        numbers = sorted({m.layer for m in self.matrices if m.layer is not None})
+        return [[m for m in self.matrices if m.layer == number] for number in numbers]
 
 
 def architecture(config):
@@ -115,12 +132,13 @@ def _architecture(config_class, config_json):
                 matrices.append(Matrix(name, "embedding", layer, *parameter.shape, copies=1, active=0))
             elif module is head:
                 matrices.append(Matrix(name, "head", layer, *parameter.shape, copies=0 if shared else 1))
-            elif not isinstance(module, torch.nn.Linear) or parameter.shape[0] == 1 or parts[-2] == "gate":
+            elif not isinstance(module, torch.nn.Linear) or parts[-2] in NOT_ADAPTED:
                 matrices.append(Matrix(name, "router", layer, *parameter.shape))
             else:
                 kind = "attention" if "attn" in name else "shared_expert" if "shared_expert" in name else "mlp"
                 matrices.append(Matrix(name, kind, layer, *parameter.shape, adapted=layer is not None))
-    return Architecture(tuple(matrices), vectors, top_k)
+    query_key_norm = any("q_norm" in name for name, _ in model.named_modules())
+    return Architecture(tuple(matrices), vectors, top_k, query_key_norm)
 
 
 def expert_rank(config, r, expert_r=None):
@@ -188,7 +206,8 @@ def _attention_width(config):
 
 def _sliding_layers(config):
     """For every layer, whether its attention is windowed."""
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    default = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    types = getattr(config, "layer_types", None) or [default] * config.num_hidden_layers
     return [kind == "sliding_attention" for kind in types]
 
 
@@ -204,3 +223,612 @@ def mfu(flops, seconds, gpus, device_name):
     """Model FLOPs utilisation: `flops` useful FLOPs done in `seconds` by `gpus` devices, over their peak. None if the peak isn't known."""
     peak = peak_flops(device_name)
     return flops / (seconds * gpus * peak) if peak else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+POLICIES = {"dense": ("none", "full"), "moe": ("none", "selective", "full")}
+MODES = {"dense": ("fast",), "moe": ("fast", "frugal")}
+FULL_TOKENS = 16384  # tokens of a micro-batch from which a larger one gains nothing: 1,024 rows for each of 128 experts at top-8
+
+
+def experts_saved_bytes(tokens, top_k, intermediate_size, expert_r, mode, shared_A=False):
+    """What a routed-experts block keeps for backward beyond its input and output, in bytes.
+
+    Per routed row (tokens x top_k of them), in bf16: in fast mode the pre-activations of gate and up, 2 x 2 intermediate_size bytes;
+    in both modes the LoRA inner products of gate, up and down, 2 x 3 expert_r (2 x 2 expert_r where gate and up share one A), and 16
+    bytes of indices and router weights. Frugal mode recomputes the pre-activations.
+    """
+    inner_products = (2 if shared_A else 3) * expert_r
+    kept = 2 * intermediate_size if mode == "fast" else 0
+    return tokens * top_k * (2 * (kept + inner_products) + 16)
+
+
+def layer_saved_bytes(config, matrices, tokens, policy, mode, r, expert_r, use_dora=False):
+    """What one decoder layer (its `matrices`) keeps for backward over `tokens` tokens, in bytes; bf16 unless said otherwise.
+
+    full       the layer's input, H a token.
+    none       attention half: input H, normed input H, every projection's output except o_proj's, queries and keys once more where they
+               are normalised, the attention output and its fp32 log-sum-exp per head, r for each LoRA inner product. MLP half: its input H,
+               normed input H, and for a dense or shared MLP gate, up and their product, 3 intermediate_size, and 3 r; for routed
+               experts `experts_saved_bytes` and the router's fp32 probabilities. DoRA keeps the base's and the LoRA's output of every
+               adapted layer, for the magnitude's gradient.
+    selective  the attention half is recomputed from the layer's input; the MLP half is kept as under none.
+    """
+    hidden = config.hidden_size
+    attention, mlp, experts = 2 * hidden, 2 * hidden, 0  # elements a token
+    for m in matrices:
+        inner = (r + 2 * m.out_features * use_dora) * m.adapted
+        if m.kind == "attention":
+            attention += inner + (m.in_features if m.name.endswith("o_proj.weight") else m.out_features)
+            if architecture(config).query_key_norm and m.name.endswith(("q_proj.weight", "k_proj.weight")):
+                attention += m.out_features
+        elif m.kind in ("mlp", "shared_expert"):
+            mlp += inner + (m.in_features if "down_proj" in m.name else m.out_features)
+        elif m.kind == "router":
+            mlp += 2 * m.out_features  # fp32
+        elif m.name.endswith("down_proj"):
+            experts = experts_saved_bytes(tokens, m.active, m.in_features, expert_r, mode)
+    log_sum_exp = 4 * config.num_attention_heads
+    if policy == "full":
+        return tokens * 2 * hidden
+    kept_attention = 2 * attention + log_sum_exp if policy == "none" else 2 * hidden
+    return tokens * (kept_attention + 2 * mlp) + experts
+
+
+def layer_working_bytes(config, matrices, tokens):
+    """The most that one layer's forward or backward holds for a moment beyond what is kept, in bytes.
+
+    Routed experts: one (routed rows, H) and one (routed rows, intermediate_size) bf16 buffer. A dense or shared MLP: two of
+    (tokens, intermediate_size), the LoRA's share of a projection's output or the gradient of the product. And four of (tokens, H):
+    the residual stream's gradient, the two norms', the attention's.
+    """
+    wide = max((2 * m.in_features for m in matrices if m.kind in ("mlp", "shared_expert") and "down_proj" in m.name), default=0)
+    routed = max((m.active * (m.in_features + m.out_features) for m in matrices if m.kind == "expert"), default=0)
+    return 2 * tokens * (max(wide, routed) + 4 * config.hidden_size)
+
+
+def loss_bytes(config, tokens):
+    """Head and loss of Liger's fused linear cross entropy, in bytes: the final norm's output and the gradient with respect to it
+    (tokens, H), and one chunk of logits, about as large as the hidden states (its rows are tokens H / vocabulary, rounded up to a
+    power of two), in bf16.
+    """
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    rows = math.ceil(tokens / math.ceil(vocabulary / hidden))
+    chunk = min(2 ** math.ceil(math.log2(rows)), tokens)
+    return 2 * (2 * tokens * hidden + chunk * vocabulary)
+
+
+def gpu_bytes(config, kind, gpus, nodes, tokens, r, expert_r, use_dora, policy, mode, accumulation):
+    """Peak bytes of one GPU by term, largest when the last layer's backward begins. `tokens` is one micro-batch's.
+
+    dense: DeepSpeed ZeRO-3 over all ranks. bf16 base and adapter, fp32 master adapter, gradient and two Adam moments are all sharded;
+    whole parameters live up to DeepSpeed's stage3_max_live_parameters (1e9) or one layer, whichever is more, and its prefetch.
+    moe: FSDP2, sharded inside a node and replicated across nodes. bf16 base, fp32 adapter, gradient and Adam moments are sharded; a layer
+    is whole three times at most (in use, its gather's buffer, the next one's), the embedding and head stay whole through a step;
+    with gradient accumulation the adapter's gradient stays whole in fp32 until the last micro-batch reduces it.
+    """
+    arch = architecture(config)
+    counts = count_parameters(config, r, expert_r, use_dora)
+    base, adapter = counts["total"], counts["trainable"]
+    outside = 2 * sum(counts["base"].get(k, 0) for k in ("embedding", "head"))
+    layers = arch.layers()
+    layer_parameters = [
+        sum(m.copies * m.out_features * m.in_features for m in layer)
+        + sum(m.copies * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features) for m in layer if m.adapted)
+        for layer in layers
+    ]
+    saved = [layer_saved_bytes(config, layer, tokens, policy, mode, r, expert_r, use_dora) for layer in layers]
+    whole = [layer_saved_bytes(config, layer, tokens, "none", mode, r, expert_r, use_dora) for layer in layers]
+    working = max(
+        layer_working_bytes(config, layer, tokens) + (w - s if policy != "none" else 0)
+        for layer, s, w in zip(layers, saved, whole, strict=True)
+    )
+    if kind == "dense":
+        shard = gpus * nodes
+        bucket = config.hidden_size**2  # the size "auto" stands for in ds3.json
+        gathered = 2 * (max(10**9, max(layer_parameters)) + bucket) if shard > 1 else 0
+        terms = {
+            "frozen base, bf16 shard": 2 * base / shard,
+            "adapter, bf16 + fp32 master": 6 * adapter / shard,
+            "adapter gradient, fp32": 4 * adapter / shard,
+            "Adam moments, fp32": 8 * adapter / shard,
+            "gathered parameters": min(gathered, 2 * (base + adapter)),
+            "reduction buckets, fp32": 2 * 4 * bucket,
+        }
+    else:
+        shard = gpus
+        terms = {
+            "frozen base, bf16 shard": 2 * base / shard,
+            "adapter, fp32": 4 * adapter / shard,
+            "adapter gradient, fp32": 4 * adapter / shard,
+            "Adam moments, fp32": 8 * adapter / shard,
+            "gathered layers": 3 * 2 * max(layer_parameters) if shard > 1 else 0,
+            "gathered embedding and head": outside if shard > 1 else 0,
+            "whole adapter gradient while accumulating": 4 * adapter if accumulation > 1 and shard > 1 else 0,
+        }
+        if use_dora:
+            terms["DoRA norms of experts, fp32"] = 8 * sum(m.copies * m.out_features for m in arch.matrices if m.kind == "expert")
+    terms["kept activations"] = sum(saved)
+    terms["one layer's temporaries and recompute"] = working
+    terms["head and loss"] = loss_bytes(config, tokens)
+    return {name: int(value) for name, value in terms.items() if value}
+
+
+def recompute_flops(config, policy, mode, r, expert_r, document_length):
+    """FLOPs a token that are computed twice under an activation policy and a memory mode: time, never counted as useful."""
+    flops = 0
+    for m in architecture(config).matrices:
+        if m.layer is None:
+            continue
+        size = m.active * m.out_features * m.in_features
+        lora = m.active * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features) * m.adapted
+        if policy == "full" or (policy == "selective" and m.kind == "attention"):
+            flops += 2 * (size + lora)
+        if mode == "frugal" and m.kind == "expert" and not m.name.endswith("down_proj"):
+            flops += 2 * size
+    if policy != "none":
+        flops += config.num_hidden_layers * 4 * _attention_width(config) * (document_length + 1) / 2
+    return flops
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# A plan
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def plan_run(
+    config,
+    *,
+    kind,
+    gpus,
+    nodes=1,
+    gpu_memory_gib=80.0,
+    reserve_gib=4.0,
+    max_seq_length=16384,
+    micro_batch=1,
+    global_batch_size=32,
+    r=256,
+    expert_r=None,
+    use_dora=False,
+    activation_policy="full",
+    memory_mode="fast",
+    document_length=1900.0,
+):
+    """The bytes and FLOPs of one way to run, as a dict that `print_plan` prints and `check_fits` judges.
+
+    kind: "dense" (DeepSpeed ZeRO-3) or "moe" (FSDP2). gpus is per node. micro_batch is packs of max_seq_length tokens per GPU and
+    forward; global_batch_size packs per optimiser step. reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation.
+    document_length: mean length of the document that a token is in (sum of squared lengths / sum of lengths), for attention.
+    Keys: the arguments; parameters (count_parameters); gpu_bytes by term (`gpu_bytes` says what and why), peak_bytes, limit_bytes, fits;
+    host_bytes and disk_bytes by term; flops_per_token (useful), recompute_per_token. Raises ValueError for a batch that the GPUs don't
+    divide, an unknown kind, policy or mode, or a config without the kind's layers.
+    """
+    for name, value, known in (
+        ("kind", kind, tuple(POLICIES)),
+        ("activation_policy", activation_policy, POLICIES.get(kind, ())),
+        ("memory_mode", memory_mode, MODES.get(kind, ())),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+    counts = count_parameters(config, r, expert_r, use_dora)
+    if (kind == "moe") != ("expert" in counts["base"]):
+        raise ValueError(f"{config.model_type} has {'no ' * (kind == 'moe')}routed experts: not a model for a {kind} trainer")
+    world = gpus * nodes
+    if global_batch_size % (world * micro_batch):
+        raise ValueError(f"a step of {global_batch_size} packs is not a multiple of {world} GPUs x {micro_batch} packs each")
+    accumulation = global_batch_size // (world * micro_batch)
+    rank = expert_rank(config, r, expert_r)
+    terms = gpu_bytes(
+        config, kind, gpus, nodes, micro_batch * max_seq_length, r, rank, use_dora, activation_policy, memory_mode, accumulation
+    )
+    peak, limit = sum(terms.values()), int((gpu_memory_gib - reserve_gib) * GIB)
+    adapter = counts["trainable"]
+    return {
+        "model_type": config.model_type,
+        "kind": kind,
+        "gpus": gpus,
+        "nodes": nodes,
+        "gpu_memory_gib": gpu_memory_gib,
+        "reserve_gib": reserve_gib,
+        "max_seq_length": max_seq_length,
+        "micro_batch": micro_batch,
+        "accumulation": accumulation,
+        "global_batch_size": global_batch_size,
+        "r": r,
+        "expert_r": rank if kind == "moe" else None,
+        "use_dora": use_dora,
+        "activation_policy": activation_policy,
+        "memory_mode": memory_mode,
+        "parameters": counts,
+        "gpu_bytes": terms,
+        "peak_bytes": peak,
+        "limit_bytes": limit,
+        "fits": peak <= limit,
+        "host_bytes": host_bytes(config, kind, gpus, counts),
+        "disk_bytes": {
+            "base checkpoint, bf16": 2 * counts["total"],
+            "adapter per epoch, fp32": 4 * adapter,
+            "resume state per epoch: adapter and Adam moments, fp32": 12 * adapter,
+        },
+        "flops_per_token": train_flops(config, 1, document_length, r, expert_r, use_dora),
+        "recompute_per_token": recompute_flops(config, activation_policy, memory_mode, r, rank, document_length),
+    }
+
+
+def host_bytes(config, kind, gpus, counts):
+    """Host memory of one node by term, in bytes.
+
+    moe: every rank reads its own shards tensor by tensor, so it holds one stacked tensor at a time. dense: transformers maps the whole
+    checkpoint into every rank, which is page cache, shared by the ranks of a node and given back under pressure; rank 0 gathers the
+    adapter in fp32 to save it, in both. 3 GiB a rank for Python, CUDA and the libraries.
+    """
+    terms = {"processes": 3 * GIB * gpus, "whole adapter on rank 0 while saving, fp32": 4 * counts["trainable"]}
+    largest = max(m.copies * m.out_features * m.in_features for m in architecture(config).matrices)
+    if kind == "moe":
+        terms["largest stacked tensor while loading, bf16, every rank's share"] = 2 * largest
+    else:
+        terms["checkpoint in page cache while loading (can be evicted)"] = 2 * counts["total"]
+    return terms
+
+
+def options(config, *, kind, gpus, nodes=1, global_batch_size=32, **arguments):
+    """A plan for every activation policy, memory mode and micro-batch of a trainer, best first.
+
+    Best: fits, recomputes least, fills the GPU (FULL_TOKENS tokens in a micro-batch, then the smallest such), needs least memory.
+    What doesn't fit follows, the nearest to fitting first.
+    """
+    per_gpu = global_batch_size // (gpus * nodes)
+    micro_batches = [n for n in range(1, per_gpu + 1) if per_gpu % n == 0] or [1]
+    plans = [
+        plan_run(
+            config,
+            kind=kind,
+            gpus=gpus,
+            nodes=nodes,
+            global_batch_size=global_batch_size,
+            **{**arguments, "activation_policy": policy, "memory_mode": mode, "micro_batch": micro_batch},
+        )
+        for policy, mode, micro_batch in itertools.product(POLICIES[kind], MODES[kind], micro_batches)
+    ]
+
+    def order(p):
+        if not p["fits"]:
+            return True, p["peak_bytes"]
+        tokens = p["micro_batch"] * p["max_seq_length"]
+        return False, p["recompute_per_token"], max(FULL_TOKENS - tokens, 0), p["micro_batch"], p["peak_bytes"]
+
+    return sorted(plans, key=order)
+
+
+def best_policy(config, **arguments):
+    """The plan to run with: the first of `options` (its arguments are those of `plan_run`). Raises ValueError if none fits."""
+    plan = options(config, **arguments)[0]
+    check_fits(plan)
+    return plan
+
+
+def check_fits(plan):
+    """Raise ValueError, naming the largest terms and what to change, if `plan` needs more memory than a GPU has."""
+    if plan["fits"]:
+        return
+    largest = sorted(plan["gpu_bytes"].items(), key=lambda item: -item[1])[:3]
+    terms = ", ".join(f"{name} {value / GIB:.1f} GiB" for name, value in largest)
+    raise ValueError(
+        f"{plan['peak_bytes'] / GIB:.1f} GiB a GPU are needed and {plan['limit_bytes'] / GIB:.1f} are there ({plan['gpu_memory_gib']:g} less "
+        f"{plan['reserve_gib']:g} reserved), with activation policy {plan['activation_policy']}, memory mode {plan['memory_mode']} and "
+        f"{plan['micro_batch']} x {plan['max_seq_length']:,} tokens. Largest: {terms}. {_remedy(plan, largest[0][0])}"
+    )
+
+
+def _remedy(plan, term):
+    """What to change when `term` is the largest of a plan that doesn't fit."""
+    if term == "whole adapter gradient while accumulating":
+        return "Take more GPUs in a node, a larger micro-batch so that a step needs only one, or a lower --r."
+    if "activations" in term or "temporaries" in term or "loss" in term:
+        return "Lower --max_seq_length or the micro-batch, or recompute more (activation policy full, memory mode frugal)."
+    if "dapter" in term or "Adam" in term:
+        return "Lower --r, or take more GPUs in a node."
+    return f"Take more GPUs{'' if plan['kind'] == 'dense' else ' in a node'}, GPUs with more memory, or a smaller model."
+
+
+def compare_peak(plan, measured_bytes):
+    """One line for the log after the first step: the measured peak (torch.cuda.max_memory_allocated) beside the plan's."""
+    predicted = plan["peak_bytes"]
+    return (
+        f"peak memory: measured {measured_bytes / GIB:.2f} GiB, planned {predicted / GIB:.2f} GiB ({measured_bytes / predicted - 1:+.1%})"
+    )
+
+
+def plan_evaluation(config, *, gpu_partition, gpu_memory_gib=80.0, gpu_memory_utilization=0.92, max_model_len=8192):
+    """vLLM's memory for one engine over `gpu_partition` GPUs: a dict of bytes per GPU.
+
+    Weights in bf16, split evenly (adapters are merged while loading, so they take nothing); the KV cache's bytes a token (keys and values
+    of every layer, heads split until each GPU has one); what gpu_memory_utilization leaves for the cache after 3 GiB for activations
+    and CUDA graphs; and how many sequences of max_model_len tokens that is. Raises ValueError where the heads don't divide.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % gpu_partition:
+        raise ValueError(f"--gpu_partition {gpu_partition}: {heads} attention heads can't be split over {gpu_partition} GPUs")
+    head_dim = _attention_width(config) // heads
+    weights = 2 * count_parameters(config)["total"] / gpu_partition
+    kv_token = 2 * 2 * config.num_hidden_layers * max(kv_heads // gpu_partition, 1) * head_dim
+    cache = gpu_memory_gib * gpu_memory_utilization * GIB - weights - 3 * GIB
+    return {
+        "gpu_partition": gpu_partition,
+        "weights_bytes": int(weights),
+        "kv_bytes_per_token": kv_token,
+        "cache_bytes": int(cache),
+        "cache_tokens": max(int(cache // kv_token), 0),
+        "sequences": max(cache / kv_token / max_model_len, 0.0),
+        "max_model_len": max_model_len,
+        "fits": cache >= kv_token * max_model_len,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Steps and time
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+# Scicom-intl/Malaysian-Instructions, all five configs, by the original project's logs: 225,265 conversations in 10,080 (GLM-4.5) to 10,316
+# (Llama-3.1) packs of 16,384 that were 86 % full.
+DATASET_TOKENS = 144e6
+
+
+def schedule(tokens, max_seq_length, global_batch_size, epochs, fill=0.995):
+    """Packs and optimiser steps of a run over `tokens` real tokens an epoch, packs being filled to `fill` (multipack's goal)."""
+    packs = math.ceil(tokens / (max_seq_length * fill))
+    steps = math.ceil(packs / global_batch_size)
+    return {"tokens_per_epoch": int(tokens), "packs": packs, "steps_per_epoch": steps, "steps": math.ceil(steps * epochs), "epochs": epochs}
+
+
+def read_results(directory):
+    """Every record of results/*.json (each a list of flat objects), with its file's name under "source"."""
+    records = []
+    for path in sorted(Path(directory).glob("*.json")):
+        content = json.loads(path.read_text())
+        if isinstance(content, list):
+            records += [{**record, "source": path.name} for record in content if isinstance(record, dict)]
+    return records
+
+
+def expected_time(plan, config, model, tokens, device, records):
+    """Hours for `tokens` real tokens from measured rates: {"low", "high", "source"}, or None where nothing fitting was measured.
+
+    First choice: training-step records (`mfu`) of this model and adapter on this kind of device; the time is the run's useful FLOPs over
+    mfu x peak x GPUs, from the best to the worst such record, so slices of fewer layers count too. Else records of the experts block
+    alone (`total_ms`, `tokens`): a lower bound, with "high" None. `model` is the hub id; a record's `model` must be part of it.
+    """
+    peak = peak_flops(device)
+    gpus = plan["gpus"] * plan["nodes"]
+    adapter = "dora" if plan["use_dora"] else "lora"
+    fitting = [
+        r
+        for r in records
+        if str(r.get("model", "-")).lower().split("/")[-1] in model.lower()
+        and r.get("adapter", "lora") == adapter
+        and peak is not None
+        and peak_flops(str(r.get("device", ""))) == peak
+    ]
+    steps = [r for r in fitting if r.get("mfu")]
+    if steps:
+        hours = [plan["flops_per_token"] * tokens / (r["mfu"] * peak * gpus) / 3600 for r in steps]
+        return {"low": min(hours), "high": max(hours), "source": _sources(steps)}
+    blocks = [
+        r
+        for r in fitting
+        if r.get("implementation") == "fused_moe_lora" and r.get("total_ms") and r.get("mode", "fast") == plan["memory_mode"]
+    ]
+    if blocks:
+        layers = sum(1 for layer in architecture(config).layers() if any(m.kind == "expert" for m in layer))
+        milliseconds = min(r["total_ms"] / r["tokens"] for r in blocks)
+        low = milliseconds * layers * tokens / gpus / 3.6e6
+        return {"low": low, "high": None, "source": _sources(blocks)}
+    return None
+
+
+def _sources(records):
+    return ", ".join(sorted({f"results/{r['source']}" for r in records}))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Printing
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def _table(rows, title):
+    """Rows of (label, value, ...) under a title, labels left and the rest right-aligned."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    cells = [[str(row[0]).ljust(widths[0]), *(str(v).rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
+    return "\n".join([title, *("  " + "  ".join(row).rstrip() for row in cells)])
+
+
+def print_plan(plan, file=None):
+    """Print a plan of `plan_run`: parameters, memory by term, FLOPs, host memory, disk."""
+    counts = plan["parameters"]
+    p, adapter = plan, "DoRA" if plan["use_dora"] else "LoRA"
+    ranks = f"r {p['r']}" + (f", {p['expert_r']} per routed expert" if p["expert_r"] else "")
+    print(f"{p['model_type']}, {adapter} {ranks}; {p['nodes']} x {p['gpus']} GPUs of {p['gpu_memory_gib']:g} GiB", file=file)
+    batch = (
+        f"{p['micro_batch']} packs of {p['max_seq_length']:,} tokens x {p['nodes'] * p['gpus']} GPUs x {p['accumulation']} micro-batches"
+    )
+    print(f"A step: {batch} = {p['global_batch_size']} packs\n", file=file)
+    kinds = sorted(counts["base"], key=counts["base"].get, reverse=True)
+    rows = [("", "base", "trainable"), *((k, f"{counts['base'][k]:,}", f"{counts['adapter'].get(k, 0):,}") for k in kinds)]
+    rows += [("total", f"{counts['total']:,}", f"{counts['trainable']:,}")]
+    rows += [("active for a token", f"{counts['active']:,}", f"{counts['active_adapter']:,}")]
+    print(_table(rows, "Parameters"), end="\n\n", file=file)
+
+    rows = [(name, f"{value / GIB:.2f}") for name, value in plan["gpu_bytes"].items()]
+    rows += [("peak", f"{plan['peak_bytes'] / GIB:.2f}"), (f"limit ({plan['reserve_gib']:g} reserved)", f"{plan['limit_bytes'] / GIB:.2f}")]
+    choice = f"activation policy {plan['activation_policy']}, memory mode {plan['memory_mode']}"
+    print(_table(rows, f"Memory of one GPU, GiB: {choice}"), end="\n\n", file=file)
+    for title, key in ("Host memory of one node, GiB", "host_bytes"), ("Disk, GiB", "disk_bytes"):
+        print(_table([(name, f"{value / GIB:.1f}") for name, value in plan[key].items()], title), end="\n\n", file=file)
+
+    extra = plan["recompute_per_token"] / plan["flops_per_token"]
+    print(f"FLOPs a token: {plan['flops_per_token'] / 1e9:.2f} G useful, and {extra:.0%} more recomputed", file=file)
+
+
+def print_options(plans, file=None):
+    """Print what of `options` fits, the best marked."""
+    rows = [("", "experts", "packs", "GiB", "fits", "recompute", "")]
+    for p in plans:
+        extra = f"+{p['recompute_per_token'] / p['flops_per_token']:.0%}"
+        best = "<- best" if p is plans[0] and p["fits"] else ""
+        fits = "yes" if p["fits"] else "no"
+        rows.append((p["activation_policy"], p["memory_mode"], p["micro_batch"], f"{p['peak_bytes'] / GIB:.1f}", fits, extra, best))
+    print(_table(rows, "Activation policy, memory mode and packs in a micro-batch, best first"), file=file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------
+# Command
+# ----------------------------------------------------------------------------------------------------------------------------------
+
+STAND_INS = ("python", "python3", "torchrun", "deepspeed", "accelerate", "srun")
+
+
+@dataclass
+class PlanArguments:
+    """Flags of plan.py itself; any other flag is one of the trainer's and overrides the launcher's."""
+
+    gpus: int | None = field(default=None, metadata={"help": "GPUs of one node; default: what the launcher starts"})
+    nodes: int | None = field(default=None, metadata={"help": "nodes; default: what the launcher starts"})
+    gpu_memory: float = field(default=80.0, metadata={"help": "GiB of one GPU"})
+    reserve: float = field(default=4.0, metadata={"help": "GiB of every GPU left to CUDA, NCCL and fragmentation"})
+    device: str = field(default="NVIDIA H100 80GB HBM3", metadata={"help": "device whose measured rates in results/ give the time"})
+    config: str | None = field(default=None, metadata={"help": "config.json or directory to read instead of the launcher's model"})
+    dataset_tokens: float = field(default=DATASET_TOKENS, metadata={"help": "tokens of one epoch; default: Malaysian-Instructions'"})
+    document_length: float = field(default=1900.0, metadata={"help": "mean length of the document that a token is in"})
+    gpu_partition: int = field(default=8, metadata={"help": "evaluation: GPUs of one vLLM engine"})
+    results: str = field(default="results", metadata={"help": "directory of measured rates"})
+
+
+def read_launcher(launcher, overrides=()):
+    """Which trainer a launcher starts, with which flags: {"script", "flags": {name: value}, "gpus", "nodes"}.
+
+    bash itself reads the launcher: it runs with stand-ins for python, torchrun and the like, which only write down their arguments, so
+    arrays, variables and defaults come out as in a real run and nothing is trained. `overrides` follow the launcher as "$@".
+    Raises ValueError if the launcher fails or starts no train_dense.py or train_moe.py.
+    """
+    if not Path(launcher).is_file():
+        raise ValueError(f"{launcher}: no such launcher")
+    with tempfile.TemporaryDirectory() as folder:
+        record, functions = Path(folder, "record"), Path(folder, "functions.sh")
+        record.touch()
+        # The functions win over a launcher's own `source .venv/bin/activate`; the files over `exec` and `env`.
+        functions.write_text("".join(f'{name}() {{ "{folder}/{name}" "$@"; }}\n' for name in STAND_INS))
+        for name in STAND_INS:
+            stand_in = Path(folder, name)
+            stand_in.write_text(f"#!/bin/sh\nprintf '%s\\0' {name} \"$@\" >> {record}\nprintf '\\n\\0' >> {record}\n")
+            stand_in.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "BASH_ENV": str(functions)}
+        run = subprocess.run(
+            ["bash", str(launcher), *overrides], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        )
+        if run.returncode:
+            raise ValueError(f"{launcher}: bash stopped with {run.returncode}: {run.stderr.strip()[-300:]}")
+        calls = [call.split("\0")[:-1] for call in record.read_text().split("\n\0") if call]
+    for call in reversed(calls):
+        script = next((i for i, word in enumerate(call) if Path(word).name in ("train_dense.py", "train_moe.py")), None)
+        if script is not None:
+            starter, flags = _flags(call[1:script]), _flags(call[script + 1 :])
+            gpus, nodes = starter.get("nproc_per_node", starter.get("num_gpus", "1")), starter.get("nnodes", "1")
+            return {"script": Path(call[script]).name, "flags": flags, "gpus": int(gpus), "nodes": int(nodes)}
+    raise ValueError(f"{launcher}: starts neither train_dense.py nor train_moe.py")
+
+
+def _flags(words):
+    """{"name": "value"} of `--name value`, `--name=value` and bare `--name` ("True"); the last of several wins."""
+    flags, name = {}, None
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            flags[name] = value or "True"
+        elif name:
+            flags[name] = word
+    return flags
+
+
+def load_config(name):
+    """The transformers config of a hub id, a directory or a config.json file. Raises ValueError saying how to pass one that is local."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"{name}: no config.json found there ({str(error).splitlines()[0]}); pass one with --config FILE") from error
+
+
+def plan_launcher(arguments, launcher, overrides=()):
+    """Everything the command prints, for one launcher: (plans best first, the launcher's reading, config, model name)."""
+    reading = read_launcher(launcher, overrides)
+    flags = reading["flags"]
+    model = flags.get("model_name_or_path", "")
+    config = load_config(arguments.config or model)
+    wanted = {"use_dora": flags.get("use_dora", "False").lower() in ("true", "1", "yes")}
+    for name in ("r", "expert_r", "max_seq_length", "global_batch_size"):
+        if name in flags:
+            wanted[name] = int(flags[name])
+    plans = options(
+        config,
+        kind="moe" if reading["script"] == "train_moe.py" else "dense",
+        gpus=arguments.gpus or reading["gpus"],
+        nodes=arguments.nodes or reading["nodes"],
+        gpu_memory_gib=arguments.gpu_memory,
+        reserve_gib=arguments.reserve,
+        document_length=arguments.document_length,
+        **wanted,
+    )
+    return plans, reading, config, model
+
+
+def print_run(arguments, plan, config, model, epochs):
+    """Print tokens, steps, time and the evaluation of a plan."""
+    run = schedule(arguments.dataset_tokens, plan["max_seq_length"], plan["global_batch_size"], epochs)
+    print(
+        f"Run: {run['tokens_per_epoch']:,} tokens an epoch = {run['packs']:,} packs = {run['steps_per_epoch']:,} steps; "
+        f"{epochs:g} epochs = {run['steps']:,} steps, {plan['flops_per_token'] * run['tokens_per_epoch'] * epochs:.3g} useful FLOPs"
+    )
+    time = expected_time(plan, config, model, run["tokens_per_epoch"] * epochs, arguments.device, read_results(arguments.results))
+    if time is None:
+        print(f"Time: nothing measured yet in {arguments.results}/ for this model on {arguments.device}")
+    elif time["high"] is None:
+        print(f"Time: more than {time['low']:.1f} hours, the experts blocks alone ({time['source']})")
+    else:
+        print(f"Time: {time['low']:.1f} to {time['high']:.1f} hours ({time['source']})")
+    print_evaluation(plan_evaluation(config, gpu_partition=arguments.gpu_partition, gpu_memory_gib=arguments.gpu_memory))
+
+
+def print_evaluation(vllm):
+    """Print a plan of `plan_evaluation`."""
+    answers = f"{vllm['sequences']:.0f} answers of {vllm['max_model_len']:,} at once"
+    cache = f"KV cache {vllm['cache_bytes'] / GIB:.1f} GiB = {vllm['cache_tokens']:,} tokens, {answers}"
+    if not vllm["fits"]:
+        cache = "no room for a KV cache: raise --gpu_partition"
+    print(f"Evaluation, vLLM engines of {vllm['gpu_partition']} GPUs: weights {vllm['weights_bytes'] / GIB:.1f} GiB a GPU; {cache}")
+
+
+def main():
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(PlanArguments, description="What a launcher's run needs, before it starts.", allow_abbrev=False)
+    parser.add_argument("launcher", help="a launcher of this repository, such as ds3-qwen3-32b-lora-256.sh")
+    arguments, positional, overrides = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    try:
+        plans, reading, config, model = plan_launcher(arguments, positional.launcher, overrides)
+        print_plan(plans[0])
+        print()
+        print_options(plans)
+        print()
+        print_run(arguments, plans[0], config, model, float(reading["flags"].get("num_train_epochs", 3)))
+        check_fits(plans[0])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
