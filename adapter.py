@@ -61,7 +61,8 @@ SHAPE_FIELDS = (
 class LoraArguments:
     """The adapter's shape. Scaling is alpha / r, and the same for attention, dense layers and experts."""
 
-    r: int = field(default=256, metadata={"help": "Rank of attention, dense MLP and shared experts."})
+    # --lora_r too: torchrun takes "--r" for an abbreviation of its own flags, even after the script's name
+    r: int = field(default=256, metadata={"help": "Rank of attention, dense MLP and shared experts.", "aliases": ["--lora_r"]})
     lora_alpha: int | None = field(default=None, metadata={"help": "Default: 2 * r."})
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA (DoRA), on routed experts too."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before lora_A; routed experts never use it."})

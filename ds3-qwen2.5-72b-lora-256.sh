@@ -10,7 +10,7 @@ ARGS=(
     --dataset Scicom-intl/Malaysian-Instructions
     --max_seq_length 16384
     --global_batch_size 32
-    --r 256
+    --lora_r 256
     --learning_rate 1e-4
     --warmup_steps 50
     --num_train_epochs 3

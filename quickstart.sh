@@ -56,7 +56,7 @@ ARGS=(
     --model_name_or_path $BASE
     "${DATA[@]}"
     --global_batch_size 4
-    --r 64
+    --lora_r 64
     --learning_rate 1e-3
     --warmup_steps 5
     --num_train_epochs 3

@@ -22,6 +22,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset, SequentialSampler
@@ -69,7 +70,7 @@ class DenseTrainingArguments(TrainingArguments):
     gradient_checkpointing: bool = True
     logging_steps: float = 1
     save_strategy: str = "epoch"
-    report_to: str | list[str] | None = "wandb"
+    report_to: str = field(default="wandb", metadata={"help": "wandb, trackio, none, ..."})
     remove_unused_columns: bool = False
     dataloader_num_workers: int = 0
 
@@ -77,15 +78,16 @@ class DenseTrainingArguments(TrainingArguments):
         self.output_dir = self.output_dir or os.path.join("outputs", self.run_name)
         if self.prepare_only:
             self.deepspeed, self.use_cpu = None, True  # one process, no device
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
         if not torch.cuda.is_available():
-            self.use_cpu, self.ddp_backend = True, "gloo"
+            self.use_cpu = True
+            self.ddp_backend = "gloo" if world_size > 1 else None
         self.use_liger_kernel = not self.use_cpu  # its Triton kernels need a GPU; the CPU path is transformers' own loss
         self.gradient_checkpointing_kwargs = {"use_reentrant": False}
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
         micro = world_size * self.per_device_train_batch_size
-        if self.global_batch_size % micro:
+        if self.global_batch_size < 1 or self.global_batch_size % micro:
             raise ValueError(
-                f"--global_batch_size {self.global_batch_size} is not a multiple of {world_size} ranks x "
+                f"--global_batch_size {self.global_batch_size} is not a positive multiple of {world_size} ranks x "
                 f"--per_device_train_batch_size {self.per_device_train_batch_size}"
             )
         self.gradient_accumulation_steps = self.global_batch_size // micro
@@ -132,15 +134,13 @@ class DenseTrainer(Trainer):
     def __init__(self, *args, lora_args, base_model, **kwargs):
         super().__init__(*args, **kwargs)
         self.lora_args, self.base_model = lora_args, base_model
-        self.last_log_time, self.last_log_step = None, 0
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset or self.train_dataset)  # multipack shuffles, by seed and epoch
 
     def save_model(self, output_dir=None, _internal_call=False):
         directory = output_dir or self.args.output_dir
-        tensors = full_precision_adapter(self.model) if self.is_deepspeed_enabled else None
-        adapter.save_adapter(self.model, directory, self.base_model, self.processing_class, self.lora_args, tensors=tensors)
+        adapter.save_adapter(self.model, directory, self.base_model, self.processing_class, self.lora_args)
 
     def _get_output_dir(self, trial):
         return getattr(self, "staging", None) or super()._get_output_dir(trial)
@@ -166,6 +166,16 @@ class DenseTrainer(Trainer):
         if not self.is_deepspeed_enabled:  # DeepSpeed restores the parameters together with its optimiser
             adapter.load_adapter(model or self.model, resume_from_checkpoint)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Called once before every optimiser step: the place to count the step's real tokens, over all ranks."""
+        steps_an_epoch = math.ceil(len(self.train_dataset) / self.args.global_batch_size)
+        first = self.state.global_step % steps_an_epoch * self.args.global_batch_size
+        packs = self.train_dataset.packs
+        lengths = np.concatenate([packs.lengths[pack] for pack in packs.packs[first : first + self.args.global_batch_size]])
+        self.tokens += int(lengths.sum())
+        self.sum_squared_lengths += int((lengths.astype(np.int64) ** 2).sum())
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def log(self, logs, start_time=None):
         if "loss" in logs:
             logs |= self.step_statistics()
@@ -175,30 +185,23 @@ class DenseTrainer(Trainer):
                 f.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
 
     def step_statistics(self):
-        """Rates since the previous log line: real tokens per second over all ranks, MFU by plan.py's account, peak memory."""
-        now, step = time.perf_counter(), self.state.global_step
-        statistics = {}
+        """Rates since the previous log line: real tokens per second over all ranks, MFU by plan.py's account, peak memory in GiB."""
+        now = time.perf_counter()
+        seconds, self.last_log_time = now - self.last_log_time, now
+        r, use_dora = self.lora_args.r, self.lora_args.use_dora
+        flops = plan.train_flops(self.model.config, self.tokens, self.sum_squared_lengths, r, use_dora=use_dora)
+        statistics = {"tokens": self.tokens, "tokens_per_second": round(self.tokens / seconds, 1)}
         if torch.cuda.is_available():
+            utilisation = plan.mfu(flops, seconds, self.args.world_size, torch.cuda.get_device_name())
+            statistics["mfu"] = None if utilisation is None else round(utilisation, 4)
             statistics["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        if self.last_log_time is not None:
-            lengths = [n for s in range(self.last_log_step, step) for n in self.document_lengths(s)]
-            seconds, tokens = now - self.last_log_time, sum(lengths)
-            statistics["tokens_per_second"] = round(tokens / seconds, 1)
-            flops = plan.train_flops(
-                self.model.config, tokens, sum(n * n for n in lengths), self.lora_args.r, use_dora=self.lora_args.use_dora
-            )
-            device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-            utilisation = plan.mfu(flops, seconds, self.args.world_size, device)
-            if utilisation is not None:
-                statistics["mfu"] = round(utilisation, 4)
-        self.last_log_time, self.last_log_step = now, step
+        self.tokens = self.sum_squared_lengths = 0
         return statistics
 
-    def document_lengths(self, step):
-        """Token counts of the documents in optimiser step `step` (0-based) of the whole run, over all ranks."""
-        packs = self.train_dataset.packs
-        first = step % math.ceil(len(self.train_dataset) / self.args.global_batch_size) * self.args.global_batch_size
-        return [n for i in range(first, min(first + self.args.global_batch_size, len(packs))) for n in packs.document_lengths(i)]
+    def train(self, *args, **kwargs):
+        self.tokens = self.sum_squared_lengths = 0
+        self.last_log_time = time.perf_counter()
+        return super().train(*args, **kwargs)
 
 
 class StopOnSignal(TrainerCallback):
@@ -214,22 +217,6 @@ class StopOnSignal(TrainerCallback):
             dist.all_reduce(stop, dist.ReduceOp.MAX)  # signals reach ranks at different times; they must stop at one step
         if stop.item():
             control.should_save = control.should_training_stop = True
-
-
-def full_precision_adapter(model):
-    """The adapter under its on-disk names from DeepSpeed's fp32 master weights: the optimiser's truth, not its bf16 copy.
-
-    Collective over all ranks; CPU fp32 tensors on rank 0, {} elsewhere.
-    """
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            full = safe_get_full_fp32_param(parameter)
-            if dist.get_rank() == 0:
-                tensors[adapter.disk_name(name)] = full.detach().float().cpu().contiguous()
-    return tensors
 
 
 def git_commit():
@@ -311,7 +298,7 @@ def main():
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
         packs = multipack.prepare(data_args, tokenizer, model_args.model_name_or_path, seed=training_args.seed)
         if training_args.prepare_only:
-            return
+            return print(multipack.format_report(packs.report))
         checkpoint = find_resume_checkpoint(training_args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

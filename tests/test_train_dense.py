@@ -18,21 +18,22 @@ import multipack
 from conftest import save_tiny_checkpoint, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-STEPS_AN_EPOCH = 3
+STEPS_AN_EPOCH = 12  # of 4 packs; many and quick, so that a kill lands in the middle
+STEPS = 2 * STEPS_AN_EPOCH
 # fp32, so that what is compared is arithmetic, not rounding; a short warm-up, so that the learning rate moves
 FLAGS = (
-    "--max_seq_length 256 --global_batch_size 4 --r 4 --bf16 False --report_to none --warmup_steps 2 --learning_rate 1e-2 "
+    "--max_seq_length 256 --global_batch_size 4 --lora_r 4 --bf16 False --report_to none --warmup_steps 2 --learning_rate 3e-3 "
     "--num_train_epochs 2 --gradient_checkpointing False --preprocessing_num_workers 1 --seed 3"
 ).split()
 
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A tiny Llama checkpoint, conversations of very different lengths that fill 10 packs (so the last step is short), no network."""
+    """A tiny Llama checkpoint, conversations of very different lengths, an odd number of packs."""
     root = tmp_path_factory.mktemp("dense")
     save_tiny_checkpoint(root / "model", "llama")
     with open(root / "train.jsonl", "w") as f:
-        for i in range(30):
+        for i in range(95):
             question = f"Soalan {i}: berapakah {i} tambah {i * 3}?"
             answer = f"Jawapannya ialah {i * 4}. " + "Kira dengan teliti. " * (i % 5)
             f.write(json.dumps({"question": question, "answer": answer}) + "\n")
@@ -64,7 +65,7 @@ def run(workspace, name, *extra, processes=1):
     )
     output = workspace / "outputs" / name
     # results are judged, not the exit code alone: two-process runs abort now and then after all work is done
-    assert (output / f"checkpoint-{2 * STEPS_AN_EPOCH}").is_dir(), done.stdout[-2000:] + done.stderr[-4000:]
+    assert (output / f"checkpoint-{STEPS}").is_dir(), done.stdout[-2000:] + done.stderr[-4000:]
     return read_log(output), read_adapters(output)
 
 
@@ -89,7 +90,7 @@ def assert_same_adapter(got, expected, **tolerance):
 
 
 def test_equals_a_plain_loop_without_packing(workspace, unbroken):
-    """Six steps of PyTorch on one document at a time: sum of token losses over the step's documents / supervised tokens."""
+    """Two epochs of PyTorch on one document at a time: sum of token losses over the step's documents / supervised tokens."""
     from transformers import AutoModelForCausalLM, set_seed
 
     log, adapters = unbroken
@@ -102,8 +103,8 @@ def test_equals_a_plain_loop_without_packing(workspace, unbroken):
     set_seed(3)
     model = adapter.apply_lora(model, adapter.LoraArguments(r=4))
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-2, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(s / 2, (6 - s) / 4))
+    optimizer = torch.optim.AdamW(trainable, lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(s / 2, (STEPS - s) / (STEPS - 2)))
     for epoch in range(2):
         packs.set_epoch(epoch)
         order = [packs[i] for i in range(len(packs))]
@@ -123,7 +124,7 @@ def test_equals_a_plain_loop_without_packing(workspace, unbroken):
             step = epoch * STEPS_AN_EPOCH + first // 4 + 1
             assert log[step]["loss"] == pytest.approx(total, rel=2e-4), step
             assert log[step]["grad_norm"] == pytest.approx(norm, rel=2e-3), step
-    assert_same_adapter(adapters[6], adapter.adapter_state_dict(model), rtol=2e-3, atol=2e-4)
+    assert_same_adapter(adapters[STEPS], adapter.adapter_state_dict(model), rtol=2e-3, atol=2e-4)
 
 
 def test_two_ranks_under_zero3_equal_one_rank_with_accumulation(workspace, unbroken):
@@ -134,7 +135,7 @@ def test_two_ranks_under_zero3_equal_one_rank_with_accumulation(workspace, unbro
         assert log2[step]["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-3), step
     for step in adapters:
         assert_same_adapter(adapters2[step], adapters[step], rtol=1e-3, atol=1e-4)
-    assert adapter.verify_adapter(workspace / "outputs/two/checkpoint-6", workspace / "model") == []
+    assert adapter.verify_adapter(workspace / "outputs/two" / f"checkpoint-{STEPS}", workspace / "model") == []
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -158,18 +159,19 @@ def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert not (output / f"checkpoint-{STEPS}").exists(), "killed too late to show anything"
     log, adapters = run(workspace, name, "--resume", *zero3, processes=processes)
-    for step in range(STEPS_AN_EPOCH + 1, 2 * STEPS_AN_EPOCH + 1):
+    for step in range(STEPS_AN_EPOCH + 1, STEPS + 1):
         tolerance = 0 if processes == 1 else 1e-4
         assert log[step]["loss"] == pytest.approx(unbroken[0][step]["loss"], rel=tolerance), step
-    assert_same_adapter(adapters[6], unbroken[1][6], rtol=1e-3, atol=1e-6 if processes == 1 else 1e-4)
+    assert_same_adapter(adapters[STEPS], unbroken[1][STEPS], rtol=1e-3, atol=1e-6 if processes == 1 else 1e-4)
 
 
 def test_existing_run_is_not_overwritten(workspace, unbroken):
     done = subprocess.run(command(workspace, "unbroken"), cwd=workspace, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "checkpoint-6 exists: pass --resume" in done.stderr.splitlines()[-1]
-    assert len(read_log(workspace / "outputs/unbroken")) == 2 * STEPS_AN_EPOCH
+    assert f"checkpoint-{STEPS} exists: pass --resume" in done.stderr.splitlines()[-1]
+    assert len(read_log(workspace / "outputs/unbroken")) == STEPS
 
 
 @pytest.mark.parametrize(
