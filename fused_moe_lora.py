@@ -5,7 +5,7 @@ A drop-in for the experts modules of transformers 5 (`gate_up_proj (E, 2I, H)`, 
     model = AutoModelForCausalLM.from_pretrained(...)
     wrap_experts(model, r=32, lora_alpha=64)        # every mlp.experts becomes a FusedMoELoRA; returns how many
 
-On a CPU the reference runs: plain PyTorch, any dtype.
+On a GPU (Ampere or newer) the Triton kernels run, on a CPU the reference: plain PyTorch, any dtype.
 Tests: `pytest tests/test_fused_moe_lora.py`; benchmark: `python benchmarks/bench_fused_moe_lora.py`.
 
 Letters: T tokens; E experts; top_k experts a token; S = T * top_k routed rows, sorted by expert; H hidden; I expert intermediate;
@@ -21,10 +21,21 @@ r LoRA rank. With s = scaling, and per routed row x (its token) and w (its route
 
 import inspect
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import nn
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+H_SLICES = 4  # an (S, H) temporary exists one part of its columns at a time
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -78,6 +89,994 @@ def moe_lora_reference(
     y_sorted = torch.cat(outputs) if outputs else hidden_states.new_zeros(0, hidden_states.shape[1])
     y = torch.empty_like(y_sorted).index_copy(0, order, y_sorted).view(tokens, top_k, -1)  # back in token order
     return (y * top_k_weights.to(dtype).unsqueeze(-1)).sum(dim=1)  # (T, H)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Kernels. Row tiles never cross experts: tile i covers rows tile_row[i] .. tile_row[i] + BLOCK_M - 1 of expert tile_expert[i], cut at
+# offsets[expert + 1]; num_tiles is a device scalar, so grids are sized by the upper bound S // BLOCK_M + E and the rest exits at once.
+#
+#   array            shape    dtype   meaning
+#   row_token        (S,)     int32   token of a sorted row
+#   row_weight       (S,)     fp32    router weight of a sorted row
+#   token_row        (S,)     int32   sorted row of (token, choice)
+#   offsets          (E+1,)   int32   first sorted row of an expert
+#   tile_expert      (tiles,) int32   expert of a row tile
+#   tile_row         (tiles,) int32   first sorted row of a row tile
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def count_kernel(index_ptr, S, counts_ptr, num_blocks, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Grid (blocks of BLOCK routed rows,): counts (E, blocks) = rows of each expert in each block."""
+    block = tl.program_id(0)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(index_ptr + rows, mask=rows < S, other=BLOCK_E - 1).to(tl.int32)
+    counts = tl.histogram(expert, BLOCK_E, mask=rows < S)
+    experts = tl.arange(0, BLOCK_E)
+    tl.store(counts_ptr + experts * num_blocks + block, counts, mask=experts < E)
+
+
+@triton.jit
+def scan_kernel(counts_ptr, num_blocks, totals_ptr, BLOCK_B: tl.constexpr):
+    """Grid (E,): turn an expert's counts per block into the rows it has in earlier blocks; totals (E,) = all its rows."""
+    expert = tl.program_id(0)
+    running = 0
+    for start in range(0, num_blocks, BLOCK_B):
+        blocks = start + tl.arange(0, BLOCK_B)
+        counts = tl.load(counts_ptr + expert * num_blocks + blocks, mask=blocks < num_blocks, other=0)
+        before = tl.cumsum(counts, 0) - counts + running
+        tl.store(counts_ptr + expert * num_blocks + blocks, before, mask=blocks < num_blocks)
+        running += tl.sum(counts, 0)
+    tl.store(totals_ptr + expert, running)
+
+
+@triton.jit
+def place_kernel(
+    index_ptr, weight_ptr, S, top_k, counts_ptr, num_blocks, totals_ptr, E,
+    token_row_ptr, row_token_ptr, row_weight_ptr, offsets_ptr,
+    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, max_tiles,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of BLOCK routed rows,): a stable counting sort; every program also writes its share of the tile map."""
+    block = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_E)
+    totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
+    ends = tl.cumsum(totals, 0)
+    starts = ends - totals
+    tiles = (totals + BLOCK_M - 1) // BLOCK_M
+    tile_ends = tl.cumsum(tiles, 0)
+
+    lane = tl.arange(0, BLOCK)
+    rows = block * BLOCK + lane
+    expert = tl.load(index_ptr + rows, mask=rows < S, other=-1).to(tl.int32)
+    earlier = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
+    rank = tl.sum(earlier.to(tl.int32), 1)
+    start = tl.sum(tl.where(expert[:, None] == experts[None, :], starts[None, :], 0), 1)
+    before = tl.load(counts_ptr + expert * num_blocks + block, mask=rows < S, other=0)
+    position = start + before + rank
+    tl.store(token_row_ptr + rows, position, mask=rows < S)
+    tl.store(row_token_ptr + position, rows // top_k, mask=rows < S)
+    tl.store(row_weight_ptr + position, tl.load(weight_ptr + rows, mask=rows < S, other=0.0).to(tl.float32), mask=rows < S)
+
+    # the tile map: tile i belongs to the first expert whose tiles end after i
+    for first in range(block * BLOCK, max_tiles, num_blocks * BLOCK):
+        tile = first + lane
+        owner = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)
+        mine = owner[:, None] == experts[None, :]
+        row = tl.sum(tl.where(mine, starts[None, :] - (tile_ends - tiles)[None, :] * BLOCK_M, 0), 1) + tile * BLOCK_M
+        used = (tile < max_tiles) & (owner < E)
+        tl.store(tile_expert_ptr + tile, owner, mask=used)
+        tl.store(tile_row_ptr + tile, row, mask=used)
+    if block == 0:
+        tl.store(offsets_ptr + experts, starts, mask=experts < E)
+        tl.store(offsets_ptr + E, S)
+        tl.store(num_tiles_ptr, tl.sum(tiles, 0))
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    a_ptr, stride_am, a_segment, row_token_ptr,
+    w0_ptr, w1_ptr, stride_we, stride_wn, stride_wk,
+    u_ptr, u_segment, l0_ptr, l1_ptr, stride_le, stride_ln, stride_lr,
+    out_ptr, stride_om, out_segment,
+    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
+    N, K, R, alpha,
+    SEGMENTS: tl.constexpr, GATHER: tl.constexpr, LORA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles * SEGMENTS * column tiles,): out = alpha (A W_e^T + U L_e^T), one GEMM for all experts.
+
+    A (rows, K), through row_token if GATHER; W (E, N, K) and L (E, N, R) with any strides. SEGMENTS = 2 does two products side by
+    side (gate and up): segment i takes w{i}, l{i}, U + i * u_segment, columns of A from i * a_segment, and writes from out +
+    i * out_segment. LORA: "no"; "own" adds the segment's U L^T; "both" adds U_0 L_0^T + U_1 L_1^T (dx, to which gate and up add).
+    """
+    column_tiles = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) // (column_tiles * SEGMENTS)
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    segment = (tl.program_id(0) % (column_tiles * SEGMENTS)) // column_tiles
+    column = tl.program_id(0) % column_tiles * BLOCK_N
+    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+    rows = tl.load(tile_row_ptr + tile) + tl.arange(0, BLOCK_M)
+    row_mask = rows < tl.load(offsets_ptr + expert + 1)
+    if GATHER:
+        a_rows = tl.load(row_token_ptr + rows, mask=row_mask, other=0).to(tl.int64)
+    else:
+        a_rows = rows.to(tl.int64)
+    columns = column + tl.arange(0, BLOCK_N)
+    column_mask = columns < N
+    ks = tl.arange(0, BLOCK_K)
+
+    w_ptr = w0_ptr
+    l_ptr = l0_ptr
+    if SEGMENTS == 2:
+        if segment == 1:
+            w_ptr = w1_ptr
+            l_ptr = l1_ptr
+    a = a_ptr + segment * a_segment + a_rows[:, None] * stride_am + ks[None, :]
+    w = w_ptr + expert * stride_we + columns[None, :].to(tl.int64) * stride_wn + ks[:, None] * stride_wk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        k_mask = k + ks < K
+        a_tile = tl.load(a, mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+        w_tile = tl.load(w, mask=column_mask[None, :] & k_mask[:, None], other=0.0)
+        acc = tl.dot(a_tile, w_tile, acc, input_precision=PRECISION)
+        a += BLOCK_K
+        w += BLOCK_K * stride_wk
+
+    if LORA != "no":
+        for r in range(0, R, BLOCK_R):
+            rs = r + tl.arange(0, BLOCK_R)
+            u_mask = row_mask[:, None] & (rs < R)[None, :]
+            l_mask = column_mask[None, :] & (rs < R)[:, None]
+            l_offsets = expert * stride_le + columns[None, :].to(tl.int64) * stride_ln + rs[:, None] * stride_lr
+            u = u_ptr + segment * u_segment + rows.to(tl.int64)[:, None] * R + rs[None, :]
+            acc = tl.dot(
+                tl.load(u, mask=u_mask, other=0.0), tl.load(l_ptr + l_offsets, mask=l_mask, other=0.0), acc, input_precision=PRECISION
+            )
+            if LORA == "both":
+                u += u_segment
+                acc = tl.dot(
+                    tl.load(u, mask=u_mask, other=0.0),
+                    tl.load(l1_ptr + l_offsets, mask=l_mask, other=0.0),
+                    acc,
+                    input_precision=PRECISION,
+                )
+    out = out_ptr + segment * out_segment + rows.to(tl.int64)[:, None] * stride_om + columns[None, :]
+    tl.store(out, (acc * alpha).to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+@triton.jit
+def swiglu_kernel(
+    gate_up_ptr, a_ptr, gate_scale_ptr, up_scale_ptr, lora_A_ptr, v_ptr,
+    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, INTERMEDIATE, R, scaling,
+    DORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (row tiles,): a = silu(gate) up and, while a is at hand, v = s a A2^T. gate_up (S, 2I), a (S, I), A2 (E, R, I), v (S, R)."""
+    tile = tl.program_id(0)
+    if tile >= tl.load(num_tiles_ptr):
+        return
+    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+    rows = tl.load(tile_row_ptr + tile) + tl.arange(0, BLOCK_M)
+    row_mask = rows < tl.load(offsets_ptr + expert + 1)
+    rows = rows.to(tl.int64)
+    rs = tl.arange(0, BLOCK_R)
+    v = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for start in range(0, INTERMEDIATE, BLOCK_I):
+        columns = start + tl.arange(0, BLOCK_I)
+        mask = row_mask[:, None] & (columns < INTERMEDIATE)[None, :]
+        offsets = rows[:, None] * (2 * INTERMEDIATE) + columns[None, :]
+        gate = tl.load(gate_up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + offsets + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
+        if DORA:
+            gate *= tl.load(gate_scale_ptr + expert * INTERMEDIATE + columns, mask=columns < INTERMEDIATE, other=0.0)[None, :]
+            up *= tl.load(up_scale_ptr + expert * INTERMEDIATE + columns, mask=columns < INTERMEDIATE, other=0.0)[None, :]
+        a = (gate * tl.sigmoid(gate) * up).to(a_ptr.dtype.element_ty)
+        tl.store(a_ptr + rows[:, None] * INTERMEDIATE + columns[None, :], a, mask=mask)
+        lora_A = tl.load(
+            lora_A_ptr + (expert * R + rs[None, :]) * INTERMEDIATE + columns[:, None],
+            mask=(rs < R)[None, :] & (columns < INTERMEDIATE)[:, None],
+            other=0.0,
+        )
+        v = tl.dot(a, lora_A, v, input_precision=PRECISION)
+    tl.store(v_ptr + rows[:, None] * R + rs[None, :], (v * scaling).to(v_ptr.dtype.element_ty), mask=row_mask[:, None] & (rs < R)[None, :])
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    da_ptr, gate_up_ptr, gate_scale_ptr, up_scale_ptr, row_weight_ptr, u_ptr, u_segment, dv_ptr, offsets_ptr,
+    dB_gate_ptr, dB_up_ptr, dA_down_ptr, dw_ptr, dgate_scale_ptr, dup_scale_ptr, S, INTERMEDIATE, R,
+    DORA: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (column blocks of I, E): everything that needs a, d(gate) and d(up), in one sweep over the expert's rows.
+
+    da (S, I) and dv (S, R) are per unit of router weight. Overwrites gate_up (S, 2I) with its gradient (before DoRA's scale:
+    of W x + s B A x); writes dB_gate, dB_up (E, I, R), dA_down (E, R, I), DoRA's dscale (E, I), and this block's part of
+    d(router weight) = <a, da> to dw (column blocks, S).
+    """
+    block = tl.program_id(0)
+    expert = tl.program_id(1).to(tl.int64)
+    first = tl.load(offsets_ptr + expert)
+    last = tl.load(offsets_ptr + expert + 1)
+    columns = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    column_mask = columns < INTERMEDIATE
+    rs = tl.arange(0, BLOCK_R)
+    dB_gate = tl.zeros((BLOCK_I, BLOCK_R), dtype=tl.float32)
+    dB_up = tl.zeros((BLOCK_I, BLOCK_R), dtype=tl.float32)
+    dA_down = tl.zeros((BLOCK_I, BLOCK_R), dtype=tl.float32)
+    if DORA:
+        gate_scale = tl.load(gate_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
+        up_scale = tl.load(up_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
+        dgate_scale = tl.zeros((BLOCK_I,), dtype=tl.float32)
+        dup_scale = tl.zeros((BLOCK_I,), dtype=tl.float32)
+    dtype: tl.constexpr = da_ptr.dtype.element_ty
+    for start in range(first, last, BLOCK_S):
+        rows = start + tl.arange(0, BLOCK_S)
+        row_mask = rows < last
+        rows = rows.to(tl.int64)
+        mask = row_mask[:, None] & column_mask[None, :]
+        low_rank = rows[:, None] * R + rs[None, :]
+        low_rank_mask = row_mask[:, None] & (rs < R)[None, :]
+        offsets = rows[:, None] * (2 * INTERMEDIATE) + columns[None, :]
+        gate = tl.load(gate_up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(gate_up_ptr + offsets + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
+        da = tl.load(da_ptr + rows[:, None] * INTERMEDIATE + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        weight = tl.load(row_weight_ptr + rows, mask=row_mask, other=0.0)
+        u_gate = tl.load(u_ptr + low_rank, mask=low_rank_mask, other=0.0)
+        u_up = tl.load(u_ptr + u_segment + low_rank, mask=low_rank_mask, other=0.0)
+        dv = tl.load(dv_ptr + low_rank, mask=low_rank_mask, other=0.0).to(tl.float32) * weight[:, None]
+        if DORA:
+            gate_before, up_before = gate, up
+            gate *= gate_scale
+            up *= up_scale
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        a = silu * up
+        tl.store(dw_ptr + block.to(tl.int64) * S + rows, tl.sum(a * da, 1), mask=row_mask)
+        da *= weight[:, None]
+        dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
+        dup = da * silu
+        if DORA:
+            dgate_scale += tl.sum(dgate * gate_before, 0)
+            dup_scale += tl.sum(dup * up_before, 0)
+            dgate *= gate_scale
+            dup *= up_scale
+        dgate = dgate.to(dtype)
+        dup = dup.to(dtype)
+        tl.store(gate_up_ptr + offsets, dgate, mask=mask)
+        tl.store(gate_up_ptr + offsets + INTERMEDIATE, dup, mask=mask)
+        dB_gate = tl.dot(tl.trans(dgate), u_gate, dB_gate, input_precision=PRECISION)
+        dB_up = tl.dot(tl.trans(dup), u_up, dB_up, input_precision=PRECISION)
+        dA_down = tl.dot(tl.trans(a.to(dtype)), dv.to(dtype), dA_down, input_precision=PRECISION)
+    mask = column_mask[:, None] & (rs < R)[None, :]
+    dB = (expert * INTERMEDIATE + columns[:, None]) * R + rs[None, :]
+    tl.store(dB_gate_ptr + dB, dB_gate.to(dB_gate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dB_up_ptr + dB, dB_up.to(dB_up_ptr.dtype.element_ty), mask=mask)
+    dA = (expert * R + rs[None, :]) * INTERMEDIATE + columns[:, None]
+    tl.store(dA_down_ptr + dA, dA_down.to(dA_down_ptr.dtype.element_ty), mask=mask)
+    if DORA:
+        tl.store(dgate_scale_ptr + expert * INTERMEDIATE + columns, dgate_scale, mask=column_mask)
+        tl.store(dup_scale_ptr + expert * INTERMEDIATE + columns, dup_scale, mask=column_mask)
+
+
+@triton.jit
+def lora_grad_kernel(
+    x_ptr, row_token_ptr, row_weight_ptr, y_ptr, y_segment, offsets_ptr,
+    d0_ptr, d1_ptr, stride_de, stride_dn, stride_dr, z_ptr, scale_ptr, dscale_ptr, N, R,
+    SEGMENTS: tl.constexpr, WEIGHTED: tl.constexpr, DORA: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (column blocks of N, E): d{i}_e = X_e^T Y_i, the gradient of an A or a B, X (T, N) gathered through row_token.
+
+    Y (SEGMENTS, S, R), its rows times row_weight if WEIGHTED; d{i} (E, N, R) with any strides. DORA, for the down projection, where
+    X is dout: also dscale (E, N) = sum of row_weight X z, and z (S, N) is overwritten with scale X, which takes X's place.
+    """
+    expert = tl.program_id(1).to(tl.int64)
+    first = tl.load(offsets_ptr + expert)
+    last = tl.load(offsets_ptr + expert + 1)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < N
+    rs = tl.arange(0, BLOCK_R)
+    d0 = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    d1 = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    if DORA:
+        scale = tl.load(scale_ptr + expert * N + columns, mask=column_mask, other=0.0)[None, :]
+        dscale = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(first, last, BLOCK_S):
+        rows = start + tl.arange(0, BLOCK_S)
+        row_mask = rows < last
+        mask = row_mask[:, None] & column_mask[None, :]
+        tokens = tl.load(row_token_ptr + rows, mask=row_mask, other=0).to(tl.int64)
+        x = tl.load(x_ptr + tokens[:, None] * N + columns[None, :], mask=mask, other=0.0)
+        low_rank = rows.to(tl.int64)[:, None] * R + rs[None, :]
+        low_rank_mask = row_mask[:, None] & (rs < R)[None, :]
+        y = tl.load(y_ptr + low_rank, mask=low_rank_mask, other=0.0)
+        if WEIGHTED:
+            weight = tl.load(row_weight_ptr + rows, mask=row_mask, other=0.0)
+            y = (y.to(tl.float32) * weight[:, None]).to(x.dtype)
+        if DORA:
+            z_tile = z_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+            z = tl.load(z_tile, mask=mask, other=0.0).to(tl.float32)
+            x32 = x.to(tl.float32)
+            dscale += tl.sum(x32 * z * weight[:, None], 0)
+            x = (x32 * scale).to(x.dtype)
+            tl.store(z_tile, x, mask=mask)
+        d0 = tl.dot(tl.trans(x), y, d0, input_precision=PRECISION)
+        if SEGMENTS == 2:
+            d1 = tl.dot(tl.trans(x), tl.load(y_ptr + y_segment + low_rank, mask=low_rank_mask, other=0.0), d1, input_precision=PRECISION)
+    d = expert * stride_de + columns[:, None].to(tl.int64) * stride_dn + rs[None, :] * stride_dr
+    mask = column_mask[:, None] & (rs < R)[None, :]
+    tl.store(d0_ptr + d, d0.to(d0_ptr.dtype.element_ty), mask=mask)
+    if SEGMENTS == 2:
+        tl.store(d1_ptr + d, d1.to(d1_ptr.dtype.element_ty), mask=mask)
+    if DORA:
+        tl.store(dscale_ptr + expert * N + columns, dscale, mask=column_mask)
+
+
+@triton.jit
+def combine_kernel(
+    y_ptr, stride_ys, token_row_ptr, index_ptr, weight_ptr, scale_ptr, out_ptr, stride_ot, N, WIDTH,
+    TOP_K: tl.constexpr, WEIGHTED: tl.constexpr, DORA: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Grid (T, column blocks): out (T, N) = sum over a token's choices, in their order, of weight * scale_e * y (S, N). No atomics."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = columns < N
+    acc = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for choice in tl.static_range(TOP_K):
+        row = tl.load(token_row_ptr + token * TOP_K + choice).to(tl.int64)
+        y = tl.load(y_ptr + row * stride_ys + columns, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            y *= tl.load(weight_ptr + token * TOP_K + choice).to(tl.float32)
+        if DORA:
+            expert = tl.load(index_ptr + token * TOP_K + choice).to(tl.int64)
+            y *= tl.load(scale_ptr + expert * WIDTH + columns, mask=mask, other=0.0)
+        acc += y
+    tl.store(out_ptr + token * stride_ot + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def router_grad_kernel(dw_ptr, token_row_ptr, out_ptr, S, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid (blocks of BLOCK,): gradient of the top-k weights, (T, top_k): the column blocks' parts added up, in token order."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(token_row_ptr + index, mask=index < S, other=0).to(tl.int64)
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for block in range(BLOCKS):
+        acc += tl.load(dw_ptr + block * S + row, mask=index < S, other=0.0)
+    tl.store(out_ptr + index, acc.to(out_ptr.dtype.element_ty), mask=index < S)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The same grouped GEMM for Hopper, in Gluon: one producer warpgroup keeps a ring of shared-memory stages full (bulk tensor copies for
+# weights and plain A, cp.async for gathered A), each consumer warpgroup multiplies its own 64 rows by the common BLOCK_N columns.
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def hopper_producer(
+    a_desc,
+    a_ptr,
+    stride_am,
+    row_token_ptr,
+    w_desc,
+    u_desc,
+    l0_desc,
+    l1_desc,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    offsets_ptr,
+    a_smem,
+    w_smem,
+    full,
+    empty,
+    N,
+    K,
+    R,
+    w_rows,
+    l_rows,
+    S,
+    CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATHER: gl.constexpr,
+    K_MAJOR: gl.constexpr,
+    HALVES: gl.constexpr,
+    LORAS: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    column_tiles = gl.cdiv(N, BLOCK_N // HALVES)
+    total = gl.load(num_tiles_ptr) * column_tiles
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    HALF: gl.constexpr = BLOCK_N // HALVES
+    A_BYTES: gl.constexpr = CONSUMERS * 64 * BLOCK_K * 2
+    W_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
+    L_BYTES: gl.constexpr = (CONSUMERS * 64 + BLOCK_N) * BLOCK_R * 2
+    step = 0
+    for item in range(gl.program_id(0), total, PROGRAMS):
+        tile = item // column_tiles
+        column = item % column_tiles * HALF
+        expert = gl.load(tile_expert_ptr + tile)
+        row = gl.load(tile_row_ptr + tile)
+        if GATHER:
+            last = gl.load(offsets_ptr + expert + 1)
+            ks = gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout)), 0)
+            lane = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+            t0 = gl.load(row_token_ptr + row + lane, mask=row + lane < last, other=0)
+            a0 = a_ptr + gl.expand_dims(t0.to(gl.int64) * stride_am, 1) + ks
+            t1 = gl.load(row_token_ptr + row + 64 + lane, mask=row + 64 + lane < last, other=0)
+            a1 = a_ptr + gl.expand_dims(t1.to(gl.int64) * stride_am, 1) + ks
+            if CONSUMERS == 3:
+                t2 = gl.load(row_token_ptr + row + 128 + lane, mask=row + 128 + lane < last, other=0)
+                a2 = a_ptr + gl.expand_dims(t2.to(gl.int64) * stride_am, 1) + ks
+        for k in range(0, K, BLOCK_K):
+            slot = step % STAGES
+            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            bar = full.index(slot)
+            w = w_smem.index(slot)
+            if GATHER:
+                mbarrier.expect(bar, W_BYTES)
+            else:
+                mbarrier.expect(bar, W_BYTES + A_BYTES)
+                for c in gl.static_range(CONSUMERS):
+                    tma.async_copy_global_to_shared(a_desc, [row + 64 * c, k], bar, a_smem.index(slot * CONSUMERS + c))
+            if HALVES == 2:
+                tma.async_copy_global_to_shared(w_desc, [expert * w_rows + column, k], bar, w.slice(0, HALF))
+                tma.async_copy_global_to_shared(w_desc, [expert * w_rows + N + column, k], bar, w.slice(HALF, HALF))
+            elif K_MAJOR:
+                tma.async_copy_global_to_shared(w_desc, [expert * w_rows + column, k], bar, w)
+            else:
+                tma.async_copy_global_to_shared(w_desc, [expert * w_rows + k, column], bar, w)
+            if GATHER:
+                async_copy.async_copy_global_to_shared(a_smem.index(slot * CONSUMERS), a0)
+                async_copy.async_copy_global_to_shared(a_smem.index(slot * CONSUMERS + 1), a1)
+                a0 += BLOCK_K
+                a1 += BLOCK_K
+                if CONSUMERS == 3:
+                    async_copy.async_copy_global_to_shared(a_smem.index(slot * CONSUMERS + 2), a2)
+                    a2 += BLOCK_K
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            step += 1
+        for i in gl.static_range(LORAS):
+            for r in range(0, R, BLOCK_R):
+                slot = step % STAGES
+                mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+                bar = full.index(slot)
+                mbarrier.expect(bar, L_BYTES)
+                for c in gl.static_range(CONSUMERS):
+                    u = a_smem.index(slot * CONSUMERS + c)._reinterpret(gl.bfloat16, [64, BLOCK_R], u_desc.layout)
+                    # rows of U_1 follow those of U_0
+                    tma.async_copy_global_to_shared(u_desc, [i * S + row + 64 * c, r], bar, u)
+                desc = l0_desc if i == 0 else l1_desc
+                if HALVES == 2:
+                    lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK_N, BLOCK_R], desc.layout)
+                    for h in gl.static_range(2):
+                        # the other half gets zeros: columns from R on lie outside the tensor
+                        tma.async_copy_global_to_shared(
+                            desc, [expert * l_rows + column, r if h == i else R], bar, lora.slice(h * HALF, HALF)
+                        )
+                elif K_MAJOR:
+                    lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK_N, BLOCK_R], desc.layout)
+                    tma.async_copy_global_to_shared(desc, [expert * l_rows + column, r], bar, lora)
+                else:
+                    lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK_R, BLOCK_N], desc.layout)
+                    tma.async_copy_global_to_shared(desc, [expert * l_rows + r, column], bar, lora)
+                if GATHER:
+                    async_copy.mbarrier_arrive(bar, increment_count=False)
+                step += 1
+
+
+@gluon.jit
+def hopper_consumer(
+    out_desc,
+    out_ptr,
+    stride_om,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    offsets_ptr,
+    a_smem,
+    w_smem,
+    o_smem,
+    full,
+    empty,
+    N,
+    K,
+    R,
+    WHO: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATHER: gl.constexpr,
+    K_MAJOR: gl.constexpr,
+    HALVES: gl.constexpr,
+    LORAS: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    O_BUFFERS: gl.constexpr,
+    INSTR_N: gl.constexpr,
+):
+    HALF: gl.constexpr = BLOCK_N // HALVES
+    column_tiles = gl.cdiv(N, HALF)
+    total = gl.load(num_tiles_ptr) * column_tiles
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, INSTR_N, 16])
+    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    PIECE: gl.constexpr = 64
+    u_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_R], gl.bfloat16)
+    l_shape: gl.constexpr = [BLOCK_N, BLOCK_R] if K_MAJOR else [BLOCK_R, BLOCK_N]
+    l_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(l_shape, gl.bfloat16)
+    steps = gl.cdiv(K, BLOCK_K)
+    step = 0
+    for item in range(gl.program_id(0), total, PROGRAMS):
+        tile = item // column_tiles
+        column = item % column_tiles * HALF
+        row = gl.load(tile_row_ptr + tile) + 64 * WHO
+        last = gl.load(offsets_ptr + gl.load(tile_expert_ptr + tile) + 1)
+        acc = gl.zeros((64, BLOCK_N), gl.float32, acc_layout)
+        for k in range(steps):
+            slot = step % STAGES
+            mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+            if GATHER:
+                fence_async_shared()
+            w = w_smem.index(slot)
+            if K_MAJOR:
+                w = w.permute((1, 0))
+            acc = warpgroup_mma(a_smem.index(slot * CONSUMERS + WHO), w, acc, is_async=True)
+            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+            if k > 0:
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            step += 1
+        for _i in gl.static_range(LORAS):
+            for _r in range(0, R, BLOCK_R):
+                slot = step % STAGES
+                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+                u = a_smem.index(slot * CONSUMERS + WHO)._reinterpret(gl.bfloat16, [64, BLOCK_R], u_layout)
+                if K_MAJOR:
+                    lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK_N, BLOCK_R], l_layout).permute((1, 0))
+                else:
+                    lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK_R, BLOCK_N], l_layout)
+                acc = warpgroup_mma(u, lora, acc, is_async=True)
+                acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+                step += 1
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+
+        # through shared memory, 128 columns at a time: a bulk store if all 64 rows are the expert's, masked row stores if not
+        left, right = acc.to(gl.bfloat16).reshape([64, 2, BLOCK_N // 2]).permute(0, 2, 1).split()
+        for part in gl.static_range(2):
+            o = o_smem.index(WHO * O_BUFFERS + part % O_BUFFERS)
+            if part % O_BUFFERS == 0:
+                tma.store_wait(0)
+            if part == 0:
+                o.store(left)
+            else:
+                o.store(right)
+            start = column + part * (N if HALVES == 2 else BLOCK_N // 2)
+            fence_async_shared()
+            if row + 64 <= last:
+                tma.async_copy_shared_to_global(out_desc, [row, start], o)
+            elif row < last:
+                rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, row_layout))
+                for piece in gl.static_range(BLOCK_N // 2 // PIECE):
+                    values = o.slice(piece * PIECE, PIECE, dim=1).load(row_layout)
+                    columns = piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, row_layout))
+                    limit = N - column if HALVES == 2 else N - start
+                    pointers = out_ptr + gl.expand_dims(rows.to(gl.int64) * stride_om + start, 1) + gl.expand_dims(columns, 0)
+                    gl.store(pointers, values, mask=gl.expand_dims(rows < last, 1) & gl.expand_dims(columns < limit, 0))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def hopper_gemm_kernel(
+    a_desc,
+    a_ptr,
+    stride_am,
+    row_token_ptr,
+    w_desc,
+    u_desc,
+    l0_desc,
+    l1_desc,
+    out_desc,
+    out_ptr,
+    stride_om,
+    tile_expert_ptr,
+    tile_row_ptr,
+    num_tiles_ptr,
+    offsets_ptr,
+    N,
+    K,
+    R,
+    w_rows,
+    l_rows,
+    S,
+    CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BLOCK_R: gl.constexpr,
+    STAGES: gl.constexpr,
+    GATHER: gl.constexpr,
+    K_MAJOR: gl.constexpr,
+    HALVES: gl.constexpr,
+    LORAS: gl.constexpr,
+    PROGRAMS: gl.constexpr,
+    PRODUCER_WARPS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    O_BUFFERS: gl.constexpr,
+    INSTR_N: gl.constexpr,
+):
+    w_shape: gl.constexpr = [BLOCK_N, BLOCK_K] if K_MAJOR else [BLOCK_K, BLOCK_N]
+    a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_K], gl.bfloat16)
+    w_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(w_shape, gl.bfloat16)
+    o_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_N // 2], gl.bfloat16)
+    a_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES * CONSUMERS, 64, BLOCK_K], a_layout)
+    w_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, w_shape[0], w_shape[1]], w_layout)
+    o_smem = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS * O_BUFFERS, 64, BLOCK_N // 2], o_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1 + 32 * PRODUCER_WARPS if GATHER else 1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (hopper_consumer, (out_desc, out_ptr, stride_om, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
+             a_smem, w_smem, o_smem, full, empty, N, K, R, 0,
+             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, O_BUFFERS, INSTR_N)),
+            (hopper_consumer, (out_desc, out_ptr, stride_om, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
+             a_smem, w_smem, o_smem, full, empty, N, K, R, 1,
+             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, O_BUFFERS, INSTR_N)),
+            (hopper_producer, (a_desc, a_ptr, stride_am, row_token_ptr, w_desc, u_desc, l0_desc, l1_desc, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
+             a_smem, w_smem, full, empty, N, K, R, w_rows, l_rows, S,
+             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, PRODUCER_WARPS)),
+        ], [4, PRODUCER_WARPS], [REGISTERS, 40])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (hopper_consumer, (out_desc, out_ptr, stride_om, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
+             a_smem, w_smem, o_smem, full, empty, N, K, R, 0,
+             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, O_BUFFERS, INSTR_N)),
+            (hopper_consumer, (out_desc, out_ptr, stride_om, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
+             a_smem, w_smem, o_smem, full, empty, N, K, R, 1,
+             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, O_BUFFERS, INSTR_N)),
+            (hopper_consumer, (out_desc, out_ptr, stride_om, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
+             a_smem, w_smem, o_smem, full, empty, N, K, R, 2,
+             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, O_BUFFERS, INSTR_N)),
+            (hopper_producer, (a_desc, a_ptr, stride_am, row_token_ptr, w_desc, u_desc, l0_desc, l1_desc, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
+             a_smem, w_smem, full, empty, N, K, R, w_rows, l_rows, S,
+             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, PRODUCER_WARPS)),
+        ], [4, 4, PRODUCER_WARPS], [REGISTERS, REGISTERS, 32])  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Launching the kernels
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of one GPU generation. block_m is common to all kernels because the tile map is made once."""
+
+    block_m: int = 128
+    wide: tuple = (128, 64, 8, 3)  # BLOCK_N, BLOCK_K, warps, stages: gate_up, down, da, dx
+    narrow: tuple = (64, 4, 3)  # BLOCK_K, warps, stages: u, dv, du, whose N is the LoRA rank
+    swiglu: tuple = (64, 4, 2)  # BLOCK_I, warps, stages
+    swiglu_backward: tuple = (32, 64, 4, 2)  # BLOCK_S, BLOCK_I, warps, stages
+    lora_grad: tuple = (64, 128, 4, 3)  # BLOCK_S, BLOCK_N, warps, stages
+    combine: int = 1024
+    sort: int = 256
+    hopper: tuple | None = None  # consumers, stages, output buffers, columns of one instruction, producer warps of hopper_gemm_kernel
+
+
+AMPERE = Tiles()
+HOPPER = Tiles(hopper=(2, 4, 1, 256, 4))
+INTERPRETER = Tiles(16, (16, 16, 4, 1), (16, 4, 1), (16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), 32, 32)
+
+
+def tiles_for(device):
+    """The tile sizes for a device; on a CPU, where only the interpreter can run the kernels, tiny ones."""
+    if device.type != "cuda":
+        return INTERPRETER
+    return HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else AMPERE
+
+
+class Routing(NamedTuple):
+    """Where every routed row goes; the arrays are tabulated above the kernels."""
+
+    index: torch.Tensor
+    weight: torch.Tensor
+    token_row: torch.Tensor
+    row_token: torch.Tensor
+    row_weight: torch.Tensor
+    offsets: torch.Tensor
+    tile_expert: torch.Tensor
+    tile_row: torch.Tensor
+    num_tiles: torch.Tensor
+
+
+def route(top_k_index, top_k_weights, num_experts, tiles):
+    """Sort the routed rows by expert, stably, in three small kernels and without the host ever learning a count."""
+    index, weight = top_k_index.contiguous(), top_k_weights.contiguous()
+    S, top_k, device = index.numel(), index.shape[1], index.device
+    num_blocks, max_tiles = triton.cdiv(S, tiles.sort), S // tiles.block_m + num_experts
+    block_e = triton.next_power_of_2(num_experts + 1)
+    ints = torch.empty(num_experts * (num_blocks + 2) + 2 * S + 2 * max_tiles + 2, dtype=torch.int32, device=device)
+    sizes = [num_experts * num_blocks, num_experts, num_experts + 1, S, S, max_tiles, max_tiles, 1]
+    counts, totals, offsets, token_row, row_token, tile_expert, tile_row, num_tiles = ints.split(sizes)
+    row_weight = torch.empty(S, dtype=torch.float32, device=device)
+    count_kernel[(num_blocks,)](index, S, counts, num_blocks, num_experts, BLOCK=tiles.sort, BLOCK_E=block_e)
+    scan_kernel[(num_experts,)](counts, num_blocks, totals, BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)))
+    place_kernel[(num_blocks,)](
+        index, weight, S, top_k, counts, num_blocks, totals, num_experts,
+        token_row, row_token, row_weight, offsets, tile_expert, tile_row, num_tiles, max_tiles,
+        BLOCK_M=tiles.block_m, BLOCK=tiles.sort, BLOCK_E=block_e, num_warps=8,
+    )  # fmt: skip
+    return Routing(index, weight, token_row, row_token, row_weight, offsets, tile_expert, tile_row, num_tiles)
+
+
+def precision_of(dtype):
+    return "ieee" if dtype == torch.float32 else "tf32"  # tf32 only concerns fp32 operands
+
+
+def rank_block(r):
+    return max(16, triton.next_power_of_2(r))
+
+
+def grouped_gemm(a, weights, out, routing, tiles, *, gather=False, lora=None, both=False, alpha=1.0):
+    """out = alpha (A W_e^T + U L_e^T) over all experts; see grouped_gemm_kernel.
+
+    a (rows, K), or (rows, 2K) if each of two segments reads its own half. weights: one (E, N, K) view, or two of equal strides for two
+    segments. out (S, N), or (S, 2N), or (2, S, N). lora: (U (segments, S, R), [L (E, N, R), ...]). both: one product, two LoRA terms.
+    """
+    E, N, K = weights[0].shape
+    segments = len(weights)
+    S = routing.row_token.numel()
+    u, ls = lora if lora is not None else (a, weights[:1])
+    narrow = N <= 128 and lora is None
+    block_n, block_k, warps, stages = (rank_block(N), *tiles.narrow) if narrow else tiles.wide
+    r = ls[0].shape[2]
+    # bulk copies want rows of whole 16-byte units; the ring has no masks along K
+    if tiles.hopper and lora is not None and a.dtype == torch.bfloat16 and K % 64 == 0 and N % 128 == 0 and r % 8 == 0:
+        return hopper_gemm(a, weights, out, routing, tiles, gather, u, ls)
+    out_segment = 0 if segments == 1 else out.stride(0) if out.dim() == 3 else N
+    grouped_gemm_kernel[(routing.tile_expert.numel() * segments * triton.cdiv(N, block_n),)](
+        a, a.stride(0), K if a.shape[1] == segments * K and segments > 1 else 0, routing.row_token,
+        weights[0], weights[-1], *weights[0].stride(),
+        u, S * r, ls[0], ls[-1], *ls[0].stride(),
+        out, out.stride(-2), out_segment,
+        routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets,
+        N, K, r, alpha,
+        SEGMENTS=segments, GATHER=gather, LORA="no" if lora is None else "both" if both else "own",
+        BLOCK_M=tiles.block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=min(64, rank_block(r)), PRECISION=precision_of(a.dtype),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def hopper_gemm(a, weights, out, routing, tiles, gather, u, loras):
+    """grouped_gemm's work by hopper_gemm_kernel: two weights (gate, up) are two halves of each column tile."""
+    consumers, stages, o_buffers, instr_n, producer_warps = tiles.hopper
+    E, N, K = weights[0].shape
+    halves, r, block_n, block_k = len(weights), loras[0].shape[2], 256, 64
+    block_r = min(64, rank_block(r))
+    k_major = weights[0].stride(2) == 1
+
+    def descriptor(tensor, block):
+        return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
+
+    def stacked(view, inner):
+        """(E, N, inner) view -> its descriptor as one matrix, experts stacked along the rows, and the rows from expert to expert."""
+        row_stride = view.stride(1) if k_major else view.stride(2)
+        rows = view.stride(0) // row_stride
+        shape = ((E - 1) * rows + (N * halves if view is weights[0] and k_major else N if k_major else inner), inner if k_major else N)
+        matrix = view.as_strided(shape, (row_stride, 1))
+        block = block_k if view is weights[0] else block_r
+        return descriptor(matrix, [block_n // halves, block] if k_major else [block, block_n]), rows
+
+    w_desc, w_rows = stacked(weights[0], K)
+    lora_descs = [stacked(view, r) for view in loras]
+    hopper_gemm_kernel[(torch.cuda.get_device_properties(a.device).multi_processor_count,)](
+        descriptor(a, [64, block_k]), a, a.stride(0), routing.row_token, w_desc,
+        descriptor(u.view(-1, r), [64, block_r]), lora_descs[0][0], lora_descs[-1][0], descriptor(out, [64, block_n // 2]), out, out.stride(0),
+        routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, N, K, r, w_rows, lora_descs[0][1], out.shape[0],
+        CONSUMERS=consumers, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, STAGES=stages, GATHER=gather, K_MAJOR=k_major,
+        HALVES=halves, LORAS=len(loras), PROGRAMS=torch.cuda.get_device_properties(a.device).multi_processor_count,
+        PRODUCER_WARPS=producer_warps, REGISTERS=232 if consumers == 2 else 160, O_BUFFERS=o_buffers, INSTR_N=instr_n, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def combine(y, routing, out, weighted, scale=None):
+    """out (T, N) = sum over a token's choices of [router weight] [DoRA scale] y (S, N)."""
+    tokens, top_k = routing.index.shape
+    block = min(triton.next_power_of_2(out.shape[1]), tiles_for(y.device).combine)
+    combine_kernel[(tokens, triton.cdiv(out.shape[1], block))](
+        y, y.stride(0), routing.token_row, routing.index, routing.weight, y if scale is None else scale, out, out.stride(0),
+        out.shape[1], out.shape[1], TOP_K=top_k, WEIGHTED=weighted, DORA=scale is not None, BLOCK_N=block,
+    )  # fmt: skip
+    return out
+
+
+def column_slices(width, wanted):
+    """Split range(width) into `wanted` parts of whole 256-column tiles, so that an (S, H) temporary exists one part at a time."""
+    step = triton.cdiv(triton.cdiv(width, wanted), 256) * 256
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
+
+
+class Block(NamedTuple):
+    """The operands of one call, adapters in the compute dtype."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_A: torch.Tensor
+    gate_B: torch.Tensor
+    up_A: torch.Tensor
+    up_B: torch.Tensor
+    down_A: torch.Tensor
+    down_B: torch.Tensor
+    gate_scale: torch.Tensor | None
+    up_scale: torch.Tensor | None
+    down_scale: torch.Tensor | None
+    scaling: float
+
+
+def compute_gate_up(x, p, routing, tiles):
+    """GEMMs 1 and 2: u (2, S, r) = s x A1^T and gate_up (S, 2I) = x W1^T + u B1^T, DoRA's scale not yet applied."""
+    S, r, I = routing.row_token.numel(), p.gate_A.shape[1], p.down.shape[2]  # noqa: E741
+    u = grouped_gemm(x, [p.gate_A, p.up_A], x.new_empty(2, S, r), routing, tiles, gather=True, alpha=p.scaling)
+    halves = [p.gate_up[:, :I], p.gate_up[:, I:]]
+    gate_up = grouped_gemm(x, halves, x.new_empty(S, 2 * I), routing, tiles, gather=True, lora=(u, [p.gate_B, p.up_B]))
+    return u, gate_up
+
+
+def compute_activation(gate_up, p, routing, tiles):
+    """a (S, I) = silu(gate) up and GEMM 3: v (S, r) = s a A2^T."""
+    S, r, I = gate_up.shape[0], p.down_A.shape[1], p.down.shape[2]  # noqa: E741
+    a, v = gate_up.new_empty(S, I), gate_up.new_empty(S, r)
+    block_i, warps, stages = tiles.swiglu
+    dora = p.gate_scale is not None
+    swiglu_kernel[(routing.tile_expert.numel(),)](
+        gate_up, a, p.gate_scale if dora else gate_up, p.up_scale if dora else gate_up, p.down_A, v,
+        routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, I, r, p.scaling,
+        DORA=dora, BLOCK_M=tiles.block_m, BLOCK_I=block_i, BLOCK_R=rank_block(r), PRECISION=precision_of(a.dtype),
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return a, v
+
+
+def compute_down(a, v, p, routing, tiles, columns=slice(None)):
+    """GEMM 4: y (S, columns of H) = a W2^T + v B2^T, DoRA's scale not yet applied."""
+    weight = p.down[:, columns]
+    return grouped_gemm(
+        a, [weight], a.new_empty(a.shape[0], weight.shape[1]), routing, tiles, lora=(v.unsqueeze(0), [p.down_B[:, columns]])
+    )
+
+
+def lora_grad(x, y, d, routing, tiles, weighted=False, dora=None):
+    """d{i} (E, N, r view) = X^T Y_i with X (T, N) gathered; dora = (z (S, N), scale (E, N), dscale (E, N)): see lora_grad_kernel."""
+    E, N, r = d[0].shape
+    block_s, block_n, warps, stages = tiles.lora_grad
+    z, scale, dscale = dora if dora is not None else (x, x, x)
+    lora_grad_kernel[(triton.cdiv(N, block_n), E)](
+        x, routing.row_token, routing.row_weight, y, y.stride(0), routing.offsets, d[0], d[-1], *d[0].stride(), z, scale, dscale, N, r,
+        SEGMENTS=len(d), WEIGHTED=weighted, DORA=dora is not None,
+        BLOCK_S=block_s, BLOCK_N=block_n, BLOCK_R=rank_block(r), PRECISION=precision_of(x.dtype), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+class FusedExperts(torch.autograd.Function):
+    """The block with hand-written backward. Saved in "fast" mode: gate_up, u, v (and for DoRA y); in "frugal": u and v."""
+
+    @staticmethod
+    def forward(ctx, x, top_k_weights, gate_A, gate_B, up_A, up_B, down_A, down_B, gate_scale, up_scale, down_scale, frozen):
+        top_k_index, gate_up_proj, down_proj, scaling, mode = frozen
+        x = x.contiguous()
+        tiles = tiles_for(x.device)
+        adapters = [t.to(x.dtype).contiguous() for t in (gate_A, gate_B, up_A, up_B, down_A, down_B)]
+        p = Block(gate_up_proj, down_proj, *adapters, gate_scale, up_scale, down_scale, scaling)
+        routing = route(top_k_index, top_k_weights, gate_up_proj.shape[0], tiles)
+        u, gate_up = compute_gate_up(x, p, routing, tiles)
+        a, v = compute_activation(gate_up, p, routing, tiles)
+        if mode == "frugal" or not any(ctx.needs_input_grad):
+            gate_up = None
+        out, y = torch.empty_like(x), None
+        if down_scale is None:
+            for columns in column_slices(x.shape[1], H_SLICES):
+                combine(compute_down(a, v, p, routing, tiles, columns), routing, out[:, columns], weighted=True)
+        else:
+            y = compute_down(a, v, p, routing, tiles)
+            combine(y, routing, out, weighted=True, scale=down_scale)
+        ctx.save_for_backward(x, u, v, gate_up, None if mode == "frugal" else y, *routing, *p[:-1])
+        ctx.scaling, ctx.dtypes, ctx.spent = scaling, [t.dtype for t in (gate_A, gate_B, up_A, up_B, down_A, down_B)], False
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        if ctx.spent:
+            raise RuntimeError("FusedMoELoRA's backward overwrites what it saved: backward twice through one forward is not supported")
+        ctx.spent = True
+        x, u, v, gate_up, y, *rest = ctx.saved_tensors
+        routing, p = Routing(*rest[:9]), Block(*rest[9:], ctx.scaling)
+        tiles, dout = tiles_for(x.device), dout.contiguous()
+        E, H, I = p.down.shape  # noqa: E741
+        S, r = v.shape
+        dora = p.gate_scale is not None
+        grads = [torch.empty(t.shape, dtype=dtype, device=x.device) for t, dtype in zip(p[2:8], ctx.dtypes, strict=True)]
+        dgate_A, dgate_B, dup_A, dup_B, ddown_A, ddown_B = grads
+        dscales = [torch.empty_like(scale) for scale in p[8:11]] if dora else [None, None, None]
+
+        if gate_up is None:
+            _, gate_up = compute_gate_up(x, p, routing, tiles)
+        if dora and y is None:
+            y = compute_down(compute_activation(gate_up, p, routing, tiles)[0], v, p, routing, tiles)
+
+        # down: dB2 = dy^T v; dv = s dy B2; da = dy W2 + dv A2, the last two per unit of router weight, dy read through row_token
+        lora_grad(dout, v.unsqueeze(0), [ddown_B], routing, tiles, weighted=True, dora=(y, p.down_scale, dscales[2]) if dora else None)
+        dy, gather = (y, False) if dora else (dout, True)
+        dv = grouped_gemm(dy, [p.down_B.transpose(1, 2)], x.new_empty(S, r), routing, tiles, gather=gather, alpha=p.scaling)
+        lora = (dv.unsqueeze(0), [p.down_A.transpose(1, 2)])
+        da = grouped_gemm(dy, [p.down.transpose(1, 2)], x.new_empty(S, I), routing, tiles, gather=gather, lora=lora)
+        del dy, y
+
+        # SwiGLU: d(gate_up) over gate_up, dB1, dA2, the router weights' gradient
+        block_s, block_i, warps, stages = tiles.swiglu_backward
+        blocks = triton.cdiv(I, block_i)
+        dw_parts = torch.empty(blocks, S, dtype=torch.float32, device=x.device)
+        swiglu_backward_kernel[(blocks, E)](
+            da, gate_up, p.gate_scale if dora else da, p.up_scale if dora else da, routing.row_weight, u, u.stride(0), dv, routing.offsets,
+            dgate_B, dup_B, ddown_A, dw_parts, dscales[0] if dora else da, dscales[1] if dora else da, S, I, r,
+            DORA=dora, BLOCK_S=block_s, BLOCK_I=block_i, BLOCK_R=rank_block(r), PRECISION=precision_of(x.dtype),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        del da, dv
+        dweights = torch.empty_like(routing.weight)
+        router_grad_kernel[(triton.cdiv(S, 1024),)](dw_parts, routing.token_row, dweights, S, BLOCKS=blocks, BLOCK=1024)
+
+        # gate and up: du = s d(gate_up) B1; dA1 = du^T x; dx = d(gate_up) W1 + du A1
+        lora_B = [p.gate_B.transpose(1, 2), p.up_B.transpose(1, 2)]
+        du = grouped_gemm(gate_up, lora_B, x.new_empty(2, S, r), routing, tiles, alpha=p.scaling)
+        lora_grad(x, du, [dgate_A.transpose(1, 2), dup_A.transpose(1, 2)], routing, tiles)
+        dx = torch.empty_like(x)
+        for columns in column_slices(H, H_SLICES):
+            lora = (du, [p.gate_A[:, :, columns].transpose(1, 2), p.up_A[:, :, columns].transpose(1, 2)])
+            weight = p.gate_up[:, :, columns].transpose(1, 2)
+            part = grouped_gemm(gate_up, [weight], x.new_empty(S, weight.shape[1]), routing, tiles, lora=lora, both=True)
+            combine(part, routing, dx[:, columns], weighted=False)
+        return dx, dweights, *grads, *dscales, None
+
+
+def moe_lora(
+    hidden_states,
+    top_k_index,
+    top_k_weights,
+    gate_up_proj,
+    down_proj,
+    gate_proj_lora_A,
+    gate_proj_lora_B,
+    up_proj_lora_A,
+    up_proj_lora_B,
+    down_proj_lora_A,
+    down_proj_lora_B,
+    scaling,
+    gate_scale=None,
+    up_scale=None,
+    down_scale=None,
+    mode="fast",
+):
+    """The experts block by the kernels: `moe_lora_reference`'s signature and result. Base weights must have hidden_states' dtype.
+
+    mode: "fast" keeps gate and up for the backward, "frugal" recomputes them. Router weights are used in fp32.
+    """
+    if hidden_states.dtype != gate_up_proj.dtype or hidden_states.dtype != down_proj.dtype:
+        raise ValueError(
+            f"hidden_states are {hidden_states.dtype}, base weights {gate_up_proj.dtype} and {down_proj.dtype}; expected one dtype"
+        )
+    frozen = (top_k_index, gate_up_proj.detach().contiguous(), down_proj.detach().contiguous(), scaling, mode)
+    adapters = gate_proj_lora_A, gate_proj_lora_B, up_proj_lora_A, up_proj_lora_B, down_proj_lora_A, down_proj_lora_B
+    return FusedExperts.apply(hidden_states, top_k_weights, *adapters, gate_scale, up_scale, down_scale, frozen)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -224,7 +1223,8 @@ class FusedMoELoRA(nn.Module):
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """hidden_states (T, H), top_k_index (T, top_k), top_k_weights (T, top_k) -> (T, H) in hidden_states' dtype."""
-        return moe_lora_reference(
+        block, options = (moe_lora, {"mode": self.mode}) if hidden_states.is_cuda else (moe_lora_reference, {})
+        return block(
             hidden_states,
             top_k_index,
             top_k_weights,
@@ -238,6 +1238,7 @@ class FusedMoELoRA(nn.Module):
             self.down_proj_lora_B,
             self.scaling,
             *self._dora_scales(),
+            **options,
         )
 
 
