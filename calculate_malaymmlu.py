@@ -1,18 +1,25 @@
-"""Score MalayMMLU generations: accuracies as the original project prints them.
+"""Score MalayMMLU generations: the original project's block, then intervals, comparisons, tables, a plot and a report.
 
     python3 calculate_malaymmlu.py --pattern "malaymmlu-ds3-qwen3-32b-lora-256-checkpoint-*"
-    python3 calculate_malaymmlu.py --pattern "malaymmlu-*" --questions data/questions.json
+    python3 calculate_malaymmlu.py --pattern "malaymmlu-*" --questions data/questions.json --plot accuracy.png --html report.html
 
-Reads `<directory>/generations.jsonl` (and `args.json`, if there is one) of every directory matched, and the question file; needs no GPU and no
-vLLM. Prints to stdout.
+Reads `<directory>/generations.jsonl` (and `args.json`, if there is one) of every directory matched, and the question file; needs no GPU and
+no vLLM. Prints to stdout; `--json`, `--csv`, `--markdown`, `--plot` and `--html` name files to write as well.
+
+Measures, per question and then averaged: acc@1 (sample 0 is right), average (share of the samples that are right), majority (of the
+samples with an answer; a tie counts as the chance of picking the key among the tied letters), any (one of the samples is right; its chance
+level is high, so it is never the headline). Micro weighs every question equally, macro every category. A sample without an answer is wrong.
+Intervals resample questions, never samples, because the samples of a question are not independent; they are stratified by category.
 """
 
+import base64
 import fnmatch
 import hashlib
 import json
 import os
 import re
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,11 +55,24 @@ def download_questions(revision=None):
     return path, commit
 
 
+def benchmark_questions(path, revision=None):
+    """Questions from `path`, or without one from the hub, whose counts are then checked -> (questions, facts for args.json)."""
+    source, commit = path or f"{HUB_DATASET}/{HUB_FILE}", None
+    if path is None:
+        path, commit = download_questions(revision)
+    questions = load_questions(path)
+    counts = {name: len(index) for name, index in strata(questions).items()}
+    if source != path and counts != HUB_COUNTS:
+        raise ValueError(f"{source} holds {counts}, not MalayMMLU's {HUB_COUNTS}; pick another --questions_revision")
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return questions, {"source": str(source), "revision": commit, "sha256": sha256, "rows": len(questions)}
+
+
 def load_questions(path):
     """Read a question file in MalayMMLU's format (a JSON list, or JSON lines) and check it row by row.
 
-    Returns a list of dicts: `index` (position), `id`, `prompt`, `key` (a letter), `letters` (those on offer, e.g. "ABCD"), `options` (letter -> text,
-    without the letter), `subject`, `category`, `level`. Raises ValueError naming the file, the row and the field.
+    Returns a list of dicts: `index` (position), `id`, `prompt`, `key` (a letter), `letters` (those on offer, e.g. "ABCD"), `options`
+    (letter -> text, without the letter), `subject`, `category`, `level`. Raises ValueError naming the file, the row and the field.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -146,7 +166,8 @@ FORWARD = re.compile(
     re.I,
 )
 BACKWARD = re.compile(
-    rf"(?:\b{NAMED}\s+)?{WRAP}(?<![\w\\'’-])([A-F])(?![\w'’-])[)\].*_$\"”’}}]*\s*(?:\([^()\n]{{0,80}}\)\s*)?(?:ialah|adalah|merupakan|is)\s+"
+    rf"(?:\b{NAMED}\s+)?{WRAP}(?<![\w\\'’-])([A-F])(?![\w'’-])[)\].*_$\"”’}}]*\s*(?:\([^()\n]{{0,80}}\)\s*)?"
+    r"(?:ialah|adalah|merupakan|is)\s+"
     r"(?:the\s+|pilihan\s+|jawapan\s+|option\s+|yang\s+)*(?P<verdict>jawapan|pilihan|answer|correct|betul|benar|tepat|right)\b"
 )
 NEGATION = re.compile(r"\b(?:bukan|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|kecuali|except)\b", re.I)
@@ -277,11 +298,12 @@ def extract(text, question, finish_reason="stop", thinking=False):
     """Read the chosen letter out of a response.
 
     text: the raw response. question: a dict with `letters` and `options`. finish_reason: vLLM's; "length" means cut off. thinking: the
-    prompt had already opened a `<think>` block. Returns (outcome, letter): ("answered", "B"), or ("ambiguous" | "truncated" | "none", None).
+    prompt had already opened a `<think>` block. Returns (outcome, letter): ("answered", "B"), or one of ("ambiguous", None),
+    ("truncated", None), ("none", None).
 
-    Rules in order: what is inside the reasoning block is never the answer; the last balanced box that says something; the last explicit
+    What is inside the reasoning block is never the answer. Then in order: the last balanced box that says something; the last explicit
     statement ("Jawapan: B", "the answer is B", "B ialah jawapan yang betul"); a lone letter or an option's text on the last line, else on
-    the first. Only letters on offer count. Of a response that was cut off only the first two rules are used, because its last line is arbitrary.
+    the first. Only letters on offer count. Of a response that was cut off the line rule is left out, because its last line is arbitrary.
     """
     cut = finish_reason == "length"
     head, closed, tail = text.rpartition("</think>")
@@ -319,7 +341,8 @@ def natural(name):
 def find_directories(pattern, root="."):
     """Directories with generations that match `pattern` (comma-separated globs) by their name or by a name in their args.json.
 
-    Returns [(name to print, path)] in natural order; a checkpoint that two directories hold is taken once. Raises ValueError if nothing matches.
+    Returns [(name to print, path)] in natural order; a checkpoint that two directories hold is taken once. Raises ValueError if nothing
+    matches.
     """
     found, seen = [], {}
     globs = [part.strip() for part in pattern.split(",") if part.strip()]
@@ -357,7 +380,7 @@ def read_args(directory):
 
 
 def read_generations(path):
-    """Yield the records of a generations.jsonl. A half-written last line is passed over with a note; any other bad line raises ValueError."""
+    """Yield the records of a generations.jsonl. A half-written last line is passed over with a note; another bad line raises ValueError."""
     with open(path, "rb") as file:
         number = 0
         for number, line in enumerate(file, 1):
@@ -369,8 +392,11 @@ def read_generations(path):
                 print(f"note: {path}: the last line is half written and is passed over; malaymmlu.py repairs it", file=sys.stderr)
 
 
-def read_answers(directory, questions, samples=None):
-    """Extract every response of a directory -> int8 (questions, samples): a letter's number, or NONE, AMBIGUOUS, TRUNCATED, MISSING."""
+def read_answers(directory, questions, limited=False):
+    """Extract every response of a directory -> int8 (questions, samples): a letter's number, or NONE, AMBIGUOUS, TRUNCATED, MISSING.
+
+    limited: `questions` is only the beginning of the file, so records beyond it are passed over instead of refused.
+    """
     path = Path(directory) / "generations.jsonl"
     codes = {}
     for number, record in enumerate(read_generations(path), 1):
@@ -378,8 +404,12 @@ def read_answers(directory, questions, samples=None):
             index, sample, text = record["index"], record["sample"], record["text"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: expected index, sample and text, got {str(record)[:80]}") from error
+        if limited and isinstance(index, int) and index >= len(questions):
+            continue
         if not isinstance(index, int) or not 0 <= index < len(questions):
-            raise ValueError(f"{path}, line {number}: index {index} is not in the question file (0 to {len(questions) - 1}); give its --questions")
+            raise ValueError(
+                f"{path}, line {number}: no question {index} in the question file (0 to {len(questions) - 1}); wrong --questions"
+            )
         question = questions[index]
         if "id" in record and record["id"] != question["id"]:
             raise ValueError(f"{path}, line {number}: id {record['id']!r}, but question {index} is {question['id']!r}; wrong --questions")
@@ -387,11 +417,10 @@ def read_answers(directory, questions, samples=None):
             continue  # the first one written counts
         outcome, letter = extract(text, question, record.get("finish_reason"), record.get("thinking", False))
         codes[index, sample] = LETTERS.index(letter) if letter else OUTCOMES[outcome]
-    width = samples or max([sample for _, sample in codes], default=0) + 1
+    width = max([sample for _, sample in codes], default=0) + 1
     answers = np.full((len(questions), width), MISSING, np.int8)  # (Q, samples)
     for (index, sample), code in codes.items():
-        if sample < width:
-            answers[index, sample] = code
+        answers[index, sample] = code
     return answers
 
 
@@ -401,8 +430,8 @@ def read_answers(directory, questions, samples=None):
 def original_scores(answers, questions):
     """acc1 and acc3 as the original computes them -> {category: (acc1, acc3)}, categories in the file's order, then "average".
 
-    answers: int8 (Q, samples). acc1: the first sample that has an answer is right. acc3: any sample is right. Without an answer a question is wrong.
-    The average is the unweighted mean of the categories.
+    answers: int8 (Q, samples). acc1: the first sample that has an answer is right. acc3: any sample is right. Without an answer a question
+    is wrong. The average is the unweighted mean of the categories.
     """
     keys = np.array([LETTERS.index(question["key"]) for question in questions], np.int8)  # (Q,)
     answered = answers >= 0  # (Q, samples)
@@ -429,6 +458,649 @@ def print_original(names, all_answers, questions):
         print()
 
 
+# ---- measures, intervals, comparisons -------------------------------------------------------------------------------------------------
+
+MEASURES = ("acc@1", "average", "majority", "any")
+
+
+def measure(answers, keys):
+    """The four measures question by question -> float64 (Q, 4), in the order of MEASURES. answers: int8 (Q, S); keys: int8 (Q,)."""
+    right = answers == keys[:, None]  # (Q, S)
+    votes = np.stack([(answers == letter).sum(1) for letter in range(len(LETTERS))], 1)  # (Q, 6)
+    leaders = (votes == votes.max(1, keepdims=True)) & (votes > 0)
+    key_leads = np.take_along_axis(leaders, keys[:, None].astype(np.int64), 1)[:, 0]
+    majority = np.where(key_leads, 1.0 / np.maximum(leaders.sum(1), 1), 0.0)
+    return np.stack([right[:, 0], right.mean(1), majority, right.any(1)], 1).astype(np.float64)
+
+
+def bootstrap(values, groups, resamples=2000, seed=0):
+    """Cluster bootstrap over questions, stratified: means of every group in every resample -> float64 (resamples, groups, columns).
+
+    values: (Q, columns), a row per question. groups: list of index arrays, the strata. Every column sees the same resamples, so that
+    differences of columns are paired.
+    """
+    generator = np.random.default_rng(seed)
+    means = np.empty((resamples, len(groups), values.shape[1]))
+    for g, index in enumerate(groups):
+        n, chosen = len(index), values[index].astype(np.float32)  # (n, columns)
+        step = max(1, 4_000_000 // n)
+        for start in range(0, resamples, step):
+            rows = min(step, resamples - start)
+            drawn = generator.integers(0, n, size=(rows, n)) + np.arange(rows)[:, None] * n
+            weights = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float32)
+            means[start : start + rows, g] = weights @ chosen / n
+    return means
+
+
+def interval(resampled, n, values=None, level=0.95):
+    """Percentile interval of bootstrap means, widened for small samples (the "expanded percentile" of Hesterberg 2015) -> (low, high).
+
+    n: questions behind the estimate (of the smallest stratum). values: the per-question values; if all are 0 or all are 1 the bootstrap
+    sees no spread at all, and the exact binomial interval is given instead.
+    """
+    from scipy import stats
+
+    tail = (1 - level) / 2
+    if values is not None and len(values) and (np.all(values == 0) or np.all(values == 1)):
+        bound = tail ** (1 / len(values))
+        return (bound, 1.0) if values[0] == 1 else (0.0, 1.0 - bound)
+    if n > 1:
+        tail = float(stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf(tail, n - 1)))
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def mcnemar(first, second):
+    """Exact McNemar test of two boolean arrays over the same questions -> (only first right, only second right, two-sided p)."""
+    from scipy import stats
+
+    b, c = int((first & ~second).sum()), int((~first & second).sum())
+    return b, c, float(stats.binomtest(b, b + c, 0.5).pvalue) if b + c else 1.0
+
+
+def holm(p_values):
+    """Holm's step-down correction -> adjusted p-values in the order given."""
+    order = np.argsort(p_values)
+    adjusted, running = np.empty(len(p_values)), 0.0
+    for rank, position in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[position]))
+        adjusted[position] = running
+    return [float(p) for p in adjusted]
+
+
+@dataclass
+class Row:
+    """One checkpoint with its answers."""
+
+    name: str
+    path: Path
+    args: dict
+    answers: np.ndarray  # int8 (Q, samples)
+
+    @property
+    def protocol(self):
+        return self.args.get("protocol", "reasoning")
+
+
+def strata(questions, name="category"):
+    """Question indices by category (or subject, or level), in the file's order: {value: int array}."""
+    groups = {}
+    for position, question in enumerate(questions):
+        groups.setdefault(question[name], []).append(position)
+    return {value: np.array(index) for value, index in groups.items()}
+
+
+def score(rows, questions, resamples=2000, seed=0, pairs="all"):
+    """All numbers about `rows` as one JSON-ready dict: chance levels, per checkpoint scores with intervals, comparisons."""
+    keys = np.array([LETTERS.index(question["key"]) for question in questions], np.int8)
+    offered = np.array([len(question["letters"]) for question in questions])
+    groups = strata(questions)
+    index = list(groups.values())
+    sizes = np.array([len(i) for i in index])
+    values = np.stack([measure(row.answers, keys) for row in rows], 1)  # (Q, rows, measures)
+    means = bootstrap(values.reshape(len(questions), -1), index, resamples, seed).reshape(resamples, len(index), len(rows), len(MEASURES))
+    micro = np.einsum("bgrm,g->brm", means, sizes / sizes.sum())
+    macro = means.mean(1)
+    report = {
+        "questions": len(questions),
+        "categories": {name: len(i) for name, i in groups.items()},
+        "resamples": resamples,
+        "seed": seed,
+        "chance": {"one sample": float((1 / offered).mean())},
+        "checkpoints": [],
+    }
+    for r, row in enumerate(rows):
+        width = row.answers.shape[1]
+        report["chance"][f"any of {width}"] = float((1 - (1 - 1 / offered) ** width).mean())
+        mine = values[:, r]  # (Q, measures)
+        entry = {
+            "name": row.name,
+            "directory": str(row.path),
+            "protocol": row.protocol,
+            "samples": width,
+            "retries": row.args.get("retries", 0),
+            "answers": count_outcomes(row.answers),
+            "original": {name: list(pair) for name, pair in original_scores(row.answers, questions).items()},
+            "micro": {},
+            "macro": {},
+            "category": {},
+            "subject": {},
+            "level": {},
+        }
+        for m, name in enumerate(MEASURES):
+            entry["micro"][name] = estimate(mine[:, m].mean(), *interval(micro[:, r, m], sizes.min(), mine[:, m]))
+            by_group = np.mean([mine[i, m].mean() for i in index])
+            entry["macro"][name] = estimate(by_group, *interval(macro[:, r, m], sizes.min(), mine[:, m]))
+        for g, (category, i) in enumerate(groups.items()):
+            entry["category"][category] = {"questions": len(i)} | {
+                name: estimate(mine[i, m].mean(), *interval(means[:, g, r, m], len(i), mine[i, m])) for m, name in enumerate(MEASURES)
+            }
+        for kind in ("subject", "level"):
+            for value, i in strata(questions, kind).items():
+                entry[kind][value] = {"questions": len(i), "average": estimate(mine[i, 1].mean(), *t_interval(mine[i, 1]))}
+        report["checkpoints"].append(entry)
+    report["comparisons"] = compare(rows, values, micro, pairs)
+    return report
+
+
+def estimate(value, low, high):
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def t_interval(values, level=0.95):
+    """Student interval of a mean over questions, inside [0, 1]; exact binomial when every value is 0 or every value is 1."""
+    from scipy import stats
+
+    n = len(values)
+    if np.all(values == 0) or np.all(values == 1):
+        return interval(values, n, values, level)
+    if n < 2:
+        return 0.0, 1.0
+    half = stats.t.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    return max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
+
+
+def count_outcomes(answers):
+    """How many responses were answered, gave no answer, several, were cut off, or do not exist."""
+    counts = {"answered": int((answers >= 0).sum())}
+    counts |= {name: int((answers == code).sum()) for name, code in OUTCOMES.items()}
+    return counts | {"missing": int((answers == MISSING).sum())}
+
+
+def chosen_pairs(pairs, rows):
+    """`--compare` -> index pairs. Raises ValueError for an unknown name."""
+    if pairs == "none":
+        return []
+    if pairs == "all":
+        return [(i, j) for i in range(len(rows)) for j in range(i + 1, len(rows))]
+    found = []
+    for part in pairs.split(","):
+        names = [name.strip() for name in part.split(":")]
+        where = [next((i for i, row in enumerate(rows) if row.name in (name, f"malaymmlu-{name}")), None) for name in names]
+        if len(where) != 2 or None in where:
+            raise ValueError(f"--compare {part!r}: expected NAME:NAME out of {', '.join(row.name for row in rows)}, or all, or none")
+        found.append(tuple(where))
+    return found
+
+
+def compare(rows, values, micro, pairs):
+    """Paired comparisons -> list of dicts. values: (Q, rows, measures); micro: (resamples, rows, measures), the same resamples for all."""
+    from scipy import stats
+
+    found = []
+    for i, j in chosen_pairs(pairs, rows):
+        if rows[i].protocol != rows[j].protocol:
+            continue  # a first-token score and a reasoning score are not the same quantity
+        difference = float((values[:, i, 1] - values[:, j, 1]).mean())
+        resampled = micro[:, i, 1] - micro[:, j, 1]
+        spread = float(resampled.std(ddof=1))
+        low, high = interval(resampled, len(values))
+        p = float(2 * stats.norm.sf(abs(difference) / spread)) if spread > 0 else float(difference == 0)
+        only_first, only_second, p_mcnemar = mcnemar(values[:, i, 0] == 1, values[:, j, 0] == 1)
+        found.append(
+            {
+                "first": rows[i].name,
+                "second": rows[j].name,
+                "difference": estimate(difference, low, high),
+                "p_bootstrap": p,
+                "only_first_right": only_first,
+                "only_second_right": only_second,
+                "p_mcnemar": p_mcnemar,
+            }
+        )
+    for name in ("p_bootstrap", "p_mcnemar"):
+        for item, adjusted in zip(found, holm([item[name] for item in found]), strict=True):
+            item[name + "_holm"] = adjusted
+    for item in found:
+        item["verdict"] = verdict(item)
+    return found
+
+
+def verdict(item):
+    """A comparison in words."""
+    points, p = 100 * item["difference"]["value"], item["p_bootstrap_holm"]
+    better, worse = (item["first"], item["second"]) if points >= 0 else (item["second"], item["first"])
+    sides = sorted(
+        abs(100 * x) if (x >= 0) == (points >= 0) else -abs(100 * x) for x in (item["difference"]["low"], item["difference"]["high"])
+    )
+    interval_text = f"95 % interval {sides[0]:.2f} to {sides[1]:.2f}"
+    p_text = f"p {p:.2g} by bootstrap, {item['p_mcnemar_holm']:.2g} by McNemar"
+    numbers = f"{abs(points):.2f} points, {interval_text}; {p_text}"
+    if p < 0.05:
+        return f"{better} is better than {worse} ({numbers}, Holm-corrected)"
+    return f"{better} and {worse} cannot be told apart ({numbers}, Holm-corrected)"
+
+
+# ---- contamination --------------------------------------------------------------------------------------------------------------------
+
+GRAM = 13
+WORD = re.compile(r"\w+")
+
+
+def strings_of(value):
+    """Every string inside a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings_of(item)
+    elif isinstance(value, (list, tuple, np.ndarray)):
+        for item in value:
+            yield from strings_of(item)
+
+
+def training_texts(source):
+    """Every text of the training data: .jsonl, .json, .parquet files or directories of them, comma-separated. Raises ValueError if none."""
+    import pandas
+
+    paths = []
+    for part in source.split(","):
+        path = Path(part.strip())
+        paths += sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".json", ".parquet")) if path.is_dir() else [path]
+    if not paths or any(not path.is_file() for path in paths):
+        raise ValueError(f"--contamination: no .jsonl, .json or .parquet file at {source}")
+    for path in paths:
+        if path.suffix == ".parquet":
+            yield from strings_of(pandas.read_parquet(path).to_dict("records"))
+            continue
+        with open(path, encoding="utf-8") as file:
+            try:
+                for row in json.load(file) if path.suffix == ".json" else map(json.loads, file):
+                    yield from strings_of(row)
+            except ValueError as error:
+                raise ValueError(f"--contamination: {path} is not {path.suffix[1:].upper()} ({error})") from error
+
+
+def hash_words(text, known):
+    """Words of `text` (lower case, letters and digits only) as uint64 (words,). known: a dict that remembers hashes."""
+    numbers = []
+    for word in WORD.findall(text.lower()):
+        if word not in known:
+            known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        numbers.append(known[word])
+    return np.array(numbers, np.uint64)
+
+
+def hash_grams(words, n):
+    """A hash of every run of n words -> uint64 (words - n + 1,): sum of h * odd^j modulo 2^64."""
+    if len(words) < n:
+        return np.empty(0, np.uint64)
+    grams = np.zeros(len(words) - n + 1, np.uint64)
+    for j in range(n):
+        grams = grams * np.uint64(0x9E3779B97F4A7C15) + words[j : len(words) - n + 1 + j]
+    return grams
+
+
+def contaminated(questions, source):
+    """Questions that share a run of 13 words with the training data; shorter ones if the whole text occurs -> bool (Q,)."""
+    known, wanted = {}, {}
+    for question in questions:
+        words = hash_words(question["prompt"], known)
+        n = min(GRAM, len(words))
+        if n:
+            wanted.setdefault(n, []).append((question["index"], hash_grams(words, n)))
+    tables = {}
+    for n, items in wanted.items():
+        grams = np.concatenate([grams for _, grams in items])
+        owners = np.concatenate([np.full(len(grams), index) for index, grams in items])
+        order = np.argsort(grams, kind="stable")
+        tables[n] = grams[order], owners[order]
+    found = np.zeros(len(questions), bool)
+    for text in training_texts(source):
+        words = hash_words(text, known)
+        for n, (grams, owners) in tables.items():
+            seen = np.unique(hash_grams(words, n))
+            left, right = np.searchsorted(grams, seen, "left"), np.searchsorted(grams, seen, "right")
+            for start, end in zip(left[right > left], right[right > left], strict=True):
+                found[owners[start:end]] = True
+    return found
+
+
+def contamination_report(rows, questions, source):
+    """Overlap with the training data and scores with and without the questions concerned, JSON-ready."""
+    found = contaminated(questions, source)
+    keys = np.array([LETTERS.index(question["key"]) for question in questions], np.int8)
+    report = {
+        "source": source,
+        "questions": [questions[i]["id"] for i in np.flatnonzero(found)],
+        "count": int(found.sum()),
+        "checkpoints": [],
+    }
+    for row in rows:
+        average = measure(row.answers, keys)[:, 1]
+        parts = {"all": average, "without": average[~found], "only": average[found]}
+        report["checkpoints"].append({"name": row.name} | {k: float(v.mean()) if len(v) else None for k, v in parts.items()})
+    return report
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------------------------
+
+
+def percent(item, digits=2):
+    """An estimate as "76.62 [76.10, 77.14]"."""
+    return f"{100 * item['value']:.{digits}f} [{100 * item['low']:.{digits}f}, {100 * item['high']:.{digits}f}]"
+
+
+def tables(report):
+    """The report as [(title, header, rows of strings)]."""
+    rows = report["checkpoints"]
+    facts = f"{report['questions']:,} questions, 95 % intervals over questions, in percent"
+    found = []
+    for kind, words in (("micro", "every question weighs the same"), ("macro", "every category weighs the same")):
+        body = [[row["name"], str(row["samples"]), *(percent(row[kind][name]) for name in MEASURES)] for row in rows]
+        found.append((f"{kind}: {words} ({facts})", ["checkpoint", "samples", "acc@1", "average", "majority", "any"], body))
+    for kind, title in (
+        ("category", "average of the samples by category"),
+        ("subject", "average by subject"),
+        ("level", "average by level"),
+    ):
+        names = list(rows[0][kind]) if rows else []
+        if len(names) < 2:
+            continue
+        if kind == "category":
+            body = [[row["name"], *(percent(row[kind][name]["average"]) for name in names)] for row in rows]
+            found.append((title, ["checkpoint", *names], body))
+        else:  # many values: one line each, a column per checkpoint
+            body = [
+                [name or "-", str(rows[0][kind][name]["questions"]), *(percent(row[kind][name]["average"], 1) for row in rows)]
+                for name in names
+            ]
+            found.append((title, [kind, "questions", *(row["name"] for row in rows)], body))
+    outcomes = list(rows[0]["answers"]) if rows else []
+    found.append(
+        ("responses", ["checkpoint", *outcomes], [[row["name"], *(f"{row['answers'][name]:,}" for name in outcomes)] for row in rows])
+    )
+    return found
+
+
+def notes(report, rows):
+    """What a reader must know beside the numbers."""
+    lines = ["chance: " + ", ".join(f"{100 * value:.2f} % for {name}" for name, value in report["chance"].items())]
+    for row in report["checkpoints"]:
+        if row["protocol"] == "first_token":
+            lines.append(
+                f"{row['name']}: first-token protocol, whose official score weighs every question: {percent(row['micro']['acc@1'])}"
+            )
+        if row["retries"]:
+            lines.append(
+                f"{row['name']}: unreadable answers were resampled up to {row['retries']} times, so its samples are not plain draws"
+            )
+    for name in ("sampling", "system_prompt", "seed", "questions_sha256", "retries", "chat_template_kwargs"):
+        values = {json.dumps(row.args.get(name), sort_keys=True) for row in rows if row.args}
+        if len(values) > 1:
+            lines.append(f"the checkpoints were generated with different {name}: {'; '.join(sorted(values))}")
+    return lines
+
+
+def as_text(report, rows):
+    """Everything after the original's block, as aligned text."""
+    lines = [f"note: {line}" for line in notes(report, rows)]
+    for title, header, body in tables(report):
+        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
+        lines += ["", title]
+        for line in [header, *body]:
+            lines.append(
+                "  ".join(
+                    cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+                )
+            )
+    if report["comparisons"]:
+        lines += ["", "paired comparisons (average of the samples; question by question)"]
+        lines += [item["verdict"] for item in report["comparisons"]]
+    if "contamination" in report:
+        part = report["contamination"]
+        lines += ["", f"contamination: {part['count']} of {report['questions']} questions overlap {part['source']}"]
+        lines += [
+            f"{row['name']}: average {show(row['all'])} on all, {show(row['without'])} without them, {show(row['only'])} on them"
+            for row in part["checkpoints"]
+        ]
+    return "\n".join(lines)
+
+
+def show(value):
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def as_markdown(report, rows):
+    """The same tables as markdown."""
+    lines = []
+    for title, header, body in tables(report):
+        lines += ["", f"**{title}**", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+        lines += ["| " + " | ".join(line) + " |" for line in body]
+    lines += [""] + [f"- {line}" for line in notes(report, rows)] + [f"- {item['verdict']}" for item in report["comparisons"]]
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def as_csv(report):
+    """Long format: checkpoint, kind, name, questions, measure, value, low, high."""
+    lines = ["checkpoint,kind,name,questions,measure,value,low,high"]
+
+    def quoted(text):
+        return '"' + str(text).replace('"', '""') + '"'
+
+    for row in report["checkpoints"]:
+        for kind in ("micro", "macro"):
+            for name, item in row[kind].items():
+                lines.append(f"{quoted(row['name'])},{kind},,{report['questions']},{name},{item['value']},{item['low']},{item['high']}")
+        for kind in ("category", "subject", "level"):
+            for value, items in row[kind].items():
+                for name, item in items.items():
+                    if name != "questions":
+                        numbers = f"{items['questions']},{name},{item['value']},{item['low']},{item['high']}"
+                        lines.append(f"{quoted(row['name'])},{kind},{quoted(value)},{numbers}")
+    return "\n".join(lines) + "\n"
+
+
+def split_step(name):
+    """ "malaymmlu-run-checkpoint-960" -> ("run", 960); a name without a step -> (name, None)."""
+    short = name.removeprefix("malaymmlu-")
+    match = re.fullmatch(r"(.+?)(?:-checkpoint)?-(\d+)", short)
+    return (match.group(1), int(match.group(2))) if match else (short, None)
+
+
+def heights(items):
+    """Estimates -> (percent, [[below], [above]]) for error bars."""
+    y = np.array([100 * item["value"] for item in items])
+    below, above = y - [100 * item["low"] for item in items], [100 * item["high"] for item in items] - y
+    return y, np.maximum([below, above], 0)
+
+
+def draw(report, rows, path):
+    """PNG: the average by epoch with intervals, one line a run and base models dashed; beside it the average by category."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = report["checkpoints"]
+    runs = {}
+    for entry, row in zip(entries, rows, strict=True):
+        run, step = split_step(entry["name"])
+        if row.args and row.args.get("adapter") is None:  # a base model, even if its name ends in a number
+            run, step = entry["name"].removeprefix("malaymmlu-"), None
+        runs.setdefault(run, []).append((step, entry))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.8), width_ratios=[1, 1.4], layout="constrained")
+    most = max(len(points) for points in runs.values())
+    categories = list(report["categories"])
+    width, bar = 0.8 / len(entries), 0
+    for number, (run, points) in enumerate(runs.items()):
+        points.sort(key=lambda point: point[0] or 0)
+        colour = f"C{number % 10}"
+        y, errors = heights([entry["micro"]["average"] for _, entry in points])
+        if points[0][0] is None:
+            left.axhline(y[0], color=colour, linestyle="--", label=run)
+            left.axhspan(y[0] - errors[0][0], y[0] + errors[1][0], color=colour, alpha=0.12, linewidth=0)
+        else:
+            left.errorbar(range(1, len(y) + 1), y, yerr=errors, color=colour, marker="o", capsize=3, label=run)
+        for position, (_, entry) in enumerate(points):
+            y, errors = heights([entry["category"][name]["average"] for name in categories])
+            x = np.arange(len(categories)) + (bar - (len(entries) - 1) / 2) * width
+            alpha = 0.4 + 0.6 * (position + 1) / len(points)  # later epochs are darker
+            label = entry["name"].removeprefix("malaymmlu-")
+            right.bar(x, y, width, yerr=errors, capsize=2, color=colour, alpha=alpha, label=label, error_kw={"linewidth": 0.8})
+            bar += 1
+    left.set_xticks(range(1, most + 1))
+    left.set_xlim(0.5, most + 0.5)
+    left.set_xlabel("epoch (checkpoints of a run, in order)")
+    left.set_ylabel("questions right, % (average of the samples)")
+    left.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    right.axhline(100 * report["chance"]["one sample"], color="0.4", linestyle=":", label="chance")
+    right.set_xticks(range(len(categories)), [f"{name}\n({report['categories'][name]:,})" for name in categories])
+    right.set_ylim(0, 100)
+    right.grid(axis="y", alpha=0.3)
+    right.legend(fontsize=7)
+    figure.suptitle(f"MalayMMLU format, {report['questions']:,} questions; bars are 95 % intervals over questions")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>MalayMMLU report</title>
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<style>
+body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:.6rem 0 1.4rem;display:block;overflow-x:auto}
+th,td{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left} th{cursor:pointer;background:#f4f4f4}
+pre{white-space:pre-wrap;background:#f7f7f7;padding:.6rem;margin:.3rem 0} .right{color:#0a7d32} .wrong{color:#b3261e} .gone{color:#777}
+select,input,button{font:inherit;margin:.2rem} details{border-bottom:1px solid #ddd;padding:.3rem 0} img{max-width:100%}
+</style>
+<h1>MalayMMLU report</h1><div id="notes"></div><div id="plot"></div><div id="tables"></div>
+<h2>Comparisons</h2><ul id="pairs"></ul>
+<h2>Questions</h2>
+<div><select id="status"></select><select id="category"></select><select id="subject"></select><input id="find" placeholder="text or id">
+<button id="back">&lt;</button><span id="page"></span><button id="next">&gt;</button></div><div id="list"></div>
+<script id="data" type="application/json">__DATA__</script>
+<script>
+const D=JSON.parse(document.getElementById('data').textContent), $=id=>document.getElementById(id);
+const make=(tag,text,cls)=>{const e=document.createElement(tag);if(text!==undefined)e.textContent=text;if(cls)e.className=cls;return e};
+D.notes.forEach(n=>$('notes').append(make('p',n)));
+if(D.plot){const i=make('img');i.src='data:image/png;base64,'+D.plot;i.alt='accuracy by epoch and by category';$('plot').append(i)}
+D.tables.forEach(([title,head,body])=>{
+  const t=make('table'),h=make('tr');let up=false;
+  head.forEach((c,k)=>{const th=make('th',c);th.title='sort';th.onclick=()=>{up=!up;
+    const value=r=>{const x=r.cells[k].textContent.replaceAll(',',''),f=parseFloat(x);return k===0||isNaN(f)?x:f};
+    [...t.rows].slice(1).sort((a,b)=>{const x=value(a),y=value(b),s=typeof x==='number'&&typeof y==='number'?x-y:
+      String(x).localeCompare(String(y),undefined,{numeric:true});return up?s:-s}).forEach(r=>t.append(r))};h.append(th)});
+  t.append(h);body.forEach(r=>{const tr=make('tr');r.forEach(c=>tr.append(make('td',c)));t.append(tr)});
+  $('tables').append(make('h2',title),t)});
+D.comparisons.forEach(c=>$('pairs').append(make('li',c)));
+if(!D.comparisons.length)$('pairs').append(make('li','none asked'));
+const names=D.names,sign={'-1':'no answer','-2':'several answers','-3':'cut off','-4':'missing'},letters='ABCDEF';
+const look=(a,q)=>a<0?'gone':letters[a]===q.key?'right':'wrong';
+const right=(q,n)=>q.a[n].filter(a=>letters[a]===q.key).length/q.a[n].length;
+const tests={'all questions':q=>true,'right in every checkpoint':q=>names.every((_,n)=>right(q,n)===1),
+ 'wrong in every checkpoint':q=>names.every((_,n)=>right(q,n)===0),
+ 'checkpoints disagree':q=>{const r=names.map((_,n)=>right(q,n)>.5);return r.includes(true)&&r.includes(false)},
+ 'samples disagree':q=>names.some((_,n)=>{const r=right(q,n);return r>0&&r<1}),
+ 'a response without an answer':q=>names.some((_,n)=>q.a[n].some(a=>a<0))};
+names.forEach((name,n)=>{tests['right in '+name]=q=>right(q,n)>.5;tests['wrong in '+name]=q=>right(q,n)<=.5});
+const fill=(id,first,values)=>{[first,...values].forEach(v=>{const o=make('option',v||'(none)');o.value=v;$(id).append(o)})};
+fill('status','all questions',Object.keys(tests).slice(1));
+fill('category','all categories',[...new Set(D.questions.map(q=>q.category))]);
+fill('subject','all subjects',[...new Set(D.questions.map(q=>q.subject))].sort());
+let page=0;const SIZE=25;
+function list(){
+  const word=$('find').value.toLowerCase(),s=tests[$('status').value],c=$('category').value,u=$('subject').value;
+  const hits=D.questions.filter(q=>s(q)&&(c==='all categories'||q.category===c)&&(u==='all subjects'||q.subject===u)&&
+    (!word||q.prompt.toLowerCase().includes(word)||String(q.id).toLowerCase()===word));
+  const last=Math.max(0,Math.ceil(hits.length/SIZE)-1);page=Math.max(0,Math.min(page,last));
+  $('page').textContent=` ${hits.length} questions, page ${page+1} of ${last+1} `;$('list').replaceChildren();
+  hits.slice(page*SIZE,page*SIZE+SIZE).forEach(q=>{const d=make('details'),m=make('summary');
+    m.append(make('span',`${q.id} · ${q.category} · ${q.subject} · key ${q.key} · `));
+    names.forEach((name,n)=>{q.a[n].forEach(a=>m.append(make('span',(a<0?'–':letters[a])+' ',look(a,q))));m.append(' | ')});
+    d.append(m);d.ontoggle=()=>{if(d.childElementCount>1)return;d.append(make('pre',q.prompt));
+      names.forEach((name,n)=>{d.append(make('strong',name));q.a[n].forEach((a,k)=>{
+        d.append(make('div',`sample ${k}: ${a<0?sign[a]:letters[a]}`,look(a,q)));
+        if(q.t&&q.t[n]&&q.t[n][k])d.append(make('pre',q.t[n][k]))})})};
+    $('list').append(d)})}
+['status','category','subject'].forEach(id=>$(id).onchange=()=>{page=0;list()});$('find').oninput=()=>{page=0;list()};
+$('back').onclick=()=>{page--;list()};$('next').onclick=()=>{page++;list()};list();
+</script></html>
+"""
+
+
+def write_html(report, rows, questions, path, budget=20_000_000):
+    """One self-contained page: tables that sort, the plot, and every question with every checkpoint's letters.
+
+    Responses are included (their last 1,500 characters) while all of them together stay under `budget` characters; otherwise only letters.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        draw(report, rows, Path(folder) / "plot.png")
+        plot = base64.b64encode((Path(folder) / "plot.png").read_bytes()).decode()
+    texts = tails(rows, questions, budget)
+    listed = []
+    for i, question in enumerate(questions):
+        item = {name: question[name] for name in ("id", "prompt", "key", "category", "subject")}
+        item["a"] = [row.answers[i].tolist() for row in rows]
+        if texts:
+            item["t"] = [[texts[r].get((i, sample), "") for sample in range(row.answers.shape[1])] for r, row in enumerate(rows)]
+        listed.append(item)
+    data = {
+        "notes": [f"{report['questions']:,} questions", *notes(report, rows)]
+        + ([] if texts else ["responses are left out: too many for one page"]),
+        "plot": plot,
+        "tables": tables(report),
+        "comparisons": [item["verdict"] for item in report["comparisons"]],
+        "names": [row.name.removeprefix("malaymmlu-") for row in rows],
+        "questions": listed,
+    }
+    # inside a script element only "</" could end it early
+    text = json.dumps(data, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
+    Path(path).write_text(PAGE.replace("__DATA__", text), encoding="utf-8")
+
+
+def tails(rows, questions, budget):
+    """The ends of all responses, [{(index, sample): text}] per row, or None if they are too much for a page."""
+    if sum((row.path / "generations.jsonl").stat().st_size for row in rows) > 4 * budget:
+        return None
+    found = [
+        {
+            (r["index"], r["sample"]): r["text"][-1500:]
+            for r in read_generations(row.path / "generations.jsonl")
+            if r["index"] < len(questions)
+        }
+        for row in rows
+    ]
+    return found if sum(len(text) for row in found for text in row.values()) <= budget else None
+
+
+def audit(rows, questions, count, seed=0):
+    """Print `count` random extractions for a human eye: the end of the response and what was read out of it."""
+    generator = np.random.default_rng(seed)
+    records = [
+        (row, record) for row in rows for record in read_generations(row.path / "generations.jsonl") if record["index"] < len(questions)
+    ]
+    for position in generator.choice(len(records), min(count, len(records)), replace=False):
+        row, record = records[position]
+        question = questions[record["index"]]
+        outcome, letter = extract(record["text"], question, record.get("finish_reason"), record.get("thinking", False))
+        print(f"\n---- {row.name}, question {record['index']} (id {question['id']}), sample {record['sample']}")
+        print("\n".join(f"{name}. {text}" for name, text in question["options"].items()))
+        print("..." + record["text"][-400:] if len(record["text"]) > 400 else record["text"])
+        print(f"---- read as: {letter or outcome}   key: {question['key']}   finish: {record.get('finish_reason')}")
+
+
 # ---- command --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -438,23 +1110,16 @@ class Arguments:
     questions: str | None = field(default=None, metadata={"help": "question file; default: MalayMMLU from the hub"})
     questions_revision: str | None = field(default=None, metadata={"help": "the hub's revision of the question file"})
     limit: int | None = field(default=None, metadata={"help": "score the first N questions only, as malaymmlu.py --limit asks them"})
-
-
-def benchmark_questions(path, revision=None):
-    """Questions from `path`, or without one from the hub, whose counts are then checked -> (questions, facts for args.json)."""
-    commit = None
-    source = path or f"{HUB_DATASET}/{HUB_FILE}"
-    if path is None:
-        path, commit = download_questions(revision)
-    questions = load_questions(path)
-    if commit is not None or source != path:
-        counts = {}
-        for question in questions:
-            counts[question["category"]] = counts.get(question["category"], 0) + 1
-        if counts != HUB_COUNTS:
-            raise ValueError(f"{source} holds {counts}, not MalayMMLU's {HUB_COUNTS}; pick another --questions_revision")
-    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return questions, {"source": str(source), "revision": commit, "sha256": sha256, "rows": len(questions)}
+    compare: str = field(default="all", metadata={"help": "paired comparisons: all, none, or NAME:NAME,NAME:NAME"})
+    resamples: int = field(default=2000, metadata={"help": "bootstrap resamples"})
+    seed: int = field(default=0, metadata={"help": "seed of the bootstrap and of --audit"})
+    contamination: str | None = field(default=None, metadata={"help": "training data to check the questions against: files or directories"})
+    audit: int = field(default=0, metadata={"help": "print N random extractions"})
+    json: str | None = field(default=None, metadata={"help": "write everything as JSON"})
+    csv: str | None = field(default=None, metadata={"help": "write the scores as CSV, one value a line"})
+    markdown: str | None = field(default=None, metadata={"help": "write the tables as markdown"})
+    plot: str | None = field(default=None, metadata={"help": "write a PNG"})
+    html: str | None = field(default=None, metadata={"help": "write a self-contained report"})
 
 
 def main():
@@ -462,13 +1127,44 @@ def main():
 
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     try:
-        questions, _ = benchmark_questions(args.questions, args.questions_revision)
+        questions, facts = benchmark_questions(args.questions, args.questions_revision)
         questions = questions[: args.limit]
-        found = find_directories(args.pattern)
-        answers = [read_answers(path, questions) for _, path in found]
-    except ValueError as error:
+        rows = [
+            Row(name, path, read_args(path), read_answers(path, questions, bool(args.limit)))
+            for name, path in find_directories(args.pattern)
+        ]
+        for row in rows:
+            if row.args.get("questions_sha256") not in (None, facts["sha256"]):
+                print(f"note: {row.name} was generated from a question file with another checksum", file=sys.stderr)
+        print_original([row.name for row in rows], [row.answers for row in rows], questions)
+        report = score(rows, questions, args.resamples, args.seed, args.compare)
+        if args.contamination:
+            report["contamination"] = contamination_report(rows, questions, args.contamination)
+        print(as_text(report, rows))
+        write(args, report, rows, questions)
+        if args.audit:
+            audit(rows, questions, args.audit, args.seed)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print_original([name for name, _ in found], answers, questions)
+
+
+def write(args, report, rows, questions):
+    """Write the files asked for."""
+    for name, text in (
+        ("json", lambda: json.dumps(report, indent=1, ensure_ascii=False) + "\n"),
+        ("csv", lambda: as_csv(report)),
+        ("markdown", lambda: as_markdown(report, rows)),
+    ):
+        path = getattr(args, name)
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text(), encoding="utf-8")
+    if args.plot:
+        Path(args.plot).parent.mkdir(parents=True, exist_ok=True)
+        draw(report, rows, args.plot)
+    if args.html:
+        Path(args.html).parent.mkdir(parents=True, exist_ok=True)
+        write_html(report, rows, questions, args.html)
 
 
 if __name__ == "__main__":

@@ -753,6 +753,10 @@ def build_llm(config):
         "enable_prefix_caching": True,
         "seed": config["seed"],
     }
+    if config["device"] == "cpu":
+        # vLLM steps a seeded request's generator back after a partial prefill, which a CPU generator cannot do ("does not use offset"):
+        # whole prompts only
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 4096)}
     if config["tensor_parallel"] > 1:
         options["distributed_executor_backend"] = "mp"
     lora = None
