@@ -229,21 +229,22 @@ def mfu(flops, seconds, gpus, device_name):
 # Memory
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-POLICIES = {"dense": ("none", "full"), "moe": ("none", "selective", "full")}
-MODES = {"dense": ("fast",), "moe": ("fast", "frugal")}
+# What each trainer offers: (activation policy, memory mode of the experts block), the least recomputation first.
+CHOICES = {"dense": (("none", "fast"), ("full", "fast")), "moe": (("none", "fast"), ("selective", "frugal"), ("full", "fast"))}
 FULL_TOKENS = 16384  # tokens of a micro-batch from which a larger one gains nothing: 1,024 rows for each of 128 experts at top-8
 
 
-def experts_saved_bytes(tokens, top_k, intermediate_size, expert_r, mode, shared_A=False):
+def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r, mode, use_dora=False, shared_A=False):
     """What a routed-experts block keeps for backward beyond its input and output, in bytes.
 
-    Per routed row (tokens x top_k of them), in bf16: in fast mode the pre-activations of gate and up, 2 x 2 intermediate_size bytes;
-    in both modes the LoRA inner products of gate, up and down, 2 x 3 expert_r (2 x 2 expert_r where gate and up share one A), and 16
-    bytes of indices and router weights. Frugal mode recomputes the pre-activations.
+    Per routed row (tokens x top_k of them), in bf16: in fast mode the pre-activations of gate and up, 2 x 2 intermediate_size bytes, and
+    for DoRA the output before the magnitude, 2 hidden_size; in both modes the LoRA inner products of gate, up and down, 2 x 3 expert_r
+    (2 x 2 expert_r where gate and up share one A), and 16 bytes of indices and router weights. Frugal mode recomputes the rest.
     """
-    inner_products = (2 if shared_A else 3) * expert_r
-    kept = 2 * intermediate_size if mode == "fast" else 0
-    return tokens * top_k * (2 * (kept + inner_products) + 16)
+    kept = (2 if shared_A else 3) * expert_r
+    if mode == "fast":
+        kept += 2 * intermediate_size + hidden_size * use_dora
+    return tokens * top_k * (2 * kept + 16)
 
 
 def layer_saved_bytes(config, matrices, tokens, policy, mode, r, expert_r, use_dora=False):
@@ -253,107 +254,118 @@ def layer_saved_bytes(config, matrices, tokens, policy, mode, r, expert_r, use_d
     none       attention half: input H, normed input H, every projection's output except o_proj's, queries and keys once more where they
                are normalised, the attention output and its fp32 log-sum-exp per head, r for each LoRA inner product. MLP half: its input H,
                normed input H, and for a dense or shared MLP gate, up and their product, 3 intermediate_size, and 3 r; for routed
-               experts `experts_saved_bytes` and the router's fp32 probabilities. DoRA keeps the base's and the LoRA's output of every
-               adapted layer, for the magnitude's gradient.
-    selective  the attention half is recomputed from the layer's input; the MLP half is kept as under none.
+               experts `experts_saved_bytes` and the router's fp32 probabilities. DoRA keeps the output before the magnitude of every
+               adapted layer, and a bf16 copy of the experts' adapter, which FSDP then gathers in fp32.
+    selective  the attention half is recomputed from its input and normed input; the MLP half is kept as under none.
     """
-    hidden = config.hidden_size
-    attention, mlp, experts = 2 * hidden, 2 * hidden, 0  # elements a token
+    hidden, norms = config.hidden_size, architecture(config).query_key_norm
+    attention, mlp, experts = 2 * hidden, 2 * hidden, 0  # elements a token; bytes
     for m in matrices:
-        inner = (r + 2 * m.out_features * use_dora) * m.adapted
+        inner = (r + m.out_features * use_dora) * m.adapted
         if m.kind == "attention":
             attention += inner + (m.in_features if m.name.endswith("o_proj.weight") else m.out_features)
-            if architecture(config).query_key_norm and m.name.endswith(("q_proj.weight", "k_proj.weight")):
-                attention += m.out_features
+            attention += m.out_features * (norms and m.name.endswith(("q_proj.weight", "k_proj.weight")))
         elif m.kind in ("mlp", "shared_expert"):
             mlp += inner + (m.in_features if "down_proj" in m.name else m.out_features)
         elif m.kind == "router":
             mlp += 2 * m.out_features  # fp32
-        elif m.name.endswith("down_proj"):
-            experts = experts_saved_bytes(tokens, m.active, m.in_features, expert_r, mode)
-    log_sum_exp = 4 * config.num_attention_heads
+        elif m.kind == "expert":
+            experts += 2 * use_dora * m.copies * expert_r * (m.out_features + m.in_features)
+            if m.name.endswith("down_proj"):
+                experts += experts_saved_bytes(tokens, m.active, m.out_features, m.in_features, expert_r, mode, use_dora)
     if policy == "full":
         return tokens * 2 * hidden
-    kept_attention = 2 * attention + log_sum_exp if policy == "none" else 2 * hidden
+    log_sum_exp = 4 * config.num_attention_heads
+    kept_attention = 2 * attention + log_sum_exp if policy == "none" else 2 * 2 * hidden
     return tokens * (kept_attention + 2 * mlp) + experts
 
 
-def layer_working_bytes(config, matrices, tokens):
-    """The most that one layer's forward or backward holds for a moment beyond what is kept, in bytes.
+def layer_working_bytes(config, matrices, tokens, mode, use_dora=False):
+    """The most that one layer's forward or backward holds for a moment beyond what is kept, in bytes; bf16.
 
-    Routed experts: one (routed rows, H) and one (routed rows, intermediate_size) bf16 buffer. A dense or shared MLP: two of
-    (tokens, intermediate_size), the LoRA's share of a projection's output or the gradient of the product. And four of (tokens, H):
-    the residual stream's gradient, the two norms', the attention's.
+    Routed experts: the activation's (routed rows, intermediate_size) or its gradient and a quarter of (routed rows, H), as the block
+    works on a quarter of the columns at a time (with DoRA: all of them); in frugal mode also the recomputed pre-activations. A dense
+    or shared MLP: two of (tokens, intermediate_size), the LoRA's share of a projection's output or the gradient of the product.
+    And four of (tokens, H): the residual stream's gradient, the two norms', the attention's.
     """
-    wide = max((2 * m.in_features for m in matrices if m.kind in ("mlp", "shared_expert") and "down_proj" in m.name), default=0)
-    routed = max((m.active * (m.in_features + m.out_features) for m in matrices if m.kind == "expert"), default=0)
-    return 2 * tokens * (max(wide, routed) + 4 * config.hidden_size)
+    width = 0
+    for m in matrices:
+        if m.kind in ("mlp", "shared_expert") and "down_proj" in m.name:
+            width = max(width, 2 * m.in_features)
+        if m.kind == "expert" and m.name.endswith("down_proj"):
+            columns = m.out_features if use_dora else m.out_features // 4
+            width = max(width, m.active * (m.in_features * (3 if mode == "frugal" else 1) + columns))
+    return 2 * tokens * (width + 4 * config.hidden_size)
 
 
-def loss_bytes(config, tokens):
-    """Head and loss of Liger's fused linear cross entropy, in bytes: the final norm's output and the gradient with respect to it
-    (tokens, H), and one chunk of logits, about as large as the hidden states (its rows are tokens H / vocabulary, rounded up to a
-    power of two), in bf16.
+def loss_bytes(config, kind, tokens):
+    """Head and loss, Liger's fused linear cross entropy, in bytes; bf16.
+
+    The final norm's output and the gradient with respect to it (tokens, H), and one chunk of logits (rows, vocabulary). Liger's budget for
+    logits is a multiple of the hidden states, 4 in train_moe.py and 1 in Trainer; rows are a power of two.
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
-    rows = math.ceil(tokens / math.ceil(vocabulary / hidden))
-    chunk = min(2 ** math.ceil(math.log2(rows)), tokens)
-    return 2 * (2 * tokens * hidden + chunk * vocabulary)
+    budget = 4 if kind == "moe" else 1
+    rows = math.ceil(tokens / math.ceil(vocabulary / (budget * hidden)))
+    return 2 * (2 * tokens * hidden + min(2 ** math.ceil(math.log2(rows)), tokens) * vocabulary)
 
 
-def gpu_bytes(config, kind, gpus, nodes, tokens, r, expert_r, use_dora, policy, mode, accumulation):
-    """Peak bytes of one GPU by term, largest when the last layer's backward begins. `tokens` is one micro-batch's.
+def gpu_bytes(config, plan):
+    """Peak bytes of one GPU by term, when the last layer's backward begins; `plan` is plan_run's dict before the bytes are in it.
 
     dense: DeepSpeed ZeRO-3 over all ranks. bf16 base and adapter, fp32 master adapter, gradient and two Adam moments are all sharded;
     whole parameters live up to DeepSpeed's stage3_max_live_parameters (1e9) or one layer, whichever is more, and its prefetch.
-    moe: FSDP2, sharded inside a node and replicated across nodes. bf16 base, fp32 adapter, gradient and Adam moments are sharded; a layer
-    is whole three times at most (in use, its gather's buffer, the next one's), the embedding and head stay whole through a step;
-    with gradient accumulation the adapter's gradient stays whole in fp32 until the last micro-batch reduces it.
+    moe: FSDP2 over the GPUs of shard_nodes nodes, copies beyond. bf16 base, fp32 adapter and Adam moments are sharded (with cpu_offload:
+    on the host). One layer is whole in use, with its gather's buffer and the next one's; embedding and head through the step; what is
+    gathered is bf16, DoRA's adapter fp32. Over several micro-batches the adapter's fp32 gradient stays whole until the last one, unless
+    every micro-batch reduces it. Reducing takes a layer's gradient in bf16 and two fp32 buffers.
     """
-    arch = architecture(config)
-    counts = count_parameters(config, r, expert_r, use_dora)
+    arch, counts, kind, dora = architecture(config), plan["parameters"], plan["kind"], plan["use_dora"]
+    r, expert_r, policy, mode = plan["r"], plan["expert_r"], plan["activation_policy"], plan["memory_mode"]
     base, adapter = counts["total"], counts["trainable"]
-    outside = 2 * sum(counts["base"].get(k, 0) for k in ("embedding", "head"))
+    tokens = plan["micro_batch"] * plan["max_seq_length"]
     layers = arch.layers()
-    layer_parameters = [
-        sum(m.copies * m.out_features * m.in_features for m in layer)
-        + sum(m.copies * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features) for m in layer if m.adapted)
+    layer_base = max(sum(m.copies * m.out_features * m.in_features for m in layer) for layer in layers)
+    layer_adapter = max(
+        sum(m.copies * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features) for m in layer if m.adapted)
         for layer in layers
-    ]
-    saved = [layer_saved_bytes(config, layer, tokens, policy, mode, r, expert_r, use_dora) for layer in layers]
-    whole = [layer_saved_bytes(config, layer, tokens, "none", mode, r, expert_r, use_dora) for layer in layers]
-    working = max(
-        layer_working_bytes(config, layer, tokens) + (w - s if policy != "none" else 0)
-        for layer, s, w in zip(layers, saved, whole, strict=True)
     )
+    saved, working = [], []
+    for layer in layers:
+        kept, everything = (layer_saved_bytes(config, layer, tokens, p, mode, r, expert_r, dora) for p in (policy, "none"))
+        saved.append(kept)
+        working.append(everything - kept + layer_working_bytes(config, layer, tokens, mode, dora))
     if kind == "dense":
-        shard = gpus * nodes
+        shard = plan["gpus"] * plan["nodes"]
         bucket = config.hidden_size**2  # the size "auto" stands for in ds3.json
-        gathered = 2 * (max(10**9, max(layer_parameters)) + bucket) if shard > 1 else 0
+        live = min(max(10**9, layer_base + layer_adapter) + bucket, base + adapter)
         terms = {
             "frozen base, bf16 shard": 2 * base / shard,
-            "adapter, bf16 + fp32 master": 6 * adapter / shard,
+            "adapter, bf16 and fp32 master": 6 * adapter / shard,
             "adapter gradient, fp32": 4 * adapter / shard,
             "Adam moments, fp32": 8 * adapter / shard,
-            "gathered parameters": min(gathered, 2 * (base + adapter)),
-            "reduction buckets, fp32": 2 * 4 * bucket,
+            "gathered parameters": 2 * live if shard > 1 else 0,
+            "gradient reduction": 2 * 4 * bucket,
         }
     else:
-        shard = gpus
+        shard = plan["gpus"] * plan["shard_nodes"]
+        whole = plan["accumulation"] > 1 and not plan["reduce_every_micro_batch"]
+        on_gpu = 0 if plan["cpu_offload"] else 1
         terms = {
-            "frozen base, bf16 shard": 2 * base / shard,
-            "adapter, fp32": 4 * adapter / shard,
-            "adapter gradient, fp32": 4 * adapter / shard,
-            "Adam moments, fp32": 8 * adapter / shard,
-            "gathered layers": 3 * 2 * max(layer_parameters) if shard > 1 else 0,
-            "gathered embedding and head": outside if shard > 1 else 0,
-            "whole adapter gradient while accumulating": 4 * adapter if accumulation > 1 and shard > 1 else 0,
+            "frozen base, bf16 shard": on_gpu * 2 * base / shard,
+            "adapter, fp32": on_gpu * 4 * adapter / shard,
+            "Adam moments, fp32": on_gpu * 8 * adapter / shard,
+            "adapter gradient, fp32": 0 if whole else on_gpu * 4 * adapter / shard,
+            "whole adapter gradient while accumulating": 4 * adapter if whole else 0,
+            "gathered layers": (3 if shard > 1 else 1) * (2 * layer_base + (4 if dora else 2) * layer_adapter),
+            "gathered embedding and head": 2 * sum(counts["base"].get(k, 0) for k in ("embedding", "head")),
+            "gradient reduction": 10 * layer_adapter,
         }
-        if use_dora:
+        if dora:
             terms["DoRA norms of experts, fp32"] = 8 * sum(m.copies * m.out_features for m in arch.matrices if m.kind == "expert")
     terms["kept activations"] = sum(saved)
-    terms["one layer's temporaries and recompute"] = working
-    terms["head and loss"] = loss_bytes(config, tokens)
+    terms["one layer's temporaries and recompute"] = max(working)
+    terms["head and loss"] = loss_bytes(config, kind, tokens)
     return {name: int(value) for name, value in terms.items() if value}
 
 
@@ -394,39 +406,33 @@ def plan_run(
     expert_r=None,
     use_dora=False,
     activation_policy="full",
-    memory_mode="fast",
+    memory_mode=None,
+    reduce_every_micro_batch=False,
+    cpu_offload=False,
+    shard_nodes=1,
     document_length=1900.0,
 ):
     """The bytes and FLOPs of one way to run, as a dict that `print_plan` prints and `check_fits` judges.
 
-    kind: "dense" (DeepSpeed ZeRO-3) or "moe" (FSDP2). gpus is per node. micro_batch is packs of max_seq_length tokens per GPU and
-    forward; global_batch_size packs per optimiser step. reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation.
-    document_length: mean length of the document that a token is in (sum of squared lengths / sum of lengths), for attention.
-    Keys: the arguments; parameters (count_parameters); gpu_bytes by term (`gpu_bytes` says what and why), peak_bytes, limit_bytes, fits;
-    host_bytes and disk_bytes by term; flops_per_token (useful), recompute_per_token. Raises ValueError for a batch that the GPUs don't
-    divide, an unknown kind, policy or mode, or a config without the kind's layers.
+    kind: "dense" (train_dense.py, DeepSpeed ZeRO-3) or "moe" (train_moe.py, FSDP2). gpus is per node. micro_batch is packs of
+    max_seq_length tokens per GPU and forward (train_moe.py: 1); global_batch_size packs per optimiser step. activation_policy: none,
+    selective (moe) or full; memory_mode of the experts block: fast or frugal, by default what the trainer couples with the policy.
+    reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation. document_length: mean length of the document that a
+    token is in (sum of squared lengths / sum of lengths), for attention. The rest as train_moe.py's flags of that name.
+
+    Keys: the arguments; accumulation; parameters (count_parameters); gpu_bytes by term (`gpu_bytes` says what and why), peak_bytes,
+    limit_bytes, fits; host_bytes and disk_bytes by term; flops_per_token (useful), recompute_per_token. Raises ValueError for a batch
+    that the GPUs don't divide, an unknown kind, policy or mode, or a config without the kind's layers.
     """
+    modes = dict(CHOICES.get(kind, ()))
     for name, value, known in (
-        ("kind", kind, tuple(POLICIES)),
-        ("activation_policy", activation_policy, POLICIES.get(kind, ())),
-        ("memory_mode", memory_mode, MODES.get(kind, ())),
+        ("kind", kind, tuple(CHOICES)),
+        ("activation_policy", activation_policy, tuple(modes)),
+        ("memory_mode", memory_mode or modes.get(activation_policy), tuple(dict.fromkeys(modes.values()))),
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
-    counts = count_parameters(config, r, expert_r, use_dora)
-    if (kind == "moe") != ("expert" in counts["base"]):
-        raise ValueError(f"{config.model_type} has {'no ' * (kind == 'moe')}routed experts: not a model for a {kind} trainer")
-    world = gpus * nodes
-    if global_batch_size % (world * micro_batch):
-        raise ValueError(f"a step of {global_batch_size} packs is not a multiple of {world} GPUs x {micro_batch} packs each")
-    accumulation = global_batch_size // (world * micro_batch)
-    rank = expert_rank(config, r, expert_r)
-    terms = gpu_bytes(
-        config, kind, gpus, nodes, micro_batch * max_seq_length, r, rank, use_dora, activation_policy, memory_mode, accumulation
-    )
-    peak, limit = sum(terms.values()), int((gpu_memory_gib - reserve_gib) * GIB)
-    adapter = counts["trainable"]
-    return {
+    plan = {
         "model_type": config.model_type,
         "kind": kind,
         "gpus": gpus,
@@ -435,72 +441,96 @@ def plan_run(
         "reserve_gib": reserve_gib,
         "max_seq_length": max_seq_length,
         "micro_batch": micro_batch,
-        "accumulation": accumulation,
         "global_batch_size": global_batch_size,
         "r": r,
-        "expert_r": rank if kind == "moe" else None,
+        "expert_r": expert_rank(config, r, expert_r) if kind == "moe" else None,
         "use_dora": use_dora,
         "activation_policy": activation_policy,
-        "memory_mode": memory_mode,
-        "parameters": counts,
-        "gpu_bytes": terms,
-        "peak_bytes": peak,
-        "limit_bytes": limit,
-        "fits": peak <= limit,
-        "host_bytes": host_bytes(config, kind, gpus, counts),
-        "disk_bytes": {
-            "base checkpoint, bf16": 2 * counts["total"],
-            "adapter per epoch, fp32": 4 * adapter,
-            "resume state per epoch: adapter and Adam moments, fp32": 12 * adapter,
-        },
-        "flops_per_token": train_flops(config, 1, document_length, r, expert_r, use_dora),
-        "recompute_per_token": recompute_flops(config, activation_policy, memory_mode, r, rank, document_length),
+        "memory_mode": memory_mode or modes[activation_policy],
+        "reduce_every_micro_batch": reduce_every_micro_batch,
+        "cpu_offload": cpu_offload,
+        "shard_nodes": shard_nodes,
+        "document_length": document_length,
+        "parameters": count_parameters(config, r, expert_r, use_dora),
     }
+    if (kind == "moe") != ("expert" in plan["parameters"]["base"]):
+        raise ValueError(f"{config.model_type} has {'no ' * (kind == 'moe')}routed experts: not a model for the {kind} trainer")
+    if nodes % shard_nodes:
+        raise ValueError(f"{nodes} nodes are no multiple of --shard_nodes {shard_nodes}")
+    if global_batch_size % (gpus * nodes * micro_batch):
+        raise ValueError(f"a step of {global_batch_size} packs is no multiple of {gpus * nodes} GPUs x {micro_batch} packs each")
+    plan["accumulation"] = global_batch_size // (gpus * nodes * micro_batch)
+    plan["gpu_bytes"] = gpu_bytes(config, plan)
+    plan["peak_bytes"] = sum(plan["gpu_bytes"].values())
+    plan["limit_bytes"] = int((gpu_memory_gib - reserve_gib) * GIB)
+    plan["fits"] = plan["peak_bytes"] <= plan["limit_bytes"]
+    plan["host_bytes"], plan["disk_bytes"] = host_bytes(plan), disk_bytes(plan)
+    plan["flops_per_token"] = train_flops(config, 1, document_length, r, expert_r, use_dora)
+    plan["recompute_per_token"] = recompute_flops(config, activation_policy, plan["memory_mode"], r, plan["expert_r"], document_length)
+    return plan
 
 
-def host_bytes(config, kind, gpus, counts):
-    """Host memory of one node by term, in bytes.
+def host_bytes(plan):
+    """Host memory of one node by term, in bytes; 3 GiB a rank for Python, CUDA and the libraries.
 
-    moe: every rank reads its own shards tensor by tensor, so it holds one stacked tensor at a time. dense: transformers maps the whole
-    checkpoint into every rank, which is page cache, shared by the ranks of a node and given back under pressure; rank 0 gathers the
-    adapter in fp32 to save it, in both. 3 GiB a rank for Python, CUDA and the libraries.
+    moe: a rank reads its shards in pieces, eight of 32 MiB at a time. dense: transformers maps the whole checkpoint into every rank, which
+    is page cache, shared by the ranks of a node and given back under pressure. To save, rank 0 gathers the adapter in fp32, and moe
+    copies the resume state, adapter and Adam moments, to write it in the background.
     """
-    terms = {"processes": 3 * GIB * gpus, "whole adapter on rank 0 while saving, fp32": 4 * counts["trainable"]}
-    largest = max(m.copies * m.out_features * m.in_features for m in architecture(config).matrices)
-    if kind == "moe":
-        terms["largest stacked tensor while loading, bf16, every rank's share"] = 2 * largest
-    else:
-        terms["checkpoint in page cache while loading (can be evicted)"] = 2 * counts["total"]
+    base, adapter = plan["parameters"]["total"], plan["parameters"]["trainable"]
+    terms = {"processes": 3 * GIB * plan["gpus"], "whole adapter on rank 0 while saving, fp32": 4 * adapter}
+    if plan["kind"] == "dense":
+        return {**terms, "checkpoint in page cache while loading (can be evicted)": 2 * base}
+    terms["read buffers while loading"] = plan["gpus"] * 8 * 32 * 2**20
+    terms["resume state while it is written, fp32"] = 12 * adapter // plan["shard_nodes"]
+    if plan["cpu_offload"]:
+        terms["base, adapter, its gradient and Adam moments (cpu_offload)"] = (2 * base + 16 * adapter) // plan["shard_nodes"]
     return terms
 
 
-def options(config, *, kind, gpus, nodes=1, global_batch_size=32, **arguments):
-    """A plan for every activation policy, memory mode and micro-batch of a trainer, best first.
+def disk_bytes(plan):
+    """Disk by term, in bytes: train_moe.py keeps one resume state, the Trainer one per checkpoint."""
+    base, adapter = plan["parameters"]["total"], plan["parameters"]["trainable"]
+    state = "resume state of every checkpoint, fp32" if plan["kind"] == "dense" else "resume state of the newest checkpoint, fp32"
+    return {"base checkpoint, bf16": 2 * base, "adapter of every checkpoint, fp32": 4 * adapter, state: 12 * adapter}
 
-    Best: fits, recomputes least, fills the GPU (FULL_TOKENS tokens in a micro-batch, then the smallest such), needs least memory.
+
+def options(config, *, kind, gpus, nodes=1, global_batch_size=32, **arguments):
+    """A plan for every way a trainer can run: activation policy with its memory mode, and micro-batch (dense) or whether every
+    micro-batch reduces gradients and how many nodes share a copy (moe); best first. An argument that is given (as for plan_run) stays.
+
+    Best: fits, gathers weights inside a node, recomputes least, reduces least often, fills the GPU (FULL_TOKENS tokens in a
+    micro-batch, then the smallest such).
     What doesn't fit follows, the nearest to fitting first.
     """
-    per_gpu = global_batch_size // (gpus * nodes)
-    micro_batches = [n for n in range(1, per_gpu + 1) if per_gpu % n == 0] or [1]
-    plans = [
-        plan_run(
-            config,
-            kind=kind,
-            gpus=gpus,
-            nodes=nodes,
-            global_batch_size=global_batch_size,
-            **{**arguments, "activation_policy": policy, "memory_mode": mode, "micro_batch": micro_batch},
-        )
-        for policy, mode, micro_batch in itertools.product(POLICIES[kind], MODES[kind], micro_batches)
-    ]
+    per_gpu = max(global_batch_size // (gpus * nodes), 1)
+    ways = {
+        "activation_policy": [policy for policy, _ in CHOICES.get(kind, (("full", None),))],
+        "micro_batch": [n for n in range(1, per_gpu + 1) if per_gpu % n == 0] if kind == "dense" else [1],
+        "reduce_every_micro_batch": [False, True] if kind == "moe" and per_gpu > 1 else [False],
+        "shard_nodes": [n for n in range(1, nodes + 1) if nodes % n == 0] if kind == "moe" else [1],
+    }
+    ways |= {name: [arguments.pop(name)] for name in ways.keys() & arguments.keys()}
+    fixed = dict(kind=kind, gpus=gpus, nodes=nodes, global_batch_size=global_batch_size, **arguments)
+    plans = [plan_run(config, **fixed, **dict(zip(ways, values, strict=True))) for values in itertools.product(*ways.values())]
 
     def order(p):
         if not p["fits"]:
             return True, p["peak_bytes"]
         tokens = p["micro_batch"] * p["max_seq_length"]
-        return False, p["recompute_per_token"], max(FULL_TOKENS - tokens, 0), p["micro_batch"], p["peak_bytes"]
+        small = max(FULL_TOKENS - tokens, 0)
+        return False, p["shard_nodes"], p["recompute_per_token"], p["reduce_every_micro_batch"], small, p["micro_batch"]
 
     return sorted(plans, key=order)
+
+
+def trainer_flags(plan):
+    """The trainer's flags that make it run as `plan` says."""
+    if plan["kind"] == "dense":
+        return f"--gradient_checkpointing {plan['activation_policy'] == 'full'} --per_device_train_batch_size {plan['micro_batch']}"
+    reduce = " --reduce_every_micro_batch" if plan["reduce_every_micro_batch"] else ""
+    share = f" --shard_nodes {plan['shard_nodes']}" if plan["shard_nodes"] > 1 else ""
+    return f"--activations {plan['activation_policy']}{reduce}{share}"
 
 
 def best_policy(config, **arguments):
@@ -516,22 +546,25 @@ def check_fits(plan):
         return
     largest = sorted(plan["gpu_bytes"].items(), key=lambda item: -item[1])[:3]
     terms = ", ".join(f"{name} {value / GIB:.1f} GiB" for name, value in largest)
+    need, limit = plan["peak_bytes"] / GIB, plan["limit_bytes"] / GIB
     raise ValueError(
-        f"{plan['peak_bytes'] / GIB:.1f} GiB a GPU are needed and {plan['limit_bytes'] / GIB:.1f} are there ({plan['gpu_memory_gib']:g} less "
-        f"{plan['reserve_gib']:g} reserved), with activation policy {plan['activation_policy']}, memory mode {plan['memory_mode']} and "
-        f"{plan['micro_batch']} x {plan['max_seq_length']:,} tokens. Largest: {terms}. {_remedy(plan, largest[0][0])}"
+        f"{need:.1f} GiB a GPU are needed and {limit:.1f} are there ({plan['gpu_memory_gib']:g} less {plan['reserve_gib']:g} reserved), "
+        f"with {trainer_flags(plan)} and {plan['micro_batch']} x {plan['max_seq_length']:,} tokens. Largest: {terms}. "
+        f"{_remedy(plan, largest[0][0])}"
     )
 
 
 def _remedy(plan, term):
     """What to change when `term` is the largest of a plan that doesn't fit."""
     if term == "whole adapter gradient while accumulating":
-        return "Take more GPUs in a node, a larger micro-batch so that a step needs only one, or a lower --r."
+        return "Pass --reduce_every_micro_batch, take more GPUs, or lower --lora_r."
     if "activations" in term or "temporaries" in term or "loss" in term:
-        return "Lower --max_seq_length or the micro-batch, or recompute more (activation policy full, memory mode frugal)."
+        recompute = "" if plan["activation_policy"] == "full" else " or recompute more (activation policy full)"
+        return f"Lower --max_seq_length{recompute}."
     if "dapter" in term or "Adam" in term:
-        return "Lower --r, or take more GPUs in a node."
-    return f"Take more GPUs{'' if plan['kind'] == 'dense' else ' in a node'}, GPUs with more memory, or a smaller model."
+        return "Lower --lora_r, or take more GPUs."
+    spread = " to shard over (--shard_nodes)" if plan["kind"] == "moe" else ""
+    return f"Take more GPUs{spread}, GPUs with more memory, or a smaller model."
 
 
 def compare_peak(plan, measured_bytes):
@@ -663,8 +696,7 @@ def print_plan(plan, file=None):
 
     rows = [(name, f"{value / GIB:.2f}") for name, value in plan["gpu_bytes"].items()]
     rows += [("peak", f"{plan['peak_bytes'] / GIB:.2f}"), (f"limit ({plan['reserve_gib']:g} reserved)", f"{plan['limit_bytes'] / GIB:.2f}")]
-    choice = f"activation policy {plan['activation_policy']}, memory mode {plan['memory_mode']}"
-    print(_table(rows, f"Memory of one GPU, GiB: {choice}"), end="\n\n", file=file)
+    print(_table(rows, f"Memory of one GPU, GiB, with {trainer_flags(plan)}"), end="\n\n", file=file)
     for title, key in ("Host memory of one node, GiB", "host_bytes"), ("Disk, GiB", "disk_bytes"):
         print(_table([(name, f"{value / GIB:.1f}") for name, value in plan[key].items()], title), end="\n\n", file=file)
 
@@ -673,14 +705,14 @@ def print_plan(plan, file=None):
 
 
 def print_options(plans, file=None):
-    """Print what of `options` fits, the best marked."""
-    rows = [("", "experts", "packs", "GiB", "fits", "recompute", "")]
+    """Print what of `options` fits, the best marked, with the trainer's flags for each."""
+    rows = [("", "GiB", "fits", "recompute", "flags", "")]
     for p in plans:
         extra = f"+{p['recompute_per_token'] / p['flops_per_token']:.0%}"
         best = "<- best" if p is plans[0] and p["fits"] else ""
-        fits = "yes" if p["fits"] else "no"
-        rows.append((p["activation_policy"], p["memory_mode"], p["micro_batch"], f"{p['peak_bytes'] / GIB:.1f}", fits, extra, best))
-    print(_table(rows, "Activation policy, memory mode and packs in a micro-batch, best first"), file=file)
+        memory, fits = f"{p['peak_bytes'] / GIB:.1f}", "yes" if p["fits"] else "no"
+        rows.append((f"{p['activation_policy']}, experts {p['memory_mode']}", memory, fits, extra, trainer_flags(p), best))
+    print(_table(rows, "Activation policy, memory mode and micro-batch, best first"), file=file)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -711,7 +743,8 @@ def read_launcher(launcher, overrides=()):
 
     bash itself reads the launcher: it runs with stand-ins for python, torchrun and the like, which only write down their arguments, so
     arrays, variables and defaults come out as in a real run and nothing is trained. `overrides` follow the launcher as "$@".
-    Raises ValueError if the launcher fails or starts no train_dense.py or train_moe.py.
+    gpus and nodes are None where the launcher leaves them to the machine ("auto"). Raises ValueError if the launcher fails or starts no
+    train_dense.py or train_moe.py.
     """
     if not Path(launcher).is_file():
         raise ValueError(f"{launcher}: no such launcher")
@@ -736,7 +769,8 @@ def read_launcher(launcher, overrides=()):
         if script is not None:
             starter, flags = _flags(call[1:script]), _flags(call[script + 1 :])
             gpus, nodes = starter.get("nproc_per_node", starter.get("num_gpus", "1")), starter.get("nnodes", "1")
-            return {"script": Path(call[script]).name, "flags": flags, "gpus": int(gpus), "nodes": int(nodes)}
+            counts = {"gpus": int(gpus) if gpus.isdecimal() else None, "nodes": int(nodes) if nodes.isdecimal() else None}
+            return {"script": Path(call[script]).name, "flags": flags, **counts}
     raise ValueError(f"{launcher}: starts neither train_dense.py nor train_moe.py")
 
 
@@ -763,27 +797,68 @@ def load_config(name):
         raise ValueError(f"{name}: no config.json found there ({str(error).splitlines()[0]}); pass one with --config FILE") from error
 
 
+# The trainers' flags that a plan depends on: their type, and plan_run's name for each (None: used elsewhere).
+PLAN_FLAGS = {
+    "r": (int, "r"),
+    "lora_r": (int, "r"),
+    "expert_r": (int, "expert_r"),
+    "use_dora": (bool, "use_dora"),
+    "max_seq_length": (int, "max_seq_length"),
+    "global_batch_size": (int, "global_batch_size"),
+    "per_device_train_batch_size": (int, "micro_batch"),
+    "gradient_checkpointing": (bool, "activation_policy"),
+    "activations": (str, "activation_policy"),
+    "reduce_every_micro_batch": (bool, "reduce_every_micro_batch"),
+    "cpu_offload": (bool, "cpu_offload"),
+    "shard_nodes": (int, "shard_nodes"),
+    "num_train_epochs": (float, None),
+    "model_name_or_path": (str, None),
+}
+
+
+def plan_flags(flags):
+    """plan_run's arguments from a trainer's flags (strings by name). Raises ValueError for a value that isn't of the flag's type."""
+    if "target_modules" in flags:
+        raise ValueError("--target_modules: plan.py only knows adapters on every linear layer")
+    arguments = {}
+    for flag, (kind, name) in PLAN_FLAGS.items():
+        if flag not in flags or name is None:
+            continue
+        text = flags[flag]
+        truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
+        if (kind is int and not text.isdecimal()) or (kind is bool and truth is None):
+            raise ValueError(f"--{flag} {text}: expected {'an integer' if kind is int else 'True or False'}")
+        arguments[name] = truth if kind is bool else kind(text)
+    if "gradient_checkpointing" in flags:
+        arguments["activation_policy"] = "full" if arguments["activation_policy"] else "none"
+    return arguments
+
+
 def plan_launcher(arguments, launcher, overrides=()):
-    """Everything the command prints, for one launcher: (plans best first, the launcher's reading, config, model name)."""
-    reading = read_launcher(launcher, overrides)
-    flags = reading["flags"]
-    model = flags.get("model_name_or_path", "")
+    """(plans best first, config, model name, epochs) of a launcher with `overrides`, the trainer's flags behind it.
+
+    What the launcher or `overrides` set stays; what they leave open is chosen by what fits. Raises ValueError for flags that nobody knows.
+    """
+    own = read_launcher(launcher)
+    for flag in _flags(overrides).keys() - own["flags"].keys() - PLAN_FLAGS.keys() - {"target_modules"}:
+        raise ValueError(f"--{flag}: neither a flag of plan.py nor one that changes a plan")
+    reading = read_launcher(launcher, overrides) if overrides else own
+    model = reading["flags"].get("model_name_or_path", "")
     config = load_config(arguments.config or model)
-    wanted = {"use_dora": flags.get("use_dora", "False").lower() in ("true", "1", "yes")}
-    for name in ("r", "expert_r", "max_seq_length", "global_batch_size"):
-        if name in flags:
-            wanted[name] = int(flags[name])
+    gpus, nodes = arguments.gpus or reading["gpus"], arguments.nodes or reading["nodes"]
+    if gpus is None or nodes is None:
+        raise ValueError(f"{launcher}: leaves the number of GPUs or nodes to the machine; pass --gpus and --nodes")
     plans = options(
         config,
         kind="moe" if reading["script"] == "train_moe.py" else "dense",
-        gpus=arguments.gpus or reading["gpus"],
-        nodes=arguments.nodes or reading["nodes"],
+        gpus=gpus,
+        nodes=nodes,
         gpu_memory_gib=arguments.gpu_memory,
         reserve_gib=arguments.reserve,
         document_length=arguments.document_length,
-        **wanted,
+        **plan_flags(reading["flags"]),
     )
-    return plans, reading, config, model
+    return plans, config, model, float(reading["flags"].get("num_train_epochs", 3))
 
 
 def print_run(arguments, plan, config, model, epochs):
@@ -819,12 +894,12 @@ def main():
     parser.add_argument("launcher", help="a launcher of this repository, such as ds3-qwen3-32b-lora-256.sh")
     arguments, positional, overrides = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     try:
-        plans, reading, config, model = plan_launcher(arguments, positional.launcher, overrides)
+        plans, config, model, epochs = plan_launcher(arguments, positional.launcher, overrides)
         print_plan(plans[0])
         print()
         print_options(plans)
         print()
-        print_run(arguments, plans[0], config, model, float(reading["flags"].get("num_train_epochs", 3)))
+        print_run(arguments, plans[0], config, model, epochs)
         check_fits(plans[0])
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -1,0 +1,463 @@
+"""plan.py against transformers, PEFT, torch's FLOP counter, saved files and published totals; `pytest tests/test_plan.py`."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+import adapter
+import plan
+from conftest import FAMILIES, tiny_config, tiny_model
+from fused_moe_lora import wrap_experts
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {path.stem: path for path in sorted((ROOT / "tests/configs").glob("*.json"))}
+LAUNCHERS = sorted(ROOT.glob("ds3-*.sh")) + sorted(ROOT.glob("fsdp2-*.sh"))
+MOE = ("qwen3_moe", "glm4_moe", "qwen2_moe")
+# Published on the model cards, in billions: total, total without embeddings, active for a token (GLM's without embeddings).
+PUBLISHED = {
+    "Qwen3-32B": (32.8, 31.2, 32.8),
+    "Qwen2.5-72B-Instruct": (72.7, None, 72.7),
+    "Llama-3.1-70B-Instruct": (70.6, None, 70.6),
+    "GLM-4.5-Air": (106, None, None),
+    "Qwen3-30B-A3B-Instruct-2507": (30.5, 29.9, 3.3),
+    "Qwen3-235B-A22B-Instruct-2507": (235, 234, 22),
+}
+
+
+def real_config(name):
+    return AutoConfig.from_pretrained(CONFIGS[name])
+
+
+def adapted_model(family, r=8, use_dora=False):
+    """A tiny fp32 model with the trainers' adapters, LoRA B away from zero, ready for a backward pass through every layer."""
+    model = tiny_model(family)
+    config = model.config
+    lora_args = adapter.LoraArguments(r=r, use_dora=use_dora)
+    if family in MOE:
+        wrap_experts(model, lora_args.expert_rank(config), lora_args.expert_alpha(config), use_dora=use_dora)
+    model = adapter.apply_lora(model, lora_args)
+    model.set_attn_implementation("eager")
+    model.enable_input_require_grads()
+    model.train()
+    return model, lora_args
+
+
+def count_flops(model, tokens):
+    """FLOPs of one forward and backward over one document, by torch's counter."""
+    inputs = torch.randint(5, 300, (1, tokens))
+    with FlopCounterMode(display=False) as counter, set_checkpoint_early_stop(False):
+        model(input_ids=inputs, labels=inputs, use_cache=False).loss.backward()
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_real_parameters_are_the_published_ones(name):
+    counts = plan.count_parameters(real_config(name))
+    total, without_embeddings, active = PUBLISHED[name]
+    embeddings = counts["base"]["embedding"] + counts["base"]["head"]
+    digits = 0 if isinstance(total, int) else 1
+    if name == "GLM-4.5-Air":  # the card rounds down; the layer transformers leaves out is another 3.6B
+        assert int(counts["total"] / 1e9) == total
+        assert round((counts["active"] - embeddings) / 1e9) == 12
+        return
+    assert round(counts["total"] / 1e9, digits) == total
+    assert without_embeddings is None or round((counts["total"] - embeddings) / 1e9, digits) == without_embeddings
+    assert counts["active"] / 1e9 == pytest.approx(active, abs=0.06 if digits else 0.5)
+
+
+@pytest.mark.parametrize("name", ["Qwen3-32B", "GLM-4.5-Air", "Qwen3-30B-A3B-Instruct-2507"])
+def test_real_parameters_by_hand(name):
+    """The sums written out from the config, independent of any model class."""
+    c = real_config(name)
+    H, L, q, kv = c.hidden_size, c.num_hidden_layers, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    norms = (2 * L + 1) * H + (0 if name == "GLM-4.5-Air" else 2 * c.head_dim * L)
+    biases = (q + 2 * kv) * L if name == "GLM-4.5-Air" else 0
+    expected = {"embedding": c.vocab_size * H, "head": c.vocab_size * H, "attention": L * (2 * q + 2 * kv) * H}
+    expected["norms and biases"] = norms + biases
+    dense = {"Qwen3-32B": L, "GLM-4.5-Air": 1}.get(name, 0)
+    if dense:
+        expected["mlp"] = dense * 3 * H * c.intermediate_size
+    if name != "Qwen3-32B":
+        expected["expert"] = (L - dense) * 128 * 3 * H * c.moe_intermediate_size
+        expected["router"] = (L - dense) * 128 * H
+    if name == "GLM-4.5-Air":
+        expected["shared_expert"] = (L - dense) * 3 * H * c.moe_intermediate_size
+    assert plan.count_parameters(c)["base"] == expected
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_parameters_are_those_of_the_trained_model(family, use_dora):
+    model, lora_args = adapted_model(family, use_dora=use_dora)
+    counts = plan.count_parameters(model.config, lora_args.r, use_dora=use_dora)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counts["trainable"] == trainable == sum(counts["adapter"].values())
+    assert counts["total"] == sum(p.numel() for p in model.parameters() if not p.requires_grad) == sum(counts["base"].values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapted_matrices_are_the_adapters_targets(family):
+    model = tiny_model(family)
+    matrices = plan.architecture(model.config).matrices
+    ours = {m.name.removesuffix(".weight") for m in matrices if m.adapted and m.kind != "expert"}
+    assert ours == set(adapter.lora_targets(model))
+
+
+def test_tied_head_is_counted_once_and_computed():
+    tied, untied = tiny_config("llama", tie_word_embeddings=True), tiny_config("llama")
+    size = tied.vocab_size * tied.hidden_size
+    assert plan.count_parameters(untied)["total"] - plan.count_parameters(tied)["total"] == size
+    assert plan.train_flops(untied, 10, 100, 4) == plan.train_flops(tied, 10, 100, 4)
+
+
+def test_expert_rank_is_the_rank_over_active_experts():
+    config = real_config("Qwen3-30B-A3B-Instruct-2507")
+    assert plan.expert_rank(config, 256) == 32 == adapter.LoraArguments().expert_rank(config)
+    assert plan.expert_rank(config, 256, expert_r=5) == 5
+    # 48 layers, 128 experts, three projections of 2048 x 768 with rank 32
+    assert plan.count_parameters(config, 256)["adapter"]["expert"] == 48 * 128 * 3 * 32 * (2048 + 768)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "glm4_moe"])
+def test_adapter_bytes_are_the_saved_files(family, use_dora, tmp_path):
+    model, lora_args = adapted_model(family, use_dora=use_dora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data)  # an untrained adapter is refused
+    adapter.save_adapter(model, str(tmp_path / "checkpoint-1"), "tiny", lora_args=lora_args)
+    file = (tmp_path / "checkpoint-1/adapter_model.safetensors").read_bytes()
+    tensors = len(file) - 8 - int.from_bytes(file[:8], "little")  # after the length of the header and the header
+    kind = "moe" if family in MOE else "dense"
+    planned = plan.plan_run(model.config, kind=kind, gpus=1, r=lora_args.r, use_dora=use_dora)
+    assert planned["disk_bytes"]["adapter of every checkpoint, fp32"] == tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_those_torch_counts(family):
+    """Without recompute ours is the count, less what eager attention wastes; recompute adds recompute_flops and leaves ours alone."""
+    tokens, r = 24, 8
+    model, _ = adapted_model(family, r)
+    config = model.config
+    width, layers = config.num_attention_heads * config.head_dim, config.num_hidden_layers
+    masked_half = tokens * tokens - tokens * (tokens + 1) // 2  # pairs that eager attention computes and then masks
+    rotary = tokens * 2 * model.get_base_model().model.rotary_emb.inv_freq.numel()  # positions times frequencies, as a matrix product
+    ours = plan.train_flops(config, tokens, tokens * tokens, r)
+    counted = count_flops(model, tokens)
+    assert counted == ours + 12 * layers * width * masked_half + rotary
+
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recomputed = count_flops(model, tokens) - counted
+    expected = plan.recompute_flops(config, "full", "fast", r, plan.expert_rank(config, r), document_length=tokens) * tokens
+    assert recomputed == expected + 4 * layers * width * masked_half
+
+
+def test_flops_of_dora_are_those_of_lora():
+    config = tiny_config("qwen3_moe")
+    assert plan.train_flops(config, 10, 60, 8, use_dora=True) == plan.train_flops(config, 10, 60, 8)
+
+
+def test_attention_counts_documents_not_packs():
+    config = tiny_config("llama")
+    width = config.num_attention_heads * config.head_dim
+    alone = sum(plan.train_flops(config, n, n * n, 8) for n in (5, 7, 12))
+    assert plan.train_flops(config, 24, 5**2 + 7**2 + 12**2, 8) == alone
+    one_document = plan.train_flops(config, 24, 24**2, 8)
+    assert one_document - alone == 12 * config.num_hidden_layers * width * (24**2 - 5**2 - 7**2 - 12**2) / 2
+
+
+def test_sliding_window_caps_the_pairs():
+    layers = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    windowed, full = tiny_config("qwen2", **layers), tiny_config("qwen2")
+    width = full.num_attention_heads * full.head_dim
+    saved = plan.train_flops(full, 64, 64**2, 8) - plan.train_flops(windowed, 64, 64**2, 8)
+    assert saved == 12 * width * (64 * 65 / 2 - 64 * 4)  # one of the two layers is windowed
+
+
+@pytest.mark.parametrize(
+    "name, teraflops", [("Qwen3-30B-A3B-Instruct-2507", 1.237), ("Qwen3-235B-A22B-Instruct-2507", 4.948), ("GLM-4.5-Air", 4.535)]
+)
+def test_experts_block_flops(name, teraflops):
+    """The base forward of one experts block at 16,384 tokens, as counted when the kernels were designed."""
+    layer = [m for m in plan.architecture(real_config(name)).layers()[-1] if m.kind == "expert"]
+    forward = sum(2 * m.active * m.out_features * m.in_features for m in layer) * 16384
+    assert forward / 1e12 == pytest.approx(teraflops, abs=1e-3)
+
+
+def test_mfu():
+    assert plan.mfu(989.4e12 * 8 * 2 * 0.25, seconds=2, gpus=8, device_name="NVIDIA H100 80GB HBM3") == pytest.approx(0.25)
+    assert plan.mfu(1e15, 1, 1, "cpu") is None
+
+
+@pytest.mark.parametrize(
+    "device, teraflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L40S", 362.05),
+        ("NVIDIA L4", 121),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA GeForce RTX 4090", 165.2),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops(device, teraflops):
+    assert plan.peak_flops(device) == (teraflops and pytest.approx(teraflops * 1e12))
+
+
+# --------------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    "name, mebibytes", [("Qwen3-30B-A3B-Instruct-2507", 402), ("Qwen3-235B-A22B-Instruct-2507", 786), ("GLM-4.5-Air", 722)]
+)
+def test_experts_saved_bytes_are_the_floors(name, mebibytes):
+    """The floors were worked out for one A shared by gate and up; frugal drops the pre-activations, separate As add one product."""
+    config = real_config(name)
+    arguments = 16384, config.num_experts_per_tok, config.hidden_size, config.moe_intermediate_size, 32
+    fast, frugal = (plan.experts_saved_bytes(*arguments, mode, shared_A=True) for mode in ("fast", "frugal"))
+    rows = 16384 * 8
+    assert fast / 2**20 == pytest.approx(mebibytes, abs=0.5)
+    assert fast - frugal == rows * 2 * config.moe_intermediate_size * 2
+    assert frugal / 2**20 == pytest.approx(18, abs=0.5)
+    separate = plan.experts_saved_bytes(*arguments, "fast")
+    assert separate - fast == rows * 32 * 2
+    assert plan.experts_saved_bytes(*arguments, "fast", use_dora=True) - separate == rows * config.hidden_size * 2
+
+
+def test_sharded_terms_by_hand():
+    """Qwen3-30B-A3B on 8 GPUs: what has one right answer."""
+    config = real_config("Qwen3-30B-A3B-Instruct-2507")
+    base, trainable = 30_532_122_624, 1_874_853_888
+    terms = plan.plan_run(config, kind="moe", gpus=8)["gpu_bytes"]
+    assert terms["frozen base, bf16 shard"] == base * 2 // 8
+    assert terms["adapter, fp32"] == trainable // 2
+    assert terms["Adam moments, fp32"] == trainable  # 8 bytes each over 8 GPUs
+    assert terms["kept activations"] == 48 * 16384 * 2048 * 2  # full recompute keeps each layer's input
+    assert terms["gathered embedding and head"] == 2 * 151936 * 2048 * 2
+    # a layer whole in bf16, three times: 128 experts, attention, router, their adapters
+    layer = 128 * 3 * 2048 * 768 + 2 * 2048 * (4096 + 512) + 128 * 2048
+    layer_adapter = 128 * 3 * 32 * (2048 + 768) + 256 * (2 * (2048 + 4096) + 2 * (2048 + 512))
+    assert terms["gathered layers"] == 3 * 2 * (layer + layer_adapter)
+    # four micro-batches a step
+    assert terms["whole adapter gradient while accumulating"] == 4 * trainable and "adapter gradient, fp32" not in terms
+    reduced = plan.plan_run(config, kind="moe", gpus=8, reduce_every_micro_batch=True)["gpu_bytes"]
+    at_once = plan.plan_run(config, kind="moe", gpus=8, global_batch_size=8)["gpu_bytes"]
+    for other in (reduced, at_once):
+        assert other["adapter gradient, fp32"] == trainable // 2 and "whole adapter gradient while accumulating" not in other
+
+
+def test_shards_over_nodes():
+    config, shard = real_config("Qwen3-30B-A3B-Instruct-2507"), "frozen base, bf16 shard"
+    one, copies, shared = (
+        plan.plan_run(config, kind="moe", gpus=8, **nodes)["gpu_bytes"][shard]
+        for nodes in ({}, dict(nodes=2), dict(nodes=2, shard_nodes=2))
+    )
+    assert copies == one and shared == one // 2
+    dense = real_config("Qwen3-32B")
+    assert plan.plan_run(dense, kind="dense", gpus=8, nodes=2)["gpu_bytes"][shard] == 32_762_123_264 * 2 // 16
+    offloaded = plan.plan_run(config, kind="moe", gpus=8, cpu_offload=True)
+    assert shard not in offloaded["gpu_bytes"] and "Adam moments, fp32" not in offloaded["gpu_bytes"]
+    assert sum(offloaded["host_bytes"].values()) - sum(plan.plan_run(config, kind="moe", gpus=8)["host_bytes"].values()) > 30e9 * 2
+
+
+@pytest.mark.parametrize("kind, name", [("dense", "Qwen3-32B"), ("moe", "GLM-4.5-Air")])
+def test_more_recompute_needs_less_memory_and_more_flops(kind, name):
+    plans = [plan.plan_run(real_config(name), kind=kind, gpus=8, activation_policy=policy) for policy, _ in plan.CHOICES[kind]]
+    peaks, extra = [p["peak_bytes"] for p in plans], [p["recompute_per_token"] for p in plans]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
+    assert extra == sorted(extra) and extra[0] == 0 and len(set(extra)) == len(extra)
+    assert len({p["flops_per_token"] for p in plans}) == 1
+
+
+def test_best_policy_recomputes_no_more_than_it_must():
+    config = real_config("Qwen3-30B-A3B-Instruct-2507")
+    roomy = plan.best_policy(config, kind="moe", gpus=8, gpu_memory_gib=140)
+    tight = plan.best_policy(config, kind="moe", gpus=8, gpu_memory_gib=40)
+    assert (roomy["activation_policy"], roomy["memory_mode"], roomy["reduce_every_micro_batch"]) == ("none", "fast", False)
+    assert tight["recompute_per_token"] > 0 and tight["fits"]
+    everything = plan.options(config, kind="moe", gpus=8, gpu_memory_gib=40)
+    assert len(everything) == 6 and everything[0] == tight
+    assert all(p["recompute_per_token"] >= tight["recompute_per_token"] for p in everything if p["fits"])
+    assert any(p["activation_policy"] == "none" and not p["fits"] for p in everything)
+    chosen = plan.options(config, kind="moe", gpus=8, activation_policy="full")
+    assert {p["activation_policy"] for p in chosen} == {"full"}
+
+
+def test_a_model_too_large_for_a_node_is_shared_by_two():
+    config = real_config("Qwen3-235B-A22B-Instruct-2507")
+    with pytest.raises(ValueError, match="Largest: frozen base, bf16 shard 54.7 GiB"):
+        plan.best_policy(config, kind="moe", gpus=8, gpu_memory_gib=80)
+    best = plan.best_policy(config, kind="moe", gpus=8, nodes=2, gpu_memory_gib=80)
+    assert best["shard_nodes"] == 2 and "--shard_nodes 2" in plan.trainer_flags(best)
+
+
+def test_small_packs_are_batched():
+    best = plan.best_policy(real_config("Qwen3-32B"), kind="dense", gpus=8, max_seq_length=4096)
+    assert best["micro_batch"] == 4  # four packs of 4,096 fill the GPU as one of 16,384 does
+
+
+def test_what_cannot_fit_is_refused_with_its_largest_terms():
+    config = real_config("Qwen2.5-72B-Instruct")
+    with pytest.raises(ValueError, match=r"Largest: frozen base, bf16 shard 67.7 GiB.*Take more GPUs"):
+        plan.best_policy(config, kind="dense", gpus=2, gpu_memory_gib=80)
+    with pytest.raises(ValueError, match="Largest: kept activations.*max_seq_length"):
+        plan.check_fits(plan.plan_run(config, kind="dense", gpus=8, activation_policy="none"))
+    plan.check_fits(plan.plan_run(config, kind="dense", gpus=8))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(kind="moe"), "no routed experts"),
+        (dict(kind="sparse"), "kind is 'sparse'"),
+        (dict(activation_policy="selective"), "activation_policy is 'selective'; expected one of none, full"),
+        (dict(memory_mode="frugal"), "memory_mode is 'frugal'"),
+        (dict(gpus=7), "no multiple of 7 GPUs"),
+        (dict(nodes=2, shard_nodes=3), "no multiple of --shard_nodes 3"),
+    ],
+)
+def test_impossible_plans_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        plan.plan_run(tiny_config("llama"), **{"kind": "dense", "gpus": 8, **wrong})
+
+
+def test_evaluation_by_hand():
+    """Qwen3-235B over 8 GPUs: 4 key-value heads are replicated, one on each GPU; 94 layers of keys and values of 128 in bf16."""
+    vllm = plan.plan_evaluation(real_config("Qwen3-235B-A22B-Instruct-2507"), gpu_partition=8)
+    assert vllm["kv_bytes_per_token"] == 94 * 2 * 128 * 2
+    assert vllm["weights_bytes"] == 235_093_634_560 * 2 // 8
+    assert vllm["cache_bytes"] == pytest.approx(0.92 * 80 * 2**30 - 235_093_634_560 * 2 / 8 - 3 * 2**30, abs=2)
+    assert vllm["fits"] and not plan.plan_evaluation(real_config("Qwen3-235B-A22B-Instruct-2507"), gpu_partition=4)["fits"]
+    with pytest.raises(ValueError, match="64 attention heads"):
+        plan.plan_evaluation(real_config("Qwen3-32B"), gpu_partition=3)
+
+
+# ------------------------------------------------------------------------------------------------------------- steps and time
+
+
+def test_schedule_covers_every_token():
+    run = plan.schedule(144e6, 16384, 32, epochs=3)
+    assert run["packs"] * 16384 * 0.995 >= 144e6 > (run["packs"] - 1) * 16384 * 0.995
+    assert run["steps_per_epoch"] * 32 >= run["packs"] and run["steps"] == 3 * run["steps_per_epoch"]
+
+
+def test_time_comes_from_measured_records_only(tmp_path):
+    config, model = real_config("Qwen3-30B-A3B-Instruct-2507"), "Qwen/Qwen3-30B-A3B-Instruct-2507"
+    planned = plan.plan_run(config, kind="moe", gpus=8)
+    device = "NVIDIA H100 80GB HBM3"
+
+    def hours(*records, device=device):
+        (tmp_path / "bench.json").write_text(json.dumps(records))
+        return plan.expected_time(planned, config, model, 1e9, device, plan.read_results(tmp_path))
+
+    block = dict(
+        device=device, model="qwen3-30b-a3b", adapter="lora", mode="fast", tokens=16384, implementation="fused_moe_lora", total_ms=6.0
+    )
+    step = dict(device=device, model="qwen3-30b-a3b", adapter="lora", tokens_per_second_per_gpu=1.0, mfu=0.25)
+    assert hours() is None
+    assert hours({**step, "adapter": "dora"}, {**step, "model": "glm-4.5-air"}, {**step, "device": "NVIDIA A100-SXM4-80GB"}) is None
+    lower_bound = hours(block, {**block, "implementation": "torch", "total_ms": 1.0})
+    assert lower_bound["low"] == pytest.approx(48 * 6.0 / 16384 * 1e9 / 8 / 3.6e6) and lower_bound["high"] is None
+    measured = hours(block, step, {**step, "mfu": 0.5})
+    assert measured["high"] == pytest.approx(planned["flops_per_token"] * 1e9 / (0.25 * 989.4e12 * 8) / 3600)
+    assert measured["low"] == pytest.approx(measured["high"] / 2)
+    assert measured["source"] == "results/bench.json"
+    assert hours(step, device="a device without a known peak") is None
+
+
+# -------------------------------------------------------------------------------------------------------------------- command
+
+
+def run_main(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
+    plan.main()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.stem)
+def test_every_launcher_can_be_planned(launcher, monkeypatch, capsys):
+    reading = plan.read_launcher(launcher)
+    flags, name = reading["flags"], reading["flags"]["model_name_or_path"].split("/")[-1]
+    arguments = plan.plan_flags(flags)
+    assert (arguments["r"], arguments["max_seq_length"], arguments["global_batch_size"], reading["gpus"]) == (256, 16384, 32, 8)
+    assert arguments.get("use_dora", False) == ("dora" in launcher.stem)
+    assert reading["script"] == ("train_dense.py" if launcher.stem.startswith("ds3") else "train_moe.py")
+    run_main(monkeypatch, launcher, "--config", CONFIGS[name], "--gpu_memory", "140")
+    printed = capsys.readouterr().out
+    adapter_kind = "DoRA" if "dora" in launcher.stem else "LoRA"
+    assert f"{adapter_kind} r 256" in printed and "<- best" in printed and "A step:" in printed
+    assert f"{plan.count_parameters(real_config(name))['total']:,}" in printed
+
+
+def test_launchers_are_found():
+    assert len(LAUNCHERS) >= 3
+
+
+def test_command_refuses_what_cannot_fit_and_takes_the_trainers_flags(monkeypatch, capsys):
+    launcher, config = ROOT / "ds3-qwen2.5-72b-lora-256.sh", CONFIGS["Qwen2.5-72B-Instruct"]
+    with pytest.raises(SystemExit, match="Largest: kept activations 20.0 GiB, frozen base, bf16 shard 16.9 GiB.*Lower --max_seq_length"):
+        run_main(monkeypatch, launcher, "--config", config, "--gpu_memory", "24")
+    run_main(monkeypatch, launcher, "--config", config, "--lora_r", "64", "--max_seq_length", "4096", "--per_device_train_batch_size", "2")
+    printed = capsys.readouterr().out
+    assert "LoRA r 64" in printed and "2 packs of 4,096 tokens" in printed
+    for flag, message in (("--gpu_memroy", "--gpu_memroy: neither"), ("--lora_r", "--lora_r 80x: expected an integer")):
+        with pytest.raises(SystemExit, match=message):
+            run_main(monkeypatch, launcher, "--config", config, flag, "80x")
+    with pytest.raises(SystemExit, match="--target_modules"):
+        run_main(monkeypatch, launcher, "--config", config, "--lora_r", "8", "--target_modules", "q_proj")
+
+
+def test_command_without_a_reachable_config_says_what_to_do(tmp_path, monkeypatch):
+    launcher = tmp_path / "mine.sh"
+    launcher.write_text("torchrun --nproc_per_node 2 train_dense.py --model_name_or_path nobody/no-such-model\n")
+    with pytest.raises(SystemExit, match=r"error: nobody/no-such-model.*--config FILE"):
+        run_main(monkeypatch, launcher)
+
+
+def test_launchers_are_read_and_not_run(tmp_path):
+    """Variables, arrays and defaults come out as bash makes them, even where the launcher activates an environment of its own."""
+    environment = tmp_path / "activate"
+    environment.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+    launcher = tmp_path / "mine.sh"
+    launcher.write_text(
+        "set -euo pipefail\n"
+        f"source {environment}\n"
+        f'python3 -c \'open("{tmp_path}/ran", "w")\'\n'
+        'SIZES=(--r 16 --max_seq_length=512)\nMODEL="some model"\n'
+        'python3 train_moe.py --prepare_only True "$@"\n'
+        'torchrun --nproc_per_node "${NUM_GPUS:-4}" --nnodes 2 train_moe.py --model_name_or_path "$MODEL" "${SIZES[@]}" --resume "$@"\n'
+    )
+    reading = plan.read_launcher(launcher, ["--r", "8"])
+    expected = {"model_name_or_path": "some model", "r": "8", "max_seq_length": "512", "resume": "True"}
+    assert reading == {"script": "train_moe.py", "flags": expected, "gpus": 4, "nodes": 2}
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "text, message", [("exit 3\n", "stopped with 3"), ("echo nothing\n", "starts neither"), (None, "no such launcher")]
+)
+def test_broken_launchers_are_refused(text, message, tmp_path):
+    launcher = tmp_path / "mine.sh"
+    if text is not None:
+        launcher.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        plan.read_launcher(launcher)
