@@ -22,7 +22,7 @@ ARGS=(
 python3 train_moe.py "${ARGS[@]}" --prepare_only True "$@"
 
 # "--" keeps torchrun from reading --r as a flag of its own. Without a GPU the NUM_GPUS processes run on the CPU.
-torchrun \
+exec torchrun \
     --nproc_per_node "${NUM_GPUS:-8}" \
     --nnodes "${NNODES:-1}" \
     --node_rank "${NODE_RANK:-0}" \

@@ -8,6 +8,7 @@
 #SBATCH --signal=TERM@300
 set -euo pipefail
 export NNODES=$SLURM_NNODES MASTER_PORT=${MASTER_PORT:-29500}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240  # seconds that torchrun leaves its processes to save
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$@"' launcher "$@"

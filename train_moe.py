@@ -599,7 +599,7 @@ def compute_buffers(causal_lm):
 def reset_adapter(causal_lm, seed):
     """Start values of the adapter: A Kaiming-uniform, B zero, magnitudes the row norms of W; the same for any number of ranks."""
     torch.manual_seed(seed)
-    for module in causal_lm.modules():
+    for path, module in causal_lm.named_modules():
         if isinstance(module, FusedMoELoRA):
             module.reset_lora_parameters()
         elif isinstance(module, LoraLinear):
@@ -610,6 +610,8 @@ def reset_adapter(causal_lm, seed):
             local_tensor(module.lora_B["default"].weight).zero_()
             if module.use_dora["default"]:
                 norms = squared_row_norms(local_tensor(module.base_layer.weight).unsqueeze(0))[0].sqrt()
+                if (norms == 0).any():
+                    raise ValueError(f"--use_dora: {path} has rows of zeros, and DoRA divides by their norm; train it with LoRA")
                 local_tensor(module.lora_magnitude_vector["default"].weight).copy_(norms)
 
 
@@ -910,6 +912,53 @@ def print_batch_arithmetic(args, dataset, data_args, steps_an_epoch):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# A small mixture of experts for trying things out
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def upcycle(dense_directory, out, num_experts=4, top_k=2, seed=0):
+    """Write to `out` a Qwen2-MoE checkpoint that computes the same function as the Llama one in `dense_directory`.
+
+    Every expert is a copy of the dense MLP and the router's top_k weights add up to one, so it does not matter which are chosen; the
+    family's shared expert has a zero down projection. The idea is sparse upcycling, arXiv 2212.05055.
+    Raises ValueError for a model that is not Llama's or has biases.
+    """
+    from transformers import Qwen2MoeConfig
+
+    dense = AutoModelForCausalLM.from_pretrained(dense_directory, dtype="auto")
+    old = dense.config
+    if old.model_type != "llama" or old.attention_bias or old.mlp_bias or old.hidden_act != "silu":
+        raise ValueError(f"{dense_directory}: a {old.model_type} model; expected a Llama model without biases and with SiLU")
+    same = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim rms_norm_eps"
+    same += " max_position_embeddings rope_parameters tie_word_embeddings bos_token_id eos_token_id pad_token_id initializer_range"
+    config = Qwen2MoeConfig(
+        **{name: getattr(old, name) for name in same.split()},
+        qkv_bias=False,
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        moe_intermediate_size=old.intermediate_size,
+        shared_expert_intermediate_size=64,
+    )
+    torch.manual_seed(seed)  # of the routers, and of the idle shared expert
+    moe = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
+    weights, state = dense.state_dict(), moe.state_dict()
+    for name, value in state.items():
+        if name in weights:
+            value.copy_(weights[name])
+        elif name.endswith("experts.gate_up_proj"):
+            mlp = name.removesuffix("experts.gate_up_proj")
+            value.copy_(torch.cat([weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]]))  # to every expert
+        elif name.endswith("experts.down_proj"):
+            value.copy_(weights[f"{name.removesuffix('experts.down_proj')}down_proj.weight"])
+        elif name.endswith("shared_expert.down_proj.weight"):
+            value.zero_()
+    moe.generation_config = dense.generation_config
+    moe.save_pretrained(out)
+    AutoTokenizer.from_pretrained(dense_directory).save_pretrained(out)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------------------------------------
 
@@ -1018,6 +1067,8 @@ def train(args, data_args, lora_args):
             record["validation_loss"] = validate(model, dataset.validation, device)
         log.write(record)
         bar.update()
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+            raise ValueError(f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; nothing was saved from this step")
         if end_of_epoch or step == last_step or stop or (args.save_steps and step % args.save_steps == 0):
             checkpoints.save(step)
         if stop:

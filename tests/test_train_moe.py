@@ -1,0 +1,562 @@
+"""train_moe.py against transformers, PEFT's definitions of LoRA and DoRA, and a plain single-process loop; runs that are killed."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import adapter
+import multipack
+import train_moe
+from conftest import save_tiny_checkpoint, tiny_model
+
+FAMILIES = ["qwen3_moe", "glm4_moe", "qwen2_moe"]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Helpers
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """{family: directory of a tiny fp32 checkpoint}; layers are few and experts many, as in the real ones."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {family: save_tiny_checkpoint(root / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory):
+    """A JSONL file that packs into a number of packs that four does not divide."""
+    generator = random.Random(0)
+    words = ["saya", "makan", "nasi", "lemak", "di", "Ipoh", "esok"]
+
+    def text(most):
+        return " ".join(generator.choice(words) for _ in range(generator.randint(1, most)))
+
+    path = tmp_path_factory.mktemp("data") / "chat.jsonl"
+    rows = [[{"role": "user", "content": text(5)}, {"role": "assistant", "content": text(15)}] for _ in range(24)]
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def process_group():
+    train_moe.setup_distributed()
+    yield
+    dist.destroy_process_group()
+
+
+def arguments(model, data, out, *more):
+    flags = "--max_seq_length 256 --global_batch_size 4 --r 8 --warmup_steps 2 --learning_rate 1e-2 --dtype float32 --report_to none"
+    flags += f" --num_train_epochs 2 --model_name_or_path {model} --dataset {data} --run_name {Path(out).name} --output_dir {out}"
+    return [*flags.split(), "--data_cache", str(Path(out).parent / "cache"), *map(str, more)]
+
+
+def run_processes(count, argv, patch="", local_world_size=None):
+    """train_moe.main in `count` processes, `patch` executed in each before it; returns the exit code and the output."""
+    script = Path(argv[argv.index("--output_dir") + 1]).parent / "patched.py"
+    lines = ["import os, signal, sys", f"sys.path.insert(0, {str(ROOT)!r})", "import train_moe", patch, "train_moe.main(sys.argv[1:])"]
+    script.write_text("\n".join(lines) + "\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script)]
+    if count > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--rdzv_backend", "c10d"]
+        command[1:1] = [*launcher, "--rdzv_endpoint", "localhost:0", "--"]
+    done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def read_log(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in read_log(out)]
+
+
+def saved_adapter(directory):
+    return load_file(Path(directory) / adapter.WEIGHTS)
+
+
+def build(checkpoint, *more):
+    """(PeftModel, ModelWithLoss) with its weights, in this process, unsharded."""
+    args, _, lora_args = train_moe.parse(arguments(checkpoint, "none", "none", *more))
+    peft_model, model = train_moe.build_model(AutoConfig.from_pretrained(checkpoint), args, lora_args)
+    train_moe.load_weights(model.causal_lm, Path(checkpoint), torch.device("cpu"))
+    train_moe.reset_adapter(model.causal_lm, args.seed)
+    return peft_model, model
+
+
+def randomise_adapter(model):
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            with torch.no_grad():
+                p.mul_(1 + 0.1 * torch.randn_like(p)) if "magnitude" in name else p.copy_(0.1 * torch.randn_like(p))
+
+
+def adapted_weights(base, tensors, scaling):
+    """{parameter of the transformers model: W + s B A, or DoRA's m (W + s B A) / |W + s B A|}, differentiable in `tensors`."""
+    prefix = adapter.PREFIX
+
+    def adapt(name, W):
+        if f"{prefix}{name}.lora_A.weight" not in tensors:
+            return W
+        W = W + scaling * tensors[f"{prefix}{name}.lora_B.weight"] @ tensors[f"{prefix}{name}.lora_A.weight"]
+        if f"{prefix}{name}.lora_magnitude_vector" in tensors:  # the norm is a constant to the gradient (DoRA, section 4.3)
+            W = W * (tensors[f"{prefix}{name}.lora_magnitude_vector"] / W.norm(dim=1).detach())[:, None]
+        return W
+
+    adapted = {}
+    for name, W in base.items():
+        if name.endswith("experts.gate_up_proj"):
+            stack, half = name.removesuffix(".gate_up_proj"), W.shape[1] // 2
+            parts = [(adapt(f"{stack}.{e}.gate_proj", w[:half]), adapt(f"{stack}.{e}.up_proj", w[half:])) for e, w in enumerate(W)]
+            adapted[name] = torch.stack([torch.cat(part) for part in parts])
+        elif name.endswith("experts.down_proj"):
+            stack = name.removesuffix(".down_proj")
+            adapted[name] = torch.stack([adapt(f"{stack}.{e}.down_proj", w) for e, w in enumerate(W)])
+        else:
+            adapted[name] = adapt(name.removesuffix(".weight"), W)
+    return adapted
+
+
+def reference_loss(reference, weights, pack):
+    """(summed loss, logits) of a pack: transformers' eager model, one document at a time."""
+    total, logits = 0.0, []
+    for document in pack:
+        out = functional_call(reference, weights, (), {"input_ids": document["input_ids"][None], "use_cache": False}).logits[0]
+        total = total + F.cross_entropy(out[:-1], document["labels"][1:], ignore_index=-100, reduction="sum")
+        logits.append(out)
+    return total, torch.cat(logits)
+
+
+def plain_model(checkpoint):
+    return AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", experts_implementation="eager").train()
+
+
+def random_pack(*lengths):
+    torch.manual_seed(2)
+    pack = []
+    for n in lengths:
+        ids = torch.randint(5, 320, (n,))
+        labels = ids.clone()
+        labels[: n // 3 + 1] = -100
+        pack.append({"input_ids": ids, "labels": labels})
+    return pack
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The model
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_loss_and_every_gradient_equal_transformers(family, use_dora, checkpoints, process_group):
+    activations = {"qwen3_moe": "none", "glm4_moe": "selective", "qwen2_moe": "full"}[family]
+    peft_model, model = build(checkpoints[family], "--use_dora", use_dora, "--activations", activations)
+    randomise_adapter(model)
+    pack = random_pack(40, 7, 61)
+    batch = train_moe.to_batch(pack)
+    loss, _ = model(batch)
+    loss.backward()
+
+    tensors = {name: t.requires_grad_() for name, t in adapter.adapter_state_dict(peft_model).items()}
+    reference = plain_model(checkpoints[family])
+    weights = adapted_weights(dict(reference.named_parameters()), tensors, scaling=2.0)
+    expected, expected_logits = reference_loss(reference, weights, pack)
+    expected.backward()
+
+    inputs = {key: value for key, value in batch.items() if key not in ("predicting", "targets")}
+    torch.testing.assert_close(model.causal_lm(**inputs).logits[0], expected_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    for p in model.parameters():
+        assert p.requires_grad == (p.grad is not None)
+        if p.requires_grad:
+            p.data = p.grad
+    gradients = adapter.adapter_state_dict(peft_model)
+    assert gradients.keys() == tensors.keys() and len(gradients) > 50
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient, tensors[name].grad, rtol=2e-3, atol=2e-4 * tensors[name].grad.abs().max().item() + 1e-6, msg=name
+        )
+
+
+def test_dropout_of_lora_is_peft_s(checkpoints, process_group):
+    peft_model, model = build(checkpoints["qwen3_moe"], "--lora_dropout", 0.5)
+    randomise_adapter(model)
+    layer = model.causal_lm.model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 9, 64)
+    torch.manual_seed(0)
+    ours = layer(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(ours, super(train_moe.LoraLinear, layer).forward(x))
+    assert not torch.equal(ours, layer(x)), "a second call must drop other values"
+
+
+def test_fused_norms_equal_transformers_and_others_are_left_alone(checkpoints, process_group, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what is replaced, not the compiler, is under test
+    pack = random_pack(30, 20)
+    _, plain = build(checkpoints["qwen3_moe"])
+    _, fused = build(checkpoints["qwen3_moe"], "--compile", True, "--activations", "selective")
+    layer = fused.causal_lm.model.layers[0]
+    assert all("forward" in vars(norm) for norm in (layer.input_layernorm, layer.self_attn.q_norm, fused.causal_lm.model.norm))
+    (a, _), (b, _) = plain(train_moe.to_batch(pack)), fused(train_moe.to_batch(pack))
+    a.backward(), b.backward()
+    torch.testing.assert_close(a, b)
+    for (name, p), (_, q) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+    class OffsetRMSNorm(torch.nn.Module):  # as Gemma's, whose weight is added to one
+        def forward(self, x):
+            return x
+
+    fused.causal_lm.model.norm = OffsetRMSNorm()
+    train_moe.fuse_norms_and_rotary(fused.causal_lm)
+    assert "forward" not in vars(fused.causal_lm.model.norm)
+
+
+def test_summed_cross_entropy():
+    hidden = torch.randn(2500, 16, requires_grad=True)
+    weight, targets = torch.randn(50, 16), torch.randint(0, 50, (2500,))
+    ours = train_moe.summed_cross_entropy(hidden, weight, targets)
+    theirs = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, hidden), torch.autograd.grad(theirs, hidden))
+    nothing = train_moe.summed_cross_entropy(hidden[:0], weight, targets[:0])
+    assert nothing.item() == 0 and torch.autograd.grad(nothing, hidden)[0].abs().sum() == 0
+
+
+def test_router_loss_and_load_equal_transformers(checkpoints, process_group):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+    _, model = build(checkpoints["qwen3_moe"], "--router_aux_loss_coef", 0.1, "--activations", "full")
+    batch = train_moe.to_batch(random_pack(50))
+    loss, auxiliary = model(batch)
+    auxiliary.backward()
+    counts = model.router_load.take()
+    reference = plain_model(checkpoints["qwen3_moe"])
+    logits = reference(batch["input_ids"], output_router_logits=True).router_logits
+    torch.testing.assert_close(auxiliary, load_balancing_loss_func(logits, 8, 2))
+    chosen = torch.stack([torch.bincount(layer.topk(2).indices.flatten(), minlength=8) for layer in logits])
+    assert torch.equal(counts, chosen), "the recomputation in the backward must not count again"
+    assert model.router_load.take().sum() == 0
+    # B is zero, so the only gradients are lora_B's; the first layer's attention moves its router
+    assert model.causal_lm.model.layers[0].self_attn.o_proj.lora_B["default"].weight.grad.abs().sum() > 0
+    record = train_moe.router_record(torch.tensor([[4, 0, 0, 0], [1, 1, 1, 1]]))
+    assert record == {"expert_load_max_over_mean": 2.5, "expert_load_worst_layer": 4.0, "dead_experts": 3}
+    with pytest.raises(ValueError, match="router_aux_loss_coef: glm4_moe"):
+        build(checkpoints["glm4_moe"], "--router_aux_loss_coef", 0.1)
+
+
+def test_upcycled_model_computes_the_same_function(tmp_path):
+    save_tiny_checkpoint(tmp_path / "dense", "llama", tie_word_embeddings=True)
+    train_moe.upcycle(tmp_path / "dense", tmp_path / "moe")
+    dense, moe = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "moe"))
+    ids = torch.randint(0, 320, (1, 60))
+    torch.testing.assert_close(moe(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
+    assert moe.config.num_experts == 4
+    save_tiny_checkpoint(tmp_path / "qwen", "qwen3")
+    with pytest.raises(ValueError, match="expected a Llama model"):
+        train_moe.upcycle(tmp_path / "qwen", tmp_path / "no")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Loading
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_weight_and_buffer_is_the_checkpoint_s(tied, tmp_path, process_group):
+    bias = torch.linspace(-1, 1, 8)
+    model = tiny_model("glm4_moe", tie_word_embeddings=tied, num_mtp_layers=1)
+    model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(bias)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.2.eh_proj.weight"] = torch.ones(3)  # the layer that predicts one token further ahead
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    _, ours = build(str(tmp_path), "--dtype", "bfloat16")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    expected = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
+    loaded = {**train_moe.frozen_tensors(ours.causal_lm), **dict(ours.causal_lm.named_buffers())}
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+    assert torch.equal(loaded["model.layers.1.mlp.gate.e_score_correction_bias"], bias)
+    assert loaded["model.layers.1.mlp.gate.e_score_correction_bias"].dtype == torch.float32
+    if tied:
+        assert ours.causal_lm.lm_head.weight is ours.causal_lm.model.embed_tokens.weight
+
+
+def test_stacked_experts_are_read_as_they_are(checkpoints, tmp_path, process_group):
+    shutil.copytree(checkpoints["qwen3_moe"], tmp_path, dirs_exist_ok=True)
+    reference = plain_model(checkpoints["qwen3_moe"])
+    save_file({name: p.detach().clone() for name, p in reference.named_parameters()}, tmp_path / "model.safetensors")
+    _, model = build(str(tmp_path))
+    for name, p in reference.named_parameters():
+        assert torch.equal(train_moe.frozen_tensors(model.causal_lm)[name], p), name
+
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def break_shape(tensors):
+    tensors[EXPERT] = tensors[EXPERT].T.contiguous()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.pop(EXPERT), rf"lacks: {re.escape(EXPERT)}"),
+        (lambda t: t.update({"model.layers.7.mlp.gate.weight": torch.ones(2)}), r"has, and the model does not: model\.layers\.7\.mlp"),
+        (break_shape, rf"another shape: {re.escape(EXPERT)} is \(64, 32\), not \(32, 64\)"),
+    ],
+    ids=["missing", "extra", "shape"],
+)
+def test_a_faulty_checkpoint_is_refused_by_name(damage, message, checkpoints, tmp_path, process_group):
+    shutil.copytree(checkpoints["qwen3_moe"], tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        build(str(tmp_path))
+
+
+def test_a_truncated_or_absent_file_is_refused(checkpoints, tmp_path, process_group):
+    shutil.copytree(checkpoints["qwen3_moe"], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 10)
+    with pytest.raises(ValueError, match="truncated"):
+        build(str(tmp_path))
+    path.unlink()
+    with pytest.raises(ValueError, match="no .*safetensors file"):
+        build(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-00001.safetensors"}}')
+    with pytest.raises(ValueError, match="model-00001.safetensors: missing"):
+        build(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_process(checkpoints, conversations, tmp_path_factory):
+    """An unbroken run of one process: (argv, output directory, the model after training)."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    argv = arguments(checkpoints["qwen3_moe"], conversations, out, "--save_steps", 1)
+    models = []
+    load, patch = train_moe.load_weights, pytest.MonkeyPatch()
+    patch.setattr(train_moe, "load_weights", lambda causal_lm, *rest: (models.append(causal_lm), load(causal_lm, *rest)))
+    train_moe.main(argv)
+    patch.undo()
+    return argv, out, models[0]
+
+
+def moved(argv, out, *more):
+    """The same arguments with another output directory."""
+    argv = [*argv, *map(str, more)]
+    for flag, value in (("--output_dir", str(out)), ("--data_cache", str(Path(out).parent / "cache"))):
+        argv[argv.index(flag) + 1] = value
+    return argv
+
+
+def test_steps_equal_a_plain_loop(checkpoints, conversations, one_process, tmp_path, process_group):
+    argv, out, _ = one_process
+    args, data_args, _ = train_moe.parse(argv)
+    peft_model, _ = build(checkpoints["qwen3_moe"])
+    tensors = {name: t.requires_grad_() for name, t in adapter.adapter_state_dict(peft_model).items()}
+    reference = plain_model(checkpoints["qwen3_moe"])
+    dataset = multipack.prepare(data_args, AutoTokenizer.from_pretrained(args.model_name_or_path), args.model_name_or_path)
+    steps = -(-len(dataset) // 4)
+    assert len(dataset) % 4 != 0 and steps >= 3, "the last step of an epoch must be a smaller one"
+    optimizer = torch.optim.AdamW(tensors.values(), weight_decay=0.01, fused=False)
+    found = losses(out)
+    assert len(found) == 2 * steps
+    for step in range(steps + 1):
+        if step == steps:
+            dataset.set_epoch(1)
+        first = step % steps * 4
+        packs = [dataset[i] for i in range(first, min(first + 4, len(dataset)))]
+        count = sum((document["labels"] != -100).sum() for pack in packs for document in pack)
+        weights = adapted_weights(dict(reference.named_parameters()), tensors, scaling=2.0)
+        loss = sum(reference_loss(reference, weights, pack)[0] for pack in packs) / count
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(tensors.values(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (step + 1) / 2 if step < 2 else 1e-2 * (2 * steps - step) / (2 * steps - 2)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert found[step] == pytest.approx((step + 1, loss.item(), norm.item()), rel=1e-4)
+        saved = saved_adapter(out / f"checkpoint-{step + 1}")
+        assert saved.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(saved[name], tensor.detach(), rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_the_record_of_a_run(one_process):
+    argv, out, causal_lm = one_process
+    record = json.loads((out / "args.json").read_text())
+    assert (
+        record["launcher"] == "run" and record["arguments"]["learning_rate"] == 1e-2 and re.fullmatch(r"[0-9a-f]{40}\+?", record["commit"])
+    )
+    log = read_log(out)
+    assert [line["step"] for line in log] == list(range(1, len(log) + 1)) and log[-1]["epoch"] == 2.0
+    assert all(line["tokens"] > line["supervised_tokens"] > 0 and line["tokens_per_second"] > 0 for line in log)
+    assert len(list(out.glob("checkpoint-*"))) == len(log)
+    assert [path.parent.name for path in out.glob("checkpoint-*/resume")] == [f"checkpoint-{len(log)}"], "only the newest is kept"
+    assert adapter.verify_adapter(out / f"checkpoint-{len(log)}", record["model"]) == []
+
+
+def test_frozen_weights_do_not_change(one_process, checkpoints):
+    _, _, causal_lm = one_process
+    frozen = train_moe.frozen_tensors(causal_lm)
+    for name, p in AutoModelForCausalLM.from_pretrained(checkpoints["qwen3_moe"]).named_parameters():
+        assert torch.equal(frozen[name].to_local(), p), name
+
+
+@pytest.fixture(scope="module")
+def two_processes(one_process, tmp_path_factory):
+    """The same run in two processes: its output directory."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    code, output = run_processes(2, moved(one_process[0], out))
+    assert (out / "log.jsonl").exists(), output
+    return out
+
+
+def test_two_processes_equal_one(one_process, two_processes):
+    assert losses(two_processes) == [pytest.approx(line, rel=1e-4) for line in losses(one_process[1])]
+    last = f"checkpoint-{len(losses(two_processes))}"
+    ours, theirs = saved_adapter(two_processes / last), saved_adapter(one_process[1] / last)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_copies_of_the_model_on_two_nodes_equal_one_process(one_process, tmp_path):
+    """Two "nodes" of one process each hold a copy; gradients are added up across them, once a step."""
+    patch = "os.environ['LOCAL_WORLD_SIZE'] = '1'"
+    argv = moved(one_process[0], tmp_path / "run", "--max_steps", 3, "--reduce_every_micro_batch", True, "--use_dora", True)
+    code, output = run_processes(2, argv, patch)
+    alone = moved(one_process[0], tmp_path / "alone", "--max_steps", 3, "--use_dora", True)
+    train_moe.main(alone)
+    assert losses(tmp_path / "run") == [pytest.approx(line, rel=1e-4) for line in losses(tmp_path / "alone")], output
+    assert len(losses(tmp_path / "alone")) == 3
+
+
+def test_killed_in_a_step_and_resumed(one_process, two_processes, tmp_path):
+    """Rank 1 dies by kill -9 between the backward and the update of step 4; the resumed run's losses are those of the unbroken one."""
+    patch = """
+clip = train_moe.clip_gradients
+calls = []
+def dying(*args):
+    calls.append(1)
+    if len(calls) == 4 and train_moe.dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(*args)
+train_moe.clip_gradients = dying
+"""
+    out = tmp_path / "run"
+    argv = moved(one_process[0], out)
+    code, output = run_processes(2, argv, patch)
+    assert code != 0 and len(losses(out)) == 3, output
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    code, output = run_processes(2, [*argv, "--resume", "True"])
+    assert "resuming from" in output
+    assert losses(out) == losses(two_processes), output
+    # and on another number of processes
+    train_moe.main(moved(argv, tmp_path / "copy" / "run", "--resume", True))
+    assert losses(tmp_path / "copy" / "run") == [pytest.approx(line, rel=1e-4) for line in losses(one_process[1])]
+
+
+def test_killed_in_a_save_and_resumed(one_process, tmp_path):
+    """Dies by kill -9 when the second checkpoint's state is about to be renamed: the first is whole, and the run goes on from it."""
+    patch = """
+replace = os.replace
+def dying(source, target):
+    if str(target).endswith("checkpoint-2/resume"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+train_moe.os = type("os", (), {**vars(os), "replace": staticmethod(dying)})
+"""
+    out = tmp_path / "run"
+    argv = moved(one_process[0], out)
+    code, output = run_processes(1, argv, patch)
+    assert code == -signal.SIGKILL and (out / "checkpoint-1/resume/position.json").exists(), output
+    train_moe.main([*argv, "--resume", "True"])
+    assert losses(out) == losses(one_process[1])
+
+
+def test_sigterm_saves_and_exits(one_process, tmp_path, monkeypatch):
+    step = train_moe.forward_backward
+    calls = []
+
+    def told(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(train_moe, "forward_backward", told)
+    argv = moved(one_process[0], tmp_path / "run")
+    argv[argv.index("--save_steps") + 1] = "100"
+    train_moe.main(argv)
+    assert len(losses(tmp_path / "run")) == 2 and (tmp_path / "run" / "checkpoint-2" / "resume").is_dir()
+    train_moe.main([*argv, "--resume", "True"])
+    assert losses(tmp_path / "run") == losses(one_process[1])
+
+
+def test_validation_loss_is_that_of_the_held_out_documents(one_process, checkpoints, tmp_path, process_group):
+    argv = moved(one_process[0], tmp_path / "run", "--validation_share", 0.2)
+    args, data_args, _ = train_moe.parse(argv)
+    dataset = multipack.prepare(data_args, AutoTokenizer.from_pretrained(args.model_name_or_path), args.model_name_or_path)
+    _, model = build(checkpoints["qwen3_moe"])  # B is zero: the base model
+    reference = plain_model(checkpoints["qwen3_moe"])
+    documents = [document for i in range(len(dataset.validation)) for document in dataset.validation[i]]
+    total, _ = reference_loss(reference, dict(reference.named_parameters()), documents)
+    count = sum((document["labels"] != -100).sum() for document in documents)
+    found = train_moe.validate(model, dataset.validation, torch.device("cpu"))
+    assert found == pytest.approx((total / count).item(), rel=1e-5)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume", "True"], "no checkpoint-.*/resume under"),
+        (["--global_batch_size", "0"], "global_batch_size 0"),
+        (["--model_name_or_path", "nobody/nothing"], "nobody/nothing"),
+    ],
+)
+def test_mistakes_end_in_one_line(flags, message, one_process, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        train_moe.main([*moved(one_process[0], tmp_path / "run"), *flags])
+
+
+def test_a_run_is_not_written_over(one_process):
+    with pytest.raises(SystemExit, match="pass --resume"):
+        train_moe.main(one_process[0])
+
+
+def test_another_run_is_not_resumed(one_process, tmp_path):
+    shutil.copytree(one_process[1], tmp_path / "run")
+    with pytest.raises(SystemExit, match="seed is 5"):
+        train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--seed", 5, "--num_train_epochs", 3))
