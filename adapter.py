@@ -689,6 +689,19 @@ class Adapter:
                 raise ValueError(f"{self.path}: {slot} is for {ours}, {name} of the base is {shape}: another base model's adapter?")
         return found
 
+    def manifest(self) -> dict:
+        """What save_adapter recorded beside the adapter; {} for an adapter that others wrote."""
+        path = self.directory / MANIFEST
+        try:
+            return json.loads(path.read_text()) if path.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from None
+
+    def check_base(self, base) -> None:
+        """Raises ValueError if `base` is not what the adapter was trained on, as far as the manifest can tell."""
+        if faults := _base_faults(self.manifest(), str(base)):
+            raise ValueError(f"{self.directory}: {'; '.join(faults)} (any_base merges regardless)")
+
     def identity(self) -> str:
         """A checksum of the configuration and the tensors, to tell one adapter from another."""
         digest = hashlib.sha256((self.directory / CONFIG).read_bytes())
@@ -770,10 +783,9 @@ def _shapes_of_base(name) -> dict[str, tuple[int, int]]:
 def _verify(directory, shapes, base, allow_zero) -> list[str]:
     try:
         adapter = Adapter(directory)
+        manifest = adapter.manifest()
     except ValueError as error:
         return [str(error)]
-    manifest = directory / MANIFEST
-    manifest = json.loads(manifest.read_text()) if manifest.is_file() else {}
     faults = _manifest_faults(adapter, manifest) + _value_faults(adapter, manifest, allow_zero) + _expert_faults(adapter)
     scalings = {round(slot.scaling, 6) for slot in adapter.slots.values()}
     if len(scalings) > 1:
@@ -1010,8 +1022,7 @@ def convert_adapter(directory, out, layout="2d", dtype=None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if dtype is not None:
         tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    manifest = adapter.directory / MANIFEST
-    manifest = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    manifest = adapter.manifest()
     manifest["scaling"] = {key: config.get(key) for key in ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora")}
     manifest["tensors"] = _checksums(tensors)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / WEIGHTS, metadata={"format": "pt"})
@@ -1025,7 +1036,7 @@ def convert_adapter(directory, out, layout="2d", dtype=None) -> None:
 def _unstack_experts(adapter, tensors, experts) -> dict:
     for name in experts:
         A, B, _ = adapter.factors(name)
-        tensors[_disk_name(name, "lora_A")], tensors[_disk_name(name, "lora_B")] = A, B
+        tensors[_disk_name(name, "lora_A")], tensors[_disk_name(name, "lora_B")] = A.clone(), B.clone()
     shapes = {EXPERT.match(name)["projection"]: (slot.rank, _alpha(adapter, slot.rank, slot.scaling)) for name, slot in experts.items()}
     return _expert_patterns(shapes)
 
@@ -1120,7 +1131,7 @@ def unused_faults(adapter: Adapter, used: Counter) -> list[str]:
     return faults
 
 
-def merge_adapter(base, adapter, out, workers: int | None = None, log=print) -> None:
+def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool = False, log=print) -> None:
     """Write base + adapter as an ordinary checkpoint to directory `out`: same shards, names and dtypes as the base, plus its configuration
     files.
 
@@ -1131,6 +1142,8 @@ def merge_adapter(base, adapter, out, workers: int | None = None, log=print) -> 
     """
     directory, adapter, out = _download_base(base), Adapter(adapter), Path(out)
     _refuse_quantised(directory, json.loads((directory / "config.json").read_text()))
+    if not any_base:
+        adapter.check_base(directory)
     shards = _shards(directory)
     used, total = Counter(), 0
     for shard in shards:
@@ -1297,7 +1310,7 @@ def register_vllm_loader() -> None:
     class MergeAdapterLoader(DefaultModelLoader):
         def __init__(self, load_config):
             extra = dict(load_config.model_loader_extra_config or {})
-            self.adapter_directory = extra.pop("adapter", None)
+            self.adapter_directory, self.any_base = extra.pop("adapter", None), extra.pop("any_base", False)
             if not self.adapter_directory:
                 raise ValueError('load_format "merge_adapter" needs model_loader_extra_config={"adapter": DIRECTORY}')
             super().__init__(dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config=extra))
@@ -1305,6 +1318,8 @@ def register_vllm_loader() -> None:
         def get_all_weights(self, model_config, model):
             _refuse_quantised(model_config.model, {"quantization_config": getattr(model_config.hf_config, "quantization_config", None)})
             adapter = Adapter(self.adapter_directory)
+            if not self.any_base:
+                adapter.check_base(model_config.model)
             device = next(model.parameters()).device
             for name, weight in super().get_all_weights(model_config, model):
                 yield name, merge_tensor(adapter, name, weight, dtype=model_config.dtype, device=device)
@@ -1416,6 +1431,7 @@ def _parse(arguments):
     merge.add_argument("base")
     merge.add_argument("adapter")
     merge.add_argument("out")
+    merge.add_argument("--any_base", action="store_true", help="merge even if the base is not the one that was trained on")
     merge.add_argument("--workers", type=int, help="processes (default: one per core, at most 8)")
     convert = commands.add_parser("convert", help="change the layout of the experts, or the dtype")
     convert.add_argument("directory")
@@ -1446,7 +1462,7 @@ def main(arguments=None) -> None:
             print(norm_table(args.directory))
             print(f"{args.directory}: sound, {len(Adapter(args.directory).slots)} weights adapted")
         elif args.command == "merge":
-            merge_adapter(args.base, args.adapter, args.out, args.workers)
+            merge_adapter(args.base, args.adapter, args.out, args.workers, args.any_base)
         elif args.command == "convert":
             convert_adapter(args.directory, args.out, args.layout, args.dtype and getattr(torch, args.dtype))
         elif args.command == "card":

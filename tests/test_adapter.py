@@ -449,3 +449,529 @@ def test_merged_while_vllm_loads_with_tensor_parallelism(trained, tmp_path):
     assert results is not None, log[-5000:]
     found = torch.tensor(results["two"]["log_probabilities"])
     assert torch.allclose(found, trained("qwen3_moe", "dora").truth, atol=TOLERANCE, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Damage
+# ------------------------------------------------------------------------------------------------------------------------------
+
+EXPERT_5 = "base_model.model.model.layers.0.mlp.experts.5."
+UP_A = f"{EXPERT_5}up_proj.lora_A.weight"
+
+
+def truncate(directory):
+    path = directory / adapter.WEIGHTS
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def zero_a_shard(directory):
+    rewrite(directory, lambda t: [t[key].zero_() for key in t if ".experts.4." in key or ".experts.5." in key])
+
+
+def lose_an_expert(directory):
+    rewrite(directory, lambda t: [t.pop(key) for key in list(t) if key.startswith(EXPERT_5)])
+
+
+def lose_a_layer(directory):
+    rewrite(directory, lambda t: [t.pop(key) for key in list(t) if ".layers.1." in key])
+
+
+def swap_gate_and_up(directory):
+    def swap(t):
+        for part in ("lora_A", "lora_B"):
+            gate, up = f"{EXPERT_5}gate_proj.{part}.weight", f"{EXPERT_5}up_proj.{part}.weight"
+            t[gate], t[up] = t[up], t[gate]
+
+    rewrite(directory, swap)
+
+
+def half_the_rows(directory):
+    rewrite(directory, lambda t: t.update({key: t[key][:64] for key in t if "q_proj.lora_B" in key}))
+
+
+DAMAGE = {
+    "truncated file": (truncate, "adapter_model.safetensors: truncated or damaged: .* bytes, its header asks for"),
+    "empty file": (lambda d: (d / adapter.WEIGHTS).write_bytes(b""), "truncated"),
+    "no file": (lambda d: (d / adapter.WEIGHTS).unlink(), "no adapter_model.safetensors"),
+    "no configuration": (lambda d: (d / adapter.CONFIG).unlink(), "no adapter_config.json"),
+    "zeroed shard": (zero_a_shard, r"experts.4.gate_proj.lora_A.weight is all zeros \(its checksum differs"),
+    "one expert missing": (lose_an_expert, "expert 5 of model.layers.0.mlp.experts has no gate_proj, up_proj, down_proj"),
+    "a layer missing": (lose_a_layer, "model.layers.1.self_attn.q_proj is missing"),
+    "swapped gate and up": (
+        swap_gate_and_up,
+        "5.gate_proj.lora_B.weight holds what was saved as .*experts.5.up_proj.lora_B.weight",
+    ),
+    "a value changed": (
+        lambda d: rewrite(d, lambda t: t[UP_A].mul_(1.01)),
+        "up_proj.lora_A.weight is not what was saved",
+    ),
+    "not finite": (
+        lambda d: rewrite(d, lambda t: t[UP_A][0].fill_(float("inf"))),
+        "has 64 values that are not finite",
+    ),
+    "one rank's rows": (half_the_rows, "q_proj is for a weight of shape .64, 64., the base has .128, 64."),
+    "wrong alpha": (lambda d: edit_config(d, lora_alpha=8), "lora_alpha is 8, it was 16 when the adapter was saved"),
+    "wrong rank": (lambda d: edit_config(d, r=16), r"lora_A \[8, 64\] and lora_B \[\d+, 8\] do not have the rank 16"),
+    "patterns lost": (
+        lambda d: edit_config(d, rank_pattern={}, alpha_pattern={}),
+        "do not have the rank 8 that adapter_config",
+    ),
+    "DoRA claimed": (lambda d: edit_config(d, use_dora=True), "lora_magnitude_vector is missing"),
+    "unknown tensor": (lambda d: rewrite(d, lambda t: t.update({"lm_head.weight": torch.ones(2)})), "lm_head.weight is not a LoRA tensor"),
+    "layer that is not there": (
+        lambda d: rewrite(d, lambda t: [t.update({key.replace("layers.1.", "layers.2."): t[key].clone()}) for key in list(t)]),
+        "model.layers.2.self_attn.q_proj is no linear layer of the base model",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused_by_name(trained, tmp_path, capsys, damage):
+    run = trained("qwen3_moe", "lora")
+    directory = run.copy(tmp_path)
+    break_it, message = DAMAGE[damage]
+    assert adapter.verify_adapter(directory, run.base) == []
+    break_it(directory)
+    with pytest.raises(SystemExit) as exit:
+        adapter.main(["verify", str(directory), "--base", run.base])
+    assert exit.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    assert any(adapter.re.search(message, line) for line in lines), lines
+
+
+def test_without_a_manifest_structure_is_still_checked(trained, tmp_path):
+    directory = trained("qwen3_moe", "lora").copy(tmp_path)
+    (directory / adapter.MANIFEST).unlink()
+    assert adapter.verify_adapter(directory) == []
+    edit_config(directory, lora_alpha=8)
+    assert "alpha / r differs from layer to layer: [1.0, 2.0]" in adapter.verify_adapter(directory)[0]
+    zero_a_shard(directory)
+    assert any("experts.5.up_proj.lora_A.weight has rows of zeros" in fault for fault in adapter.verify_adapter(directory))
+
+
+def test_another_base_is_refused(trained, tmp_path):
+    run = trained("llama", "lora")
+    twin = save_tiny_checkpoint(tmp_path / "twin", "llama", seed=3, head_dim=HEAD_DIM)
+    wide = save_tiny_checkpoint(tmp_path / "wide", "llama", head_dim=HEAD_DIM, intermediate_size=128)
+    other = save_tiny_checkpoint(tmp_path / "other", "qwen3", head_dim=HEAD_DIM)
+    assert "this is another base model's adapter" in "\n".join(adapter.verify_adapter(run.directory, twin))
+    faults = "\n".join(adapter.verify_adapter(run.directory, wide))
+    assert "intermediate_size is 128; the adapter was trained on" in faults
+    assert "mlp.up_proj is for a weight of shape (96, 64), the base has (128, 64)" in faults
+    assert "model_type is qwen3;" in "\n".join(adapter.verify_adapter(run.directory, other))
+    assert "base nowhere/at-all:" in adapter.verify_adapter(run.directory, "nowhere/at-all")[0]
+    bf16 = save_tiny_checkpoint(tmp_path / "bf16", "llama", dtype=torch.bfloat16, head_dim=HEAD_DIM)
+    assert adapter.verify_adapter(run.directory, bf16) == []  # the same base in another dtype
+    with pytest.raises(ValueError, match="this is another base model's adapter"):
+        adapter.merge_adapter(twin, run.directory, tmp_path / "out")
+    adapter.main(["merge", twin, str(run.directory), str(tmp_path / "out"), "--any_base"])
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"init_lora_weights": "pissa_niter_4"}, "changed the base weights"),
+        ({"r": 0}, "r is 0; expected a positive number"),
+    ],
+)
+def test_configurations_that_would_merge_wrongly_are_refused(trained, tmp_path, change, message):
+    directory = trained("llama", "lora").copy(tmp_path)
+    edit_config(directory, **change)
+    assert message in adapter.verify_adapter(directory)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Adapters written by PEFT, and conversion
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def peft_stacked(family, directory, names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), **settings):
+    """PEFT's own adapter on stacked expert parameters, random, saved by PEFT; returns its model."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=6, lora_alpha=9, target_modules=["q_proj", "v_proj"], target_parameters=list(names), task_type="CAUSAL_LM", **settings
+    )
+    model = get_peft_model(tiny_model(family, head_dim=HEAD_DIM), config)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    return model
+
+
+def merged_model(base, directory, out):
+    from transformers import AutoModelForCausalLM
+
+    adapter.merge_adapter(base, directory, out, log=lambda line: None)
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"rank_pattern": {"gate_up_proj": 4}, "alpha_pattern": {"gate_up_proj": 20}}, {"use_rslora": True}]
+)
+def test_pefts_stacked_adapters_are_read_merged_and_converted(trained, tmp_path, family, settings):
+    from peft import PeftModel
+
+    truth = log_probabilities(peft_stacked(family, tmp_path / "stacked", **settings))
+    base = trained(family, "lora").base
+    faults = adapter.verify_adapter(tmp_path / "stacked", base)
+    assert all("alpha / r differs" in fault for fault in faults) and bool(faults) == ("rank_pattern" in settings)
+    merged = merged_model(base, tmp_path / "stacked", tmp_path / "merged")
+    assert torch.allclose(log_probabilities(merged), truth, atol=TOLERANCE, rtol=0)
+
+    adapter.convert_adapter(tmp_path / "stacked", tmp_path / "2d", "2d")
+    keys = set(load_file(tmp_path / "2d" / adapter.WEIGHTS))
+    assert "base_model.model.model.layers.1.mlp.experts.7.up_proj.lora_B.weight" in keys and not any("base_layer" in key for key in keys)
+    again = PeftModel.from_pretrained(tiny_model(family, head_dim=HEAD_DIM), tmp_path / "2d")
+    assert torch.allclose(log_probabilities(again), truth, atol=TOLERANCE, rtol=0)
+    merged = merged_model(base, tmp_path / "2d", tmp_path / "merged-2d")
+    assert torch.allclose(log_probabilities(merged), truth, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_a_stack_on_its_own_is_told_apart_by_the_configuration(trained, tmp_path, name):
+    truth = log_probabilities(peft_stacked("qwen3_moe", tmp_path / "one", names=[f"mlp.experts.{name}"]))
+    merged = merged_model(trained("qwen3_moe", "lora").base, tmp_path / "one", tmp_path / "merged")
+    assert torch.allclose(log_probabilities(merged), truth, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_our_adapters_stacked_load_in_peft_and_come_back_unchanged(trained, tmp_path, family):
+    from peft import PeftModel
+
+    run = trained(family, "lora")
+    adapter.main(["convert", str(run.directory), str(tmp_path / "stacked"), "--layout", "stacked"])
+    tensors = load_file(tmp_path / "stacked" / adapter.WEIGHTS)
+    assert tensors["base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"].shape == (8 * 2 * 4, 64)
+    assert tensors["base_model.model.model.layers.1.mlp.experts.lora_B.weight"].shape == (64, 4 * 8)
+    assert adapter.verify_adapter(tmp_path / "stacked", run.base) == []
+    model = PeftModel.from_pretrained(tiny_model(family, head_dim=HEAD_DIM), tmp_path / "stacked")
+    assert torch.allclose(log_probabilities(model), run.truth, atol=TOLERANCE, rtol=0)
+    again, _ = adapted(family, "lora")
+    adapter.load_adapter(again, tmp_path / "stacked")
+    assert torch.equal(log_probabilities(again), run.truth)
+
+    adapter.convert_adapter(tmp_path / "stacked", tmp_path / "back")
+    back, ours = load_file(tmp_path / "back" / adapter.WEIGHTS), load_file(run.directory / adapter.WEIGHTS)
+    assert set(back) == set(ours) and all(torch.equal(back[key], ours[key]) for key in ours)
+    assert adapter.verify_adapter(tmp_path / "back", run.base) == []
+
+
+def test_dora_experts_have_no_stacked_form(trained, tmp_path):
+    with pytest.raises(ValueError, match="PEFT has no DoRA on stacked experts"):
+        adapter.convert_adapter(trained("qwen3_moe", "dora").directory, tmp_path / "out", "stacked")
+
+
+class ExpertAsModule(torch.nn.Module):
+    """One expert as transformers 4 had it: three linear layers, which is what PEFT then adapted and saved."""
+
+    def __init__(self, gate_up, down):
+        super().__init__()
+        inner, hidden = gate_up.shape[0] // 2, gate_up.shape[1]
+        self.gate_proj, self.up_proj = torch.nn.Linear(hidden, inner, bias=False), torch.nn.Linear(hidden, inner, bias=False)
+        self.down_proj = torch.nn.Linear(inner, hidden, bias=False)
+        with torch.no_grad():
+            self.gate_proj.weight.copy_(gate_up[:inner])
+            self.up_proj.weight.copy_(gate_up[inner:])
+            self.down_proj.weight.copy_(down)
+
+    def forward(self, x):
+        return self.down_proj(torch.nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ExpertsAsModules(torch.nn.ModuleList):
+    def __init__(self, experts):
+        super().__init__(ExpertAsModule(gate_up, down) for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        weights = torch.zeros(len(hidden_states), len(self)).scatter(1, top_k_index, top_k_weights)
+        return sum(weights[:, e, None] * expert(hidden_states) for e, expert in enumerate(self))
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES[2:])
+def test_pefts_adapters_on_expert_modules_are_read_and_merged(trained, tmp_path, family, kind):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model(family, head_dim=HEAD_DIM)
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = ExpertsAsModules(layer.mlp.experts)
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=4, lora_alpha=12, use_dora=kind == "dora", target_modules=projections, task_type="CAUSAL_LM")
+    with adapter._targets_as_written():
+        model = get_peft_model(model, config)
+    train(model, steps=0)
+    truth = log_probabilities(model)
+    model.save_pretrained(tmp_path / "peft")
+    base = trained(family, kind).base
+    assert adapter.verify_adapter(tmp_path / "peft", base) == []
+    merged = merged_model(base, tmp_path / "peft", tmp_path / "merged")
+    assert torch.allclose(log_probabilities(merged), truth, atol=TOLERANCE, rtol=0)
+    ours = tiny_model(family, head_dim=HEAD_DIM)
+    fused_moe_lora.wrap_experts(ours, 4, 12, use_dora=kind == "dora")
+    ours = adapter.apply_lora(ours, adapter.LoraArguments(r=4, lora_alpha=12, use_dora=kind == "dora"))
+    adapter.load_adapter(ours, tmp_path / "peft")
+    assert torch.allclose(log_probabilities(ours), truth, atol=TOLERANCE, rtol=0)
+    if kind == "lora":
+        adapter.convert_adapter(tmp_path / "peft", tmp_path / "stacked", "stacked")
+        from peft import PeftModel
+
+        again = PeftModel.from_pretrained(tiny_model(family, head_dim=HEAD_DIM), tmp_path / "stacked")
+        assert torch.allclose(log_probabilities(again), truth, atol=TOLERANCE, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Merge
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def sharded_base(run, directory, dtype=torch.float32):
+    """The base in several shards with an index, as large models are published."""
+    model = tiny_model(run.family, head_dim=HEAD_DIM).to(dtype)
+    model.save_pretrained(directory, max_shard_size="60KB")
+    tiny_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def tensors_of(directory):
+    return {name: tensor for path in sorted(Path(directory).glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_sharded_merge_in_blocks_by_several_processes_is_resumable(trained, tmp_path, monkeypatch, kind):
+    run = trained("glm4_moe", kind)
+    base, out, lines = sharded_base(run, tmp_path / "base"), tmp_path / "out", []
+    monkeypatch.setattr(adapter, "CHUNK", 640)  # ten rows of 64 at a time
+    adapter.merge_adapter(base, run.directory, out, workers=1, log=lines.append)
+    whole = tensors_of(run.merged)
+    for name, tensor in tensors_of(out).items():
+        assert torch.allclose(tensor, whole[name], atol=1e-6, rtol=0), name
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 3 and len(lines) == len(shards) and "GB/s" in lines[0]
+    assert set(tensors_of(out)) == set(whole)
+    assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].keys() == whole.keys()
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= set(os.listdir(out))
+
+    before = {path.name: path.read_bytes() for path in shards}
+    (out / "model.safetensors.index.json").unlink()
+    shards[0].unlink()
+    shards[2].unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    if kind == "lora":  # once is enough to see that processes work
+        monkeypatch.setattr(adapter, "CHUNK", 1 << 24)
+    lines.clear()
+    adapter.merge_adapter(base, run.directory, out, workers=2 if kind == "lora" else 1, log=lines.append)
+    assert lines[0] == f"{len(shards) - 2} of {len(shards)} shards are already merged" and len(lines) == 3
+    assert (out / "model.safetensors.index.json").exists() and not list(out.glob("*.tmp"))
+    for path in sorted(out.glob("*.safetensors")):
+        assert path.name not in kept or path.stat().st_mtime_ns == kept[path.name]
+        if kind == "dora":
+            assert path.read_bytes() == before[path.name]
+    assert all(torch.allclose(tensor, whole[name], atol=1e-6, rtol=0) for name, tensor in tensors_of(out).items())
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_stacked_bf16_base_is_merged_in_fp32_and_rounded_once(trained, tmp_path, kind):
+    run = trained("qwen3_moe", kind)
+    stacked = {name: tensor.bfloat16() for name, tensor in tiny_model("qwen3_moe", head_dim=HEAD_DIM).state_dict().items()}
+    assert stacked["model.layers.0.mlp.experts.gate_up_proj"].ndim == 3
+    (tmp_path / "base").mkdir()
+    save_file(stacked, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(run.base) / name, tmp_path / "base" / name)
+    adapter.merge_adapter(str(tmp_path / "base"), run.directory, tmp_path / "out", log=lambda line: None)
+    merged, ours = tensors_of(tmp_path / "out"), adapter.Adapter(run.directory)
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+
+    def truth(module, weight):
+        A, B, magnitude = ours.factors(module)
+        expected = weight.double() + 2.0 * B.double() @ A.double()
+        return expected if magnitude is None else expected * (magnitude.double() / expected.norm(dim=1))[:, None]
+
+    for module in ours.slots:
+        match = adapter.EXPERT.match(module)
+        if match:
+            stack, index, projection = match["stack"], int(match["index"]), match["projection"]
+            name = f"{stack}.down_proj" if projection == "down_proj" else f"{stack}.gate_up_proj"
+            rows = {"gate_proj": slice(0, 32), "up_proj": slice(32, 64), "down_proj": slice(None)}[projection]
+            weight, got = stacked[name][index][rows], merged[name][index][rows]
+        else:
+            weight, got = stacked[f"{module}.weight"], merged[f"{module}.weight"]
+        expected = truth(module, weight)
+        step = torch.finfo(torch.bfloat16).eps * expected.abs()  # half of it, and fp32's own error, is what one rounding may cost
+        assert ((got.double() - expected).abs() <= 0.51 * step + 1e-6).all(), module
+
+
+def test_merge_refuses_what_would_be_silently_lost(trained, tmp_path):
+    run = trained("llama", "lora")
+    directory = run.copy(tmp_path)
+    (directory / adapter.MANIFEST).unlink()
+    rewrite(directory, lambda t: t.update({key.replace("layers.1.", "layers.2."): t[key].clone() for key in list(t)}))
+    with pytest.raises(ValueError, match="7 adapter modules match nothing in the base: model.layers.2.mlp.down_proj, "):
+        adapter.merge_adapter(run.base, directory, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+    with pytest.raises(ValueError, match="holds a merge of .*checkpoint-2 into"):
+        adapter.merge_adapter(run.base, trained("llama", "dora").directory, run.merged)
+    with pytest.raises(ValueError, match="holds a model already"):
+        adapter.merge_adapter(run.base, run.directory, run.base)
+    quantised = shutil.copytree(run.base, tmp_path / "quantised")
+    edit = json.loads((quantised / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (quantised / "config.json").write_text(json.dumps(edit))
+    with pytest.raises(ValueError, match="the base is quantised .fp8."):
+        adapter.merge_adapter(str(quantised), run.directory, tmp_path / "out")
+    with pytest.raises(SystemExit, match="error: .*no adapter_config.json: not an adapter directory"):
+        adapter.main(["merge", run.base, str(tmp_path), str(tmp_path / "out")])
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Several processes
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def fsdp_worker(rank, port, source, out, kind):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model, args = adapted("glm4_moe", kind)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    adapter.load_adapter(model, source)
+    tensors = adapter.adapter_state_dict(model)
+    assert bool(tensors) == (rank == 0)
+    adapter.save_adapter(model, out, "tiny", lora_args=args)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).to_local().fill_(float("nan"))
+    try:
+        adapter.save_adapter(model, out + "-broken", "tiny")
+    except ValueError as error:
+        assert "not finite" in str(error)
+        Path(f"{out}-refused-{rank}").touch()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_fsdp2_shards_are_gathered_whole(trained, tmp_path, free_port):
+    run = trained("glm4_moe", "dora")
+    out = str(tmp_path / "out")
+    torch.multiprocessing.spawn(fsdp_worker, args=(free_port, str(run.directory), out, "dora"), nprocs=2)
+    ours, theirs = load_file(run.directory / adapter.WEIGHTS), load_file(tmp_path / "out" / adapter.WEIGHTS)
+    assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert (tmp_path / "out-refused-0").exists() and (tmp_path / "out-refused-1").exists()  # both ranks stop
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def zero3_worker(rank, port, source, out):
+    import deepspeed
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    deepspeed.init_distributed("gloo")
+    config = {"train_batch_size": 2, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = tiny_model("llama", head_dim=HEAD_DIM)
+    model = adapter.apply_lora(model, adapter.LoraArguments(r=8, use_dora=True))
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    assert layer.base_layer.weight.numel() == 0  # partitioned: nothing here but the shard
+    with deepspeed.zero.GatheredParameters([layer.base_layer.weight, layer.lora_magnitude_vector["default"].weight]):
+        norm = layer.base_layer.weight.norm(dim=1)
+        assert torch.allclose(layer.lora_magnitude_vector["default"].weight, norm)
+    for parameter in model.parameters():  # as deepspeed.initialize does with what was created after zero.Init
+        if not hasattr(parameter, "ds_id"):
+            deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=config)
+    adapter.load_adapter(model, source)
+    adapter.save_adapter(model, out, "tiny")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_zero3_partitions_are_gathered_whole(trained, tmp_path, free_port):
+    run = trained("llama", "dora")
+    torch.multiprocessing.spawn(zero3_worker, args=(free_port, str(run.directory), str(tmp_path / "out")), nprocs=2)
+    ours, theirs = load_file(run.directory / adapter.WEIGHTS), load_file(tmp_path / "out" / adapter.WEIGHTS)
+    assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Card, hub, command
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_model_card_has_base_data_arguments_commit_and_scores(trained, tmp_path):
+    directory = tmp_path / "outputs" / "ds3-tiny" / "checkpoint-2"
+    shutil.copytree(trained("llama", "lora").directory, directory)
+    run = {
+        "launcher": "ds3-tiny",
+        "model": "x/y",
+        "commit": "abc123",
+        "arguments": {"dataset": "Scicom-intl/Malaysian-Instructions", "learning_rate": 1e-4},
+    }
+    (directory.parent / "args.json").write_text(json.dumps(run))
+    edit_config(directory, base_model_name_or_path="x/y")
+    (tmp_path / "scores.txt").write_text("average 71.2 88.1\n")
+    adapter.main(["card", str(directory), "--scores", str(tmp_path / "scores.txt")])
+    card = (directory / "README.md").read_text()
+    for line in ("base_model: x/y", "- Scicom-intl/Malaysian-Instructions", "# ds3-tiny, checkpoint-2", "| learning_rate | `0.0001` |"):
+        assert line in card.splitlines()
+    assert "| commit | `abc123` |" in card and "average 71.2 88.1" in card
+    from huggingface_hub import ModelCard
+
+    data = ModelCard(card).data
+    assert (data.base_model, data.datasets, data.library_name) == ("x/y", ["Scicom-intl/Malaysian-Instructions"], "peft")
+
+
+def test_push_dry_run_lists_what_would_be_sent(trained, tmp_path, capsys, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *args, **kwargs: calls.append(("create", args, kwargs)))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **kwargs: calls.append(("upload", kwargs)))
+    directory = trained("llama", "lora").copy(tmp_path)
+    (directory / "optimizer.pt").write_bytes(b"state")
+    adapter.main(["push", str(directory), "someone/adapter", "--dry_run"])
+    printed = capsys.readouterr().out
+    assert (
+        "someone/adapter/adapter_model.safetensors" in printed and "dry run: nothing was sent" in printed and "optimizer.pt" not in printed
+    )
+    assert calls == []
+    adapter.main(["push", str(directory), "someone/adapter", "--private"])
+    assert calls[0] == ("create", ("someone/adapter",), {"private": True, "exist_ok": True})
+    sent = calls[1][1]["allow_patterns"]
+    assert "adapter_model.safetensors" in sent and "README.md" in sent and "optimizer.pt" not in sent
+    truncate(directory)
+    with pytest.raises(SystemExit, match="error: .*truncated"):
+        adapter.main(["push", str(directory), "someone/adapter"])
+    assert len(calls) == 2
+
+
+def test_verify_command_prints_norms_per_layer(trained, capsys):
+    run = trained("glm4_moe", "dora")
+    adapter.main(["verify", str(run.directory), "--base", run.base])
+    lines = capsys.readouterr().out.splitlines()
+    header, first, second = lines[1].split("  "), lines[2].split(), lines[3].split()
+    columns = [column.strip() for column in header if column.strip()]
+    assert (first[0], second[0]) == ("0", "1") and len(first) == len(second) == len(columns)
+    B = load_file(run.directory / adapter.WEIGHTS)["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
+    assert float(second[columns.index("q_proj")]) == pytest.approx(1e4 * B.square().mean().sqrt().item(), abs=0.006)
+    assert first[columns.index("expert up_proj")] == "-" and second[columns.index("expert up_proj")].count("/") == 2
+    assert "sound, 38 weights adapted" in lines[-1]
