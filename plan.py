@@ -671,11 +671,12 @@ def _sources(records):
 # ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def _table(rows, title):
-    """Rows of (label, value, ...) under a title, labels left and the rest right-aligned."""
+def _table(rows, title, left=(0,)):
+    """Rows of cells under a title; the columns in `left` are aligned left, the others right."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    cells = [[str(row[0]).ljust(widths[0]), *(str(v).rjust(w) for v, w in zip(row[1:], widths[1:], strict=True))] for row in rows]
-    return "\n".join([title, *("  " + "  ".join(row).rstrip() for row in cells)])
+    aligned = [(str.ljust if i in left else str.rjust, width) for i, width in enumerate(widths)]
+    lines = [[align(str(cell), width) for cell, (align, width) in zip(row, aligned, strict=True)] for row in rows]
+    return "\n".join([title, *("  " + "  ".join(line).rstrip() for line in lines)])
 
 
 def print_plan(plan, file=None):
@@ -684,10 +685,8 @@ def print_plan(plan, file=None):
     p, adapter = plan, "DoRA" if plan["use_dora"] else "LoRA"
     ranks = f"r {p['r']}" + (f", {p['expert_r']} per routed expert" if p["expert_r"] else "")
     print(f"{p['model_type']}, {adapter} {ranks}; {p['nodes']} x {p['gpus']} GPUs of {p['gpu_memory_gib']:g} GiB", file=file)
-    batch = (
-        f"{p['micro_batch']} packs of {p['max_seq_length']:,} tokens x {p['nodes'] * p['gpus']} GPUs x {p['accumulation']} micro-batches"
-    )
-    print(f"A step: {batch} = {p['global_batch_size']} packs\n", file=file)
+    batch = f"{p['nodes'] * p['gpus']} GPUs x {p['micro_batch']} x {p['accumulation']} micro-batches = {p['global_batch_size']}"
+    print(f"A step: {batch} packs of {p['max_seq_length']:,} tokens\n", file=file)
     kinds = sorted(counts["base"], key=counts["base"].get, reverse=True)
     rows = [("", "base", "trainable"), *((k, f"{counts['base'][k]:,}", f"{counts['adapter'].get(k, 0):,}") for k in kinds)]
     rows += [("total", f"{counts['total']:,}", f"{counts['trainable']:,}")]
@@ -704,15 +703,16 @@ def print_plan(plan, file=None):
     print(f"FLOPs a token: {plan['flops_per_token'] / 1e9:.2f} G useful, and {extra:.0%} more recomputed", file=file)
 
 
-def print_options(plans, file=None):
-    """Print what of `options` fits, the best marked, with the trainer's flags for each."""
+def print_options(plans, launched=None, file=None):
+    """Print what of `options` fits, with the trainer's flags for each; the best is marked, and the plan `launched`."""
     rows = [("", "GiB", "fits", "recompute", "flags", "")]
     for p in plans:
         extra = f"+{p['recompute_per_token'] / p['flops_per_token']:.0%}"
-        best = "<- best" if p is plans[0] and p["fits"] else ""
+        marks = ["best"] * (p is plans[0] and p["fits"]) + ["as launched"] * (p == launched)
         memory, fits = f"{p['peak_bytes'] / GIB:.1f}", "yes" if p["fits"] else "no"
-        rows.append((f"{p['activation_policy']}, experts {p['memory_mode']}", memory, fits, extra, trainer_flags(p), best))
-    print(_table(rows, "Activation policy, memory mode and micro-batch, best first"), file=file)
+        name = p["activation_policy"] + (f", experts {p['memory_mode']}" if p["kind"] == "moe" else "")
+        rows.append((name, memory, fits, extra, trainer_flags(p), f"<- {', '.join(marks)}" if marks else ""))
+    print(_table(rows, "Activation policy, memory mode and micro-batch, best first", left=(0, 4, 5)), file=file)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -734,7 +734,7 @@ class PlanArguments:
     config: str | None = field(default=None, metadata={"help": "config.json or directory to read instead of the launcher's model"})
     dataset_tokens: float = field(default=DATASET_TOKENS, metadata={"help": "tokens of one epoch; default: Malaysian-Instructions'"})
     document_length: float = field(default=1900.0, metadata={"help": "mean length of the document that a token is in"})
-    gpu_partition: int = field(default=8, metadata={"help": "evaluation: GPUs of one vLLM engine"})
+    gpu_partition: int | None = field(default=None, metadata={"help": "evaluation: GPUs of one vLLM engine; default: as few as hold it"})
     results: str = field(default="results", metadata={"help": "directory of measured rates"})
 
 
@@ -797,6 +797,9 @@ def load_config(name):
         raise ValueError(f"{name}: no config.json found there ({str(error).splitlines()[0]}); pass one with --config FILE") from error
 
 
+# What the trainers do unless told otherwise: full recomputation, one pack at a time.
+TRAINER_DEFAULTS = {"activation_policy": "full", "micro_batch": 1, "reduce_every_micro_batch": False, "shard_nodes": 1}
+
 # The trainers' flags that a plan depends on: their type, and plan_run's name for each (None: used elsewhere).
 PLAN_FLAGS = {
     "r": (int, "r"),
@@ -835,30 +838,30 @@ def plan_flags(flags):
 
 
 def plan_launcher(arguments, launcher, overrides=()):
-    """(plans best first, config, model name, epochs) of a launcher with `overrides`, the trainer's flags behind it.
-
-    What the launcher or `overrides` set stays; what they leave open is chosen by what fits. Raises ValueError for flags that nobody knows.
+    """(plan as launched, every way to run best first, config, model name, epochs) of a launcher with `overrides`, the trainer's flags
+    behind it. Raises ValueError for flags that nobody knows.
     """
     own = read_launcher(launcher)
     for flag in _flags(overrides).keys() - own["flags"].keys() - PLAN_FLAGS.keys() - {"target_modules"}:
         raise ValueError(f"--{flag}: neither a flag of plan.py nor one that changes a plan")
     reading = read_launcher(launcher, overrides) if overrides else own
-    model = reading["flags"].get("model_name_or_path", "")
-    config = load_config(arguments.config or model)
     gpus, nodes = arguments.gpus or reading["gpus"], arguments.nodes or reading["nodes"]
     if gpus is None or nodes is None:
         raise ValueError(f"{launcher}: leaves the number of GPUs or nodes to the machine; pass --gpus and --nodes")
-    plans = options(
-        config,
+    model = reading["flags"].get("model_name_or_path", "")
+    config = load_config(arguments.config or model)
+    wanted = plan_flags(reading["flags"])
+    way = {name: wanted.pop(name, default) for name, default in TRAINER_DEFAULTS.items()}
+    wanted |= dict(
         kind="moe" if reading["script"] == "train_moe.py" else "dense",
         gpus=gpus,
         nodes=nodes,
         gpu_memory_gib=arguments.gpu_memory,
         reserve_gib=arguments.reserve,
         document_length=arguments.document_length,
-        **plan_flags(reading["flags"]),
     )
-    return plans, config, model, float(reading["flags"].get("num_train_epochs", 3))
+    epochs = float(reading["flags"].get("num_train_epochs", 3))
+    return plan_run(config, **wanted, **way), options(config, **wanted), config, model, epochs
 
 
 def print_run(arguments, plan, config, model, epochs):
@@ -875,7 +878,9 @@ def print_run(arguments, plan, config, model, epochs):
         print(f"Time: more than {time['low']:.1f} hours, the experts blocks alone ({time['source']})")
     else:
         print(f"Time: {time['low']:.1f} to {time['high']:.1f} hours ({time['source']})")
-    print_evaluation(plan_evaluation(config, gpu_partition=arguments.gpu_partition, gpu_memory_gib=arguments.gpu_memory))
+    partitions = [arguments.gpu_partition] if arguments.gpu_partition else [n for n in (1, 2, 4, 8) if config.num_attention_heads % n == 0]
+    engines = [plan_evaluation(config, gpu_partition=n, gpu_memory_gib=arguments.gpu_memory) for n in partitions]
+    print_evaluation(next((vllm for vllm in engines if vllm["fits"]), engines[-1]))
 
 
 def print_evaluation(vllm):
@@ -884,7 +889,7 @@ def print_evaluation(vllm):
     cache = f"KV cache {vllm['cache_bytes'] / GIB:.1f} GiB = {vllm['cache_tokens']:,} tokens, {answers}"
     if not vllm["fits"]:
         cache = "no room for a KV cache: raise --gpu_partition"
-    print(f"Evaluation, vLLM engines of {vllm['gpu_partition']} GPUs: weights {vllm['weights_bytes'] / GIB:.1f} GiB a GPU; {cache}")
+    print(f"Evaluation, vLLM, GPUs an engine: {vllm['gpu_partition']}; weights {vllm['weights_bytes'] / GIB:.1f} GiB a GPU; {cache}")
 
 
 def main():
@@ -894,13 +899,13 @@ def main():
     parser.add_argument("launcher", help="a launcher of this repository, such as ds3-qwen3-32b-lora-256.sh")
     arguments, positional, overrides = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     try:
-        plans, config, model, epochs = plan_launcher(arguments, positional.launcher, overrides)
-        print_plan(plans[0])
+        launched, plans, config, model, epochs = plan_launcher(arguments, positional.launcher, overrides)
+        print_plan(launched)
         print()
-        print_options(plans)
+        print_options(plans, launched)
         print()
-        print_run(arguments, plans[0], config, model, epochs)
-        check_fits(plans[0])
+        print_run(arguments, launched, config, model, epochs)
+        check_fits(launched)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -404,7 +404,8 @@ def test_every_launcher_can_be_planned(launcher, monkeypatch, capsys):
     run_main(monkeypatch, launcher, "--config", CONFIGS[name], "--gpu_memory", "140")
     printed = capsys.readouterr().out
     adapter_kind = "DoRA" if "dora" in launcher.stem else "LoRA"
-    assert f"{adapter_kind} r 256" in printed and "<- best" in printed and "A step:" in printed
+    assert f"{adapter_kind} r 256" in printed and "A step: 8 GPUs x 1 x 4 micro-batches = 32 packs" in printed
+    assert printed.count("<- best") == 1 and printed.count("as launched") == 1
     assert f"{plan.count_parameters(real_config(name))['total']:,}" in printed
 
 
@@ -418,12 +419,23 @@ def test_command_refuses_what_cannot_fit_and_takes_the_trainers_flags(monkeypatc
         run_main(monkeypatch, launcher, "--config", config, "--gpu_memory", "24")
     run_main(monkeypatch, launcher, "--config", config, "--lora_r", "64", "--max_seq_length", "4096", "--per_device_train_batch_size", "2")
     printed = capsys.readouterr().out
-    assert "LoRA r 64" in printed and "2 packs of 4,096 tokens" in printed
+    assert "LoRA r 64" in printed and "8 GPUs x 2 x 2 micro-batches = 32 packs of 4,096 tokens" in printed
     for flag, message in (("--gpu_memroy", "--gpu_memroy: neither"), ("--lora_r", "--lora_r 80x: expected an integer")):
         with pytest.raises(SystemExit, match=message):
             run_main(monkeypatch, launcher, "--config", config, flag, "80x")
     with pytest.raises(SystemExit, match="--target_modules"):
         run_main(monkeypatch, launcher, "--config", config, "--lora_r", "8", "--target_modules", "q_proj")
+
+
+def test_command_plans_the_launch_and_marks_what_is_better(monkeypatch, tmp_path, capsys):
+    launcher = tmp_path / "mine.sh"
+    launcher.write_text('torchrun --nproc_per_node 8 train_moe.py --r 256 --activations full "$@"\n')
+    words = [launcher, "--config", CONFIGS["Qwen3-30B-A3B-Instruct-2507"], "--gpu_memory", "140", "--results", tmp_path]
+    run_main(monkeypatch, *words)
+    table = capsys.readouterr().out.split("best first")[1].splitlines()
+    assert [line.split("<- ")[1] for line in table if "<-" in line] == ["best", "as launched"]
+    assert next(line for line in table if "<- best" in line).split()[0] == "none,"
+    assert next(line for line in table if "as launched" in line).split()[0] == "full,"
 
 
 def test_command_without_a_reachable_config_says_what_to_do(tmp_path, monkeypatch):
