@@ -1,16 +1,16 @@
 """Answer MalayMMLU with vLLM: every checkpoint matched, every question, three samples each.
 
     python3 malaymmlu.py --pattern "ds3-qwen3-32b-lora-256*" --num_gpus 8 --gpu_partition 2
-    python3 malaymmlu.py --pattern "my-run-*" --questions data/questions.json --max_tokens 200      (no GPU: one engine on the CPU)
-    python3 malaymmlu.py --base Qwen/Qwen3-32B --protocol first_token                               (a base model alone)
+    python3 malaymmlu.py --pattern "my-run-*" --questions data/questions.json --max_tokens 200   # no GPU: one engine on the CPU
+    python3 malaymmlu.py --base Qwen/Qwen3-32B --protocol first_token                            # a base model alone
 
-Writes `malaymmlu-<name>/generations.jsonl` (a line per question and sample) and `args.json` in the current directory; engines' logs lie beside
-them. calculate_malaymmlu.py scores them. Stopping it in any way loses nothing: the same command makes exactly the samples that are missing.
+Writes `malaymmlu-<name>/generations.jsonl` (a line per question and sample) and `args.json` in the current directory; the engines' logs lie
+beside them. calculate_malaymmlu.py scores them. Stopping it in any way loses nothing: the same command makes exactly the missing samples.
 
-How it works. One driver (this process) owns the files and one queue of (question, sample) per checkpoint. `num_gpus / gpu_partition` engines, each
-a process group of its own with its own GPUs, hold a vLLM engine each; the driver keeps each topped up with small batches, so none idles while
-work remains, and writes what comes back, with fsync. An engine that dies or hangs gives its questions back to the queue and is restarted. An
-engine with nothing left to do for one checkpoint starts loading the next while the others finish.
+How it works. One driver (this process) owns the files and one queue of (question, sample) per checkpoint. `num_gpus / gpu_partition`
+engines, each a process group of its own with its own GPUs, hold a vLLM engine each; the driver keeps every one topped up with small
+batches, so none idles while work remains, and writes what comes back, with fsync. An engine that dies or hangs gives its questions back to
+the queue and is restarted. An engine with nothing left to do for one checkpoint loads the next while the others finish.
 """
 
 import fcntl
@@ -26,6 +26,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import connection, get_context
 from pathlib import Path
@@ -37,7 +38,6 @@ FIRST_TOKEN_PROMPT = "Berikut adalah soalan aneka pilihan tentang {subject}. Sil
 FIRST_TOKEN_PREFIX = "\nJawapan:"
 # settings that change what is generated: output made with other values is not continued
 FIXED = (
-    "model",
     "model_fingerprint",
     "adapter_fingerprint",
     "how",
@@ -80,13 +80,16 @@ class Arguments:
     top_p: float | None = field(default=None, metadata={"help": "default: the model's generation_config, else 1.0"})
     top_k: int | None = field(default=None, metadata={"help": "default: the model's generation_config, else off"})
     max_tokens: int = field(default=4096, metadata={"help": "longest answer"})
-    max_model_len: int | None = field(default=None, metadata={"help": "longest prompt + answer; default: max_tokens + 4096, or what the model can"})
+    max_model_len: int | None = field(default=None, metadata={"help": "longest prompt + answer; default: max_tokens + 4096"})
     system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "system prompt of the reasoning protocol"})
     answer_prefix: str = field(
         default="user",
-        metadata={"choices": ["user", "assistant"], "help": "first_token: put 'Jawapan:' last in the question or first in the answer (as official Llama runs do)"},
+        metadata={
+            "choices": ["user", "assistant"],
+            "help": "first_token: 'Jawapan:' ends the question, or begins the answer (official runs do that for Llama)",
+        },
     )
-    chat_template_kwargs: str = field(default="{}", metadata={"help": 'JSON for the chat template, such as \'{"enable_thinking": false}\''})
+    chat_template_kwargs: str = field(default="{}", metadata={"help": "JSON for the chat template, such as '{\"enable_thinking\": false}'"})
     retries: int = field(default=0, metadata={"help": "resample an unreadable answer up to N times, as the original did; recorded"})
     serve_lora: bool = field(default=False, metadata={"help": "serve the adapter as vLLM LoRA instead of merging it while loading"})
     dtype: str = "auto"
@@ -120,7 +123,7 @@ def main():
         waiting = [output for output in outputs if output.queue]
         if waiting:
             Scheduler(args, plan, questions, waiting).run()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command makes the samples that are missing")
@@ -202,6 +205,8 @@ def find_jobs(args):
     for directory, names, config in found:
         name = next((name for name in names for glob in globs if fnmatch.fnmatchcase(name, glob)), None)
         if name:
+            if not (directory / "adapter_model.safetensors").exists():
+                raise ValueError(f"{directory} has no adapter_model.safetensors; was it saved completely?")
             matched.append((name, names, directory, config["base_model_name_or_path"]))
     if globs and not matched:
         there = ", ".join(name for _, names, _ in found for name in names) or "none"
@@ -219,14 +224,14 @@ def find_jobs(args):
     seen = {}
     for job in jobs:
         if job.directory in seen:
-            other = seen[job.directory].adapter or seen[job.directory].base
-            raise ValueError(f"{job.adapter or job.base} and {other} are both called {job.name}; use a --pattern that matches their run names")
+            both = " and ".join(str(one.adapter or one.base) for one in (seen[job.directory], job))
+            raise ValueError(f"{both} are both called {job.name}; use a --pattern that matches their run names")
         seen[job.directory] = job
     return jobs
 
 
 def local_model(base):
-    """A directory for a model: itself, or the hub's snapshot (fetched once, before any engine starts). Raises ValueError if there is none."""
+    """A directory for a model: itself, or the hub's snapshot (fetched once, before engines start). Raises ValueError if there is none."""
     if (Path(base) / "config.json").exists():
         return str(Path(base))
     from huggingface_hub import snapshot_download
@@ -281,17 +286,19 @@ def plan_engines(args):
     return Plan("cuda", groups, args.gpu_partition, args.max_num_seqs or 256, bool(args.enforce_eager))
 
 
+@lru_cache
 def fingerprint(directory):
-    """Identify weights without reading all of them: sha256 over names, sizes and up to 64 evenly spaced MiB of every weight and config file."""
-    digest = hashlib.sha256()
-    block, most = 1 << 20, 64
-    for path in sorted(Path(directory).glob("*")):
-        if path.suffix not in (".safetensors", ".bin", ".json") or path.name in ("trainer_state.json", "args.json"):
+    """Identify a model: sha256 over names, sizes and contents of weights, config and tokenizer; of a large file, 17 evenly spaced MiB."""
+    digest, block = hashlib.sha256(), 1 << 20
+    wanted = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for path in sorted(Path(directory).iterdir()):
+        if path.suffix not in (".safetensors", ".bin") and path.name not in wanted:
             continue
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
+        offsets = range(0, size, block) if size <= 64 * block else [i * (size - block) // 16 for i in range(17)]
         with open(path, "rb") as file:
-            for offset in sorted({0, *(i * max(0, size - block) // most for i in range(most + 1))}) if size > block * most else range(0, size, block):
+            for offset in offsets:
                 file.seek(offset)
                 digest.update(file.read(block))
     return digest.hexdigest()
@@ -386,13 +393,12 @@ class Output:
         self.lock.write(str(os.getpid()))
         self.lock.flush()
         self.check_settings()
-        self.done = self.repair(questions)
-        self.total = len(questions) * samples
-        self.before = len(self.done)
-        self.queue = deque((q["index"], sample) for q in questions for sample in range(samples) if (q["index"], sample) not in self.done)
-        self.tokens = 0
-        self.started = None
-        self.file = open(self.path, "ab")
+        self.done = self.repair()
+        wanted = [(question["index"], sample) for question in questions for sample in range(samples)]
+        self.queue = deque(unit for unit in wanted if unit not in self.done)
+        self.total, self.missing = len(wanted), len(self.queue)
+        self.tokens, self.started, self.reported = 0, None, False
+        self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self.write_args()
 
     def check_settings(self):
@@ -403,9 +409,10 @@ class Output:
             raise ValueError(f"{self.directory} has generations but no args.json, so what made them is unknown; move it away")
         made = json.loads(path.read_text(encoding="utf-8"))
         for name in FIXED:
-            if made.get(name) != self.wanted[name]:
+            old, new = json.dumps(made.get(name)), json.dumps(self.wanted[name])
+            if old != new:
                 raise ValueError(
-                    f"{self.directory} was generated with {name} = {json.dumps(made.get(name))}, now it is {json.dumps(self.wanted[name])}; "
+                    f"{self.directory} was generated with {name} = {old}, now it is {new}; "
                     "use the old setting, or move the directory away to start again"
                 )
 
@@ -418,7 +425,7 @@ class Output:
             os.fsync(file.fileno())
         os.replace(temporary, self.directory / "args.json")
 
-    def repair(self, questions):
+    def repair(self):
         """Read what is there, cut off a half-written last line -> set of (index, sample)."""
         done = set()
         if not self.path.exists():
@@ -426,19 +433,18 @@ class Output:
         good = 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    print(f"{self.path}: cut off a half-written last line ({len(line)} bytes)")
+                    break
                 try:
                     record = json.loads(line)
                     unit = record["index"], record["sample"]
                 except (ValueError, KeyError, TypeError) as error:
-                    if not line.endswith(b"\n"):
-                        print(f"{self.path}: cut off a half-written last line ({len(line)} bytes)")
-                        break
                     raise ValueError(f"{self.path}, line {number} is damaged ({error}); delete the line to have it made again") from error
-                if not line.endswith(b"\n"):  # whole, but its newline is missing: make it again rather than trust it
-                    print(f"{self.path}: cut off a last line without its end ({len(line)} bytes)")
-                    break
                 if unit in done:
-                    raise ValueError(f"{self.path}, line {number}: question {unit[0]}, sample {unit[1]} occurs twice; delete one of the lines")
+                    raise ValueError(
+                        f"{self.path}, line {number}: question {unit[0]}, sample {unit[1]} occurs twice; delete one of the two"
+                    )
                 done.add(unit)
                 good += len(line)
         if good < self.path.stat().st_size:
@@ -447,33 +453,27 @@ class Output:
 
     def append(self, records):
         """Append records durably. Raises RuntimeError if the disk is full; what was written before stays whole."""
-        whole = self.file.tell()
+        data = memoryview(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
+        whole = os.fstat(self.file).st_size
         try:
-            self.file.write(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            while data:
+                data = data[os.write(self.file, data) :]
+            os.fsync(self.file)
         except OSError as error:
-            os.truncate(self.path, whole)
+            os.ftruncate(self.file, whole)
             raise RuntimeError(
-                f"cannot write {self.path}: {error.strerror}; {len(self.done)} of {self.total} samples are safe; make room and run the same command again"
+                f"cannot write {self.path}: {error.strerror}; {self.total - self.missing} of {self.total} samples are safe; "
+                "make room and run the same command again"
             ) from error
-        self.done.update((record["index"], record["sample"]) for record in records)
+        self.missing -= len(records)
         self.tokens += sum(record["completion_tokens"] for record in records)
 
-    @property
-    def missing(self):
-        return self.total - len(self.done)
-
     def summary(self):
-        state = "nothing to do" if not self.queue else f"{len(self.queue)} to make"
-        return f"{self.directory}: {self.before} of {self.total} samples there, {state}"
+        state = f"{self.missing} to make" if self.missing else "nothing to do"
+        return f"{self.directory}: {self.total - self.missing} of {self.total} samples there, {state}"
 
     def close(self):
-        # the file may hold bytes that could not be written; they are truncated already and must not be tried again
-        try:
-            self.file.close()
-        except OSError:
-            pass
+        os.close(self.file)
         self.lock.close()
 
 
@@ -520,7 +520,7 @@ class Engine:
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            pass
+            self.process.kill()  # it died, or has not made its group yet
         self.process.join()
         self.pipe.close()
         self.life.close()
@@ -531,7 +531,7 @@ class Engine:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         except OSError:
             return ""
-        return "\n".join(line for line in lines[-12:])
+        return "\n".join(lines[-12:])
 
 
 class Scheduler:
@@ -543,6 +543,7 @@ class Scheduler:
         self.batch = max(1, plan.max_num_seqs // 8)
         self.capacity = plan.max_num_seqs + self.batch
         self.logged = time.monotonic()
+        self.first_missing = {output.directory: output.missing for output in outputs}
 
     def run(self):
         """Until every sample of every row is on disk. Raises RuntimeError when an engine keeps failing or the disk is full."""
@@ -572,7 +573,6 @@ class Scheduler:
                 # no more engines than there are questions for
                 if sum(other.alive and other.output is row for other in self.engines) < len(row.queue):
                     engine.start(row, self.engine_config(row))
-                    row.started = row.started or time.monotonic()
 
     def engine_config(self, output):
         """Everything an engine needs, as plain values."""
@@ -607,6 +607,7 @@ class Scheduler:
             units = [output.queue.popleft() for _ in range(min(room, len(output.queue)))]
             if units:
                 engine.units.update(units)
+                engine.heard = time.monotonic()
                 try:
                     engine.pipe.send(units)
                 except OSError:
@@ -628,6 +629,7 @@ class Scheduler:
             engine.heard = time.monotonic()
             if message[0] == "ready":
                 engine.ready = True
+                engine.output.started = engine.output.started or time.monotonic()
                 print(f"{engine.output.directory}: engine {engine.slot} is ready after {message[1]:.0f} s", flush=True)
             elif message[0] == "records":
                 engine.output.append(message[1])
@@ -654,35 +656,32 @@ class Scheduler:
         engine.units = set()
         engine.stop()
         engine.deaths += 1
+        safe = f"{output.total - output.missing} of {output.total} samples are safe"
         if engine.deaths > self.args.restarts:
             raise RuntimeError(
                 f"engine {engine.slot} failed {engine.deaths} times on {output.job.name}, last: {why}\n{tail}\n"
-                f"{len(output.done)} of {output.total} samples are safe; the log is {engine.log}; the same command continues"
+                f"{safe}; the log is {engine.log}; the same command continues"
             )
         pause = self.args.restart_backoff * 2 ** (engine.deaths - 1)
         engine.not_before = time.monotonic() + pause
-        print(f"{output.directory}: engine {engine.slot} failed ({why}); restart {engine.deaths} of {self.args.restarts} in {pause:.0f} s", flush=True)
+        again = f"restart {engine.deaths} of {self.args.restarts} in {pause:.0f} s"
+        print(f"{output.directory}: engine {engine.slot} failed ({why}); {again}", flush=True)
 
     def progress(self):
-        """A line now and then: samples, answers/s, tokens/s, time left."""
+        """A line a row now and then, and when the row is complete: samples, answers/s, tokens/s, time left."""
         now = time.monotonic()
-        finished = [output for output in self.outputs if output.started and not output.missing and output.queue is not None]
-        if now - self.logged < self.args.log_every and not any(not hasattr(output, "reported") for output in finished):
-            return
-        self.logged = now
+        due = now - self.logged >= self.args.log_every
+        if due:
+            self.logged = now
         for output in self.outputs:
-            if output.started is None or hasattr(output, "reported"):
+            if output.started is None or output.reported or (output.missing and not due):
                 continue
-            seconds = now - output.started
-            made = len(output.done) - output.before
-            rate = made / seconds
-            left = f"{output.missing / rate:.0f} s left" if rate and output.missing else f"{seconds:.0f} s" if not output.missing else "loading"
-            print(
-                f"{output.directory}: {len(output.done)}/{output.total} samples, {rate:.2f} answers/s, {output.tokens / seconds:.0f} tokens/s, {left}",
-                flush=True,
-            )
-            if not output.missing:
-                output.reported = True
+            seconds = max(now - output.started, 1e-3)
+            rate = (self.first_missing[output.directory] - output.missing) / seconds
+            left = f"in {seconds:.0f} s" if not output.missing else f"{output.missing / rate:.0f} s left" if rate else "no answer yet"
+            counts = f"{output.total - output.missing}/{output.total} samples"
+            print(f"{output.directory}: {counts}, {rate:.2f} answers/s, {output.tokens / seconds:.0f} tokens/s, {left}", flush=True)
+            output.reported = not output.missing
 
 
 # ---- the engine process ---------------------------------------------------------------------------------------------------------------
@@ -734,7 +733,7 @@ def engine_environment(gpus, config):
 
 
 def build_llm(config):
-    """Load the model, merged with its adapter unless that is served -> (LLM, LoRARequest or None). Raises ValueError on what vLLM refuses."""
+    """Load the model, merged with its adapter unless that is served -> (LLM, LoRARequest or None). Raises ValueError if vLLM refuses it."""
     from transformers import AutoConfig
     from vllm import LLM
 
@@ -787,9 +786,16 @@ def served_lora(directory, options):
 
 def check_template(tokenizer, config):
     """Raises ValueError if the tokenizer cannot render a conversation."""
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
-        raise ValueError("its tokenizer has no chat template, so questions cannot be put to it; use the instruct model or add a chat_template.jinja")
-    render(tokenizer, config["questions"][0], config)
+        raise ValueError("its tokenizer has no chat template; use the instruct model, or put a chat_template.jinja beside it")
+    try:
+        render(tokenizer, config["questions"][0], config)
+    except TemplateError as error:
+        raise ValueError(
+            f"its chat template refuses the conversation ({error}); a model without a system role needs --system_prompt ''"
+        ) from error
 
 
 def render(tokenizer, question, config):
@@ -829,27 +835,29 @@ def serve(pipe, llm, lora, tokenizer, config):
                     add(engine, open_units, unit, 0, lora, tokenizer, config)
             records = []
             for result in engine.step():
-                if not result.finished:
-                    continue
-                unit, attempt, thinking, letters = open_units.pop(result.request_id)
-                record = make_record(result, unit, attempt, thinking, letters, config)
+                unit, attempt, thinking, letter_ids = open_units.pop(result.request_id)
+                record = make_record(result, unit, attempt, thinking, letter_ids, config)
                 if attempt < config["retries"] and not readable(record, config):
                     add(engine, open_units, unit, attempt + 1, lora, tokenizer, config)
                 else:
                     records.append(record)
-            if records or time.monotonic() - told > 1.0:
+            if records or time.monotonic() - told > 1.0:  # an empty list says that the engine is alive
                 told = time.monotonic()
                 pipe.send(("records", records))
+    except PromptTooLong as error:
+        pipe.send(("refused", str(error)))
     except EngineDeadError as error:
         pipe.send(("failed", f"vLLM's engine died: {error}"))
-    except ValueError as error:  # vLLM's word for a request it cannot take, such as a prompt that is too long
-        pipe.send(("refused", str(error)))
     except EOFError:
         return
 
 
+class PromptTooLong(ValueError):
+    """A question leaves no room for its answer: a wrong flag, not a failing engine."""
+
+
 def add(engine, open_units, unit, attempt, lora, tokenizer, config):
-    """Hand one sample to vLLM. Raises ValueError naming the question if its prompt leaves no room for the answer."""
+    """Hand one sample to vLLM. Raises PromptTooLong naming the question if its prompt leaves no room for the answer."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -859,9 +867,9 @@ def add(engine, open_units, unit, attempt, lora, tokenizer, config):
     tokens = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     room = engine.model_config.max_model_len - len(tokens)
     if room < sampling["max_tokens"]:
-        raise ValueError(
-            f"question {index} (id {question['id']}) has a prompt of {len(tokens)} tokens; with --max_tokens {sampling['max_tokens']} that is more than "
-            f"max_model_len {engine.model_config.max_model_len}; lower --max_tokens or raise --max_model_len"
+        raise PromptTooLong(
+            f"question {index} (id {question['id']}) has a prompt of {len(tokens)} tokens; with --max_tokens {sampling['max_tokens']} that is "
+            f"more than max_model_len {engine.model_config.max_model_len}; lower --max_tokens or raise --max_model_len"
         )
     extra = {}
     if config["protocol"] == "first_token":

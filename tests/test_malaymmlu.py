@@ -1,0 +1,414 @@
+"""malaymmlu.py: names, plans and files without an engine; then real vLLM engines that are killed, stopped, split and compared."""
+
+import argparse
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import malaymmlu
+from calculate_malaymmlu import load_questions
+from conftest import save_tiny_checkpoint, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = {2: "A. Betul\nB. Salah", 3: "A. 1\nB. 2\nC. 3", 4: "A.satu\nB.dua\nC.tiga\nD.empat", 5: "A  a\nB  b\nC  c\nD  d\nE  e"}
+
+
+def write_questions(path, count):
+    rows = []
+    for i in range(count):
+        n = 2 + i % 4
+        options = PROMPTS[n].split("\n")
+        rows.append(
+            {
+                "id": 100 + i,
+                "prompt": f"Soalan nombor {i}?\n{PROMPTS[n]}",
+                "answer": options[i % n],
+                "year": "",
+                "subject": "Matematik",
+                "category": ["STEM", "Language"][i % 2],
+                "level": "Primary",
+                "options": options,
+                "num_options": n,
+                "key": "ABCDE"[i % n],
+            }
+        )
+    path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return str(path)
+
+
+def write_adapter(directory, base, r=8, **more):
+    """An adapter directory as far as names and plans look at it."""
+    directory.mkdir(parents=True)
+    config = {"base_model_name_or_path": base, "r": r, "lora_alpha": 2 * r, **more}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    (directory / "adapter_model.safetensors").write_bytes(b"weights of " + str(directory).encode())
+
+
+def arguments(**given):
+    return argparse.Namespace(**{**vars(malaymmlu.Arguments()), **given})
+
+
+# ---- names and plans ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Two runs in the trainers' layout, over base models that exist, as far as names are concerned."""
+    monkeypatch.chdir(tmp_path)
+    for base in ("Qwen3-32B", "GLM-4.5-Air"):
+        (tmp_path / "models" / base).mkdir(parents=True)
+        (tmp_path / "models" / base / "config.json").write_text("{}")
+    for step in (960, 320, 1280):
+        write_adapter(tmp_path / f"outputs/ds3-qwen3-32b-lora-256/checkpoint-{step}", "models/Qwen3-32B", 256)
+    for step in (944, 314):
+        write_adapter(tmp_path / f"outputs/fsdp2-fused-moe-glm-4.5-air-lora-256/checkpoint-{step}", "models/GLM-4.5-Air", 256)
+    return tmp_path
+
+
+def test_both_naming_styles_match_in_natural_order(runs):
+    jobs = malaymmlu.find_jobs(arguments(pattern="ds3-qwen3-32b-lora-256*"))
+    assert [str(job.directory) for job in jobs] == [
+        "malaymmlu-Qwen3-32B",
+        "malaymmlu-ds3-qwen3-32b-lora-256-checkpoint-320",
+        "malaymmlu-ds3-qwen3-32b-lora-256-checkpoint-960",
+        "malaymmlu-ds3-qwen3-32b-lora-256-checkpoint-1280",
+    ]
+    jobs = malaymmlu.find_jobs(arguments(pattern="GLM-4.5-Air-lora-256-*", base="none"))
+    assert [str(job.directory) for job in jobs] == ["malaymmlu-GLM-4.5-Air-lora-256-314", "malaymmlu-GLM-4.5-Air-lora-256-944"]
+    assert jobs[1].adapter == "outputs/fsdp2-fused-moe-glm-4.5-air-lora-256/checkpoint-944"
+    assert jobs[1].names == ["fsdp2-fused-moe-glm-4.5-air-lora-256-checkpoint-944", "GLM-4.5-Air-lora-256-944"]
+
+
+def test_a_pattern_that_matches_both_names_takes_a_checkpoint_once(runs):
+    jobs = malaymmlu.find_jobs(arguments(pattern="*944,*glm*", base="none"))
+    assert [job.name for job in jobs] == [
+        "fsdp2-fused-moe-glm-4.5-air-lora-256-checkpoint-314",
+        "fsdp2-fused-moe-glm-4.5-air-lora-256-checkpoint-944",
+    ]
+
+
+def test_a_checkpoint_generated_under_its_other_name_is_continued_there(runs):
+    there = runs / "malaymmlu-GLM-4.5-Air-lora-256-944"
+    there.mkdir()
+    (there / "generations.jsonl").write_text("")
+    jobs = malaymmlu.find_jobs(arguments(pattern="fsdp2-*-944", base="none"))
+    assert [str(job.directory) for job in jobs] == ["malaymmlu-GLM-4.5-Air-lora-256-944"]
+
+
+def test_two_checkpoints_with_one_name_are_refused(runs):
+    write_adapter(runs / "outputs/other-run/checkpoint-944", "models/GLM-4.5-Air", 256)
+    with pytest.raises(ValueError, match="are both called GLM-4.5-Air-lora-256-944"):
+        malaymmlu.find_jobs(arguments(pattern="GLM-4.5-Air-lora-256-*"))
+
+
+def test_dora_has_its_own_name_and_hub_cache_paths_keep_the_models_name(tmp_path):
+    path = "/cache/models--Qwen--Qwen3-30B-A3B-Instruct-2507/snapshots/0123abc"
+    names = malaymmlu.checkpoint_names(tmp_path / "run/checkpoint-319", {"base_model_name_or_path": path, "r": 256, "use_dora": True})
+    assert names == ["run-checkpoint-319", "Qwen3-30B-A3B-Instruct-2507-dora-256-319"]
+
+
+def test_what_is_not_there_is_named(runs):
+    with pytest.raises(ValueError, match="ds3-qwen3-32b-lora-256-checkpoint-320"):
+        malaymmlu.find_jobs(arguments(pattern="nothing-*"))
+    (runs / "outputs/ds3-qwen3-32b-lora-256/checkpoint-960/adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="checkpoint-960 has no adapter_model.safetensors"):
+        malaymmlu.find_jobs(arguments(pattern="ds3-*"))
+    with pytest.raises(ValueError, match="give --pattern, or --base"):
+        malaymmlu.check_arguments(arguments())
+
+
+def test_gpus_are_split_into_engines(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    plan = malaymmlu.plan_engines(arguments(num_gpus=8, gpu_partition=2))
+    assert (plan.device, plan.gpus) == ("cuda", [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]])
+    assert malaymmlu.plan_engines(arguments(gpu_partition=8)).gpus == [list("01234567")]
+    with pytest.raises(ValueError, match="not a multiple of --gpu_partition 3"):
+        malaymmlu.plan_engines(arguments(num_gpus=8, gpu_partition=3))
+    with pytest.raises(ValueError, match="8 GPUs are visible"):
+        malaymmlu.plan_engines(arguments(num_gpus=16))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert len(malaymmlu.plan_engines(arguments(num_gpus=2)).gpus) == 2
+    assert malaymmlu.plan_engines(arguments()).gpus == [[]]
+
+
+def test_every_sample_has_its_own_seed_whatever_else_is_run():
+    seeds = {malaymmlu.sample_seed(0, i, s, 0) for i in range(2000) for s in range(3)}
+    assert len(seeds) == 6000 and all(0 <= seed < 2**31 for seed in seeds)
+    assert malaymmlu.sample_seed(0, 5, 1, 0) == malaymmlu.sample_seed(0, 5, 1, 0) != malaymmlu.sample_seed(1, 5, 1, 0)
+
+
+def test_sampling_comes_from_flags_then_generation_config(tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.95, "top_k": 20}))
+    found = malaymmlu.sampling_settings(arguments(top_p=0.8), tmp_path)
+    assert (found["temperature"], found["top_p"], found["top_k"], found["max_tokens"]) == (0.6, 0.8, 20, 4096)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------------------------
+
+
+def wanted(**changed):
+    return {**dict.fromkeys(malaymmlu.FIXED), "names": ["x"], **changed}
+
+
+def record(index, sample, text="Jawapan: A"):
+    return {"index": index, "id": 100 + index, "sample": sample, "text": text, "finish_reason": "stop", "completion_tokens": 3}
+
+
+@pytest.fixture
+def output(tmp_path):
+    """A function that opens the same output directory with some settings."""
+    questions = load_questions(write_questions(tmp_path / "q.json", 4))
+    opened = []
+
+    def start(samples=3, **changed):
+        job = malaymmlu.Job("x", ["x"], "base", "base", None, tmp_path / "malaymmlu-x")
+        opened.append(malaymmlu.Output(job, wanted(**changed), questions, samples))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        one.lock.close()
+
+
+def test_only_what_is_missing_is_queued_and_a_half_written_line_is_repaired(output):
+    first = output()
+    assert (first.total, len(first.queue)) == (12, 12)
+    first.append([record(0, 0), record(0, 1)])
+    first.append([record(3, 2)])
+    first.close()
+    whole = first.path.read_bytes()
+    first.path.write_bytes(whole + b'{"index": 1, "id": 101, "sample": 0, "te')
+    second = output()
+    assert first.path.read_bytes() == whole
+    assert set(second.queue) == {(i, s) for i in range(4) for s in range(3)} - {(0, 0), (0, 1), (3, 2)}
+    second.close()
+    first.path.write_bytes(whole[:-1])  # a whole record that lost its end of line is made again
+    third = output()
+    assert (3, 2) in third.queue and first.path.read_bytes().count(b"\n") == 2
+    third.close()
+
+
+def test_more_samples_continue_what_is_there(output):
+    first = output()
+    first.append([record(i, s) for i in range(4) for s in range(3)])
+    assert first.missing == 0
+    first.close()
+    assert set(output(samples=4).queue) == {(i, 3) for i in range(4)}
+
+
+def test_damage_inside_the_file_is_an_error_that_names_the_line(output):
+    first = output()
+    first.append([record(0, 0), record(0, 1)])
+    first.close()
+    whole = first.path.read_bytes()
+    first.path.write_bytes(b"{broken\n" + whole)
+    with pytest.raises(ValueError, match="line 1 is damaged"):
+        output()
+    first.path.write_bytes(whole + whole)
+    with pytest.raises(ValueError, match="line 3: question 0, sample 0 occurs twice"):
+        output()
+
+
+def test_a_second_run_on_the_directory_is_refused(output):
+    first = output()
+    with pytest.raises(ValueError, match=f"written by another run .process {os.getpid()}"):
+        output()
+    first.close()
+    output()
+
+
+def test_changed_settings_are_refused_by_name(output):
+    first = output(seed=0, adapter_fingerprint="abc")
+    first.append([record(0, 0)])
+    first.close()
+    with pytest.raises(ValueError, match="generated with seed = 0, now it is 1"):
+        output(seed=1, adapter_fingerprint="abc")
+    with pytest.raises(ValueError, match="adapter_fingerprint"):
+        output(seed=0, adapter_fingerprint="def")
+    assert output(seed=0, adapter_fingerprint="abc").missing == 11
+
+
+def test_a_changed_weight_changes_the_fingerprint(tmp_path):
+    write_adapter(tmp_path / "a", "base")
+    before = malaymmlu.fingerprint(str(tmp_path / "a"))
+    weights = tmp_path / "a/adapter_model.safetensors"
+    weights.write_bytes(b"W" + weights.read_bytes()[1:])
+    malaymmlu.fingerprint.cache_clear()
+    assert malaymmlu.fingerprint(str(tmp_path / "a")) != before
+
+
+def test_a_full_disk_leaves_whole_lines_and_a_clear_message(output):
+    """A limit on the file's size stands for a full disk: the write is cut short in the same way."""
+    first = output()
+    first.append([record(0, 0)])
+    size = first.path.stat().st_size
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, old[1]))
+    try:
+        with pytest.raises(RuntimeError, match="1 of 12 samples are safe; make room"):
+            first.append([record(1, 0, "x" * 50), record(1, 1, "x" * 5000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert first.path.stat().st_size == size
+    first.append([record(2, 2)])  # there is room again
+    first.close()
+    assert output().missing == 10
+
+
+# ---- real engines ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny Qwen3 checkpoint; vLLM's CPU attention wants heads of at least 32."""
+    return save_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny", "qwen3", head_dim=32)
+
+
+def command(*given):
+    return [sys.executable, str(ROOT / "malaymmlu.py"), "--log_every", "2", "--restart_backoff", "0.1", *map(str, given)]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+def group_of_engines(driver):
+    """Process ids of the engine processes of a driver: its children that lead a group of their own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == driver and int(fields[2]) == int(path.parent.name):
+            found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition, process, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"ended early with {process.returncode}: {Path(process.log).read_text()[-3000:]}"
+        assert time.monotonic() < end, "waited too long: " + Path(process.log).read_text()[-3000:]
+        time.sleep(0.05)
+
+
+def start(cwd, name, *given):
+    log = cwd / f"{name}.txt"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command(*given), cwd=cwd, env=environment(), stdout=file, stderr=subprocess.STDOUT)
+    process.log = log
+    return process
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_killed_and_hung_engines_and_a_killed_driver_lose_and_repeat_nothing(tiny, tmp_path):
+    """Two engines. One is killed and one is stopped (hangs): both are replaced. Then the driver is killed; the same command finishes."""
+    count = 150
+    flags = ["--base", tiny, "--questions", write_questions(tmp_path / "q.json", count), "--num_gpus", 2, "--max_tokens", 48]
+    flags += ["--max_num_seqs", 4, "--hang_timeout", 10, "--dtype", "float32"]
+    path = tmp_path / "malaymmlu-tiny/generations.jsonl"
+    driver = start(tmp_path, "first", *flags)
+    said = lambda: driver.log.read_text()  # noqa: E731
+    wait_for(lambda: lines(path) >= 8 and said().count("is ready") == 2, driver)
+    second = subprocess.run(command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert second.returncode == 1 and f"written by another run (process {driver.pid})" in second.stderr
+    engines = group_of_engines(driver.pid)
+    assert len(engines) == 2
+    os.kill(engines[0], signal.SIGKILL)
+    os.kill(engines[1], signal.SIGSTOP)
+    before = lines(path)
+    wait_for(lambda: said().count("is ready") == 4 and lines(path) >= before + 30, driver)
+    assert "its process is gone" in said() and "has been silent for" in said()
+    assert path.read_bytes().endswith(b"\n") and lines(path) < 3 * count, "the run ended before the driver could be killed"
+    engines += group_of_engines(driver.pid)
+    driver.kill()
+    driver.wait()
+    end = time.monotonic() + 20
+    while not all(gone(pid) for pid in engines):
+        assert time.monotonic() < end, "engines outlived their driver"
+        time.sleep(0.1)
+    kept = path.read_bytes()
+    path.write_bytes(kept + b'{"index": 7, "id": 107, "samp')
+    again = subprocess.run(command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "cut off a half-written last line" in again.stdout
+    assert path.read_bytes().startswith(kept)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert Counter((r["index"], r["sample"]) for r in records) == {(i, s): 1 for i in range(count) for s in range(3)}
+    assert all(r["id"] == 100 + r["index"] and 1 <= r["completion_tokens"] <= 48 and r["prompt_tokens"] > 50 for r in records)
+    # three samples of a question are three draws
+    texts = {(r["index"], r["sample"]): r["text"] for r in records}
+    assert sum(len({texts[i, s] for s in range(3)}) == 3 for i in range(count)) > 0.95 * count
+    changed = subprocess.run(command(*flags, "--seed", 1), cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert changed.returncode == 1 and "generated with seed = 0, now it is 1" in changed.stderr
+
+
+def test_first_token_with_two_tensor_parallel_ranks_and_a_merged_adapter_equals_transformers(tiny, tmp_path):
+    """One engine of two ranks that merges the adapter while loading, against PEFT in transformers: letter by letter."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    model = get_peft_model(tiny_model("qwen3", head_dim=32), config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.peft_config["default"].base_model_name_or_path = tiny
+    model.save_pretrained(tmp_path / "outputs/run/checkpoint-7")
+    questions = write_questions(tmp_path / "q.json", 12)
+    run = subprocess.run(
+        command("--pattern", "tiny-lora-8-*", "--base", "none", "--questions", questions, "--protocol", "first_token", "--dtype", "float32")
+        + ["--num_gpus", "2", "--gpu_partition", "2"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    directory = tmp_path / "malaymmlu-tiny-lora-8-7"
+    logs = "".join(path.read_text()[-3000:] for path in directory.glob("engine-*.log"))
+    assert run.returncode == 0, run.stdout + run.stderr + logs
+    settings = json.loads((directory / "args.json").read_text())
+    assert settings["names"] == ["run-checkpoint-7", "tiny-lora-8-7"] and settings["how"] == "merged while loading"
+    assert settings["protocol"] == "first_token" and settings["engines"]["tensor_parallel"] == 2
+    records = {r["index"]: r for r in map(json.loads, (directory / "generations.jsonl").read_text().splitlines())}
+    assert sorted(records) == list(range(12))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    model.eval()
+    picks = set()
+    for question in load_questions(questions):
+        text = f"Berikut adalah soalan aneka pilihan tentang Matematik. Sila berikan jawapan sahaja.\n\n{question['prompt']}\nJawapan:"
+        rendered = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        ids = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logprobs = model(input_ids=ids).logits[0, -1].double().log_softmax(-1)
+            base = model.get_base_model()
+        expected = {letter: float(logprobs[tokenizer.convert_tokens_to_ids(letter)]) for letter in question["letters"]}
+        found = records[question["index"]]
+        assert found["prompt_tokens"] == ids.shape[1]
+        assert found["logprobs"] == pytest.approx(expected, abs=2e-4)
+        assert found["text"] == max(expected, key=expected.get)
+        picks.add(found["text"])
+        assert base is not None
+    assert len(picks) > 1, "a test that always sees the same letter proves little"
