@@ -96,6 +96,10 @@ class TrainingArguments:
 
     def __post_init__(self):
         self.output_dir = self.output_dir or os.path.join("outputs", self.run_name)
+        for name in ("num_train_epochs", "max_steps", "global_batch_size", "learning_rate", "max_grad_norm", "shard_nodes", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} {value}: expected a positive number")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -999,8 +1003,8 @@ def train(args, data_args, lora_args):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, args)
     facts = {
-        "data": dataset.fingerprint,
         "seed": args.seed,
+        "data": dataset.fingerprint,
         "global_batch_size": args.global_batch_size,
         "r": lora_args.r,
         "use_dora": lora_args.use_dora,

@@ -49,7 +49,7 @@ def conversations(tmp_path_factory):
         return " ".join(generator.choice(words) for _ in range(generator.randint(1, most)))
 
     path = tmp_path_factory.mktemp("data") / "chat.jsonl"
-    rows = [[{"role": "user", "content": text(5)}, {"role": "assistant", "content": text(15)}] for _ in range(24)]
+    rows = [[{"role": "user", "content": text(5)}, {"role": "assistant", "content": text(15)}] for _ in range(35)]
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     return str(path)
 
