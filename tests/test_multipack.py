@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 import multipack
 from conftest import FAMILIES, tiny_model, tiny_tokenizer
@@ -38,6 +39,9 @@ def family_tokenizer(name):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<think>", "</think>", *CONTROL]})
     if name == "llama3.1":
         tokenizer.bos_token, tokenizer.eos_token = "<|begin_of_text|>", "<|eot_id|>"
+        # like Llama's own, it puts BOS before any text it is asked to tokenise with special tokens
+        bos = ("<|begin_of_text|>", tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
     if name == "glm4.5":
         tokenizer.eos_token = "<|endoftext|>"
     return tokenizer
@@ -199,6 +203,14 @@ def test_loss_on_all_supervises_everything_but_the_first_token(tmp_path):
 def test_unusable_templates_are_refused(tmp_path, template, message):
     with pytest.raises(ValueError, match=message):
         multipack.ChatFormat(tiny_tokenizer(template))
+
+
+def test_a_template_that_drops_the_system_turn_is_noticed(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("for m in messages %}", "for m in messages if m.role != 'system' %}")
+    path = write_jsonl(tmp_path / "d.jsonl", [{"messages": SINGLE}, {"messages": REASONED}])
+    with pytest.raises(ValueError, match=r"row 2: the chat template drops the content of messages\[0\]"):
+        prepare(arguments(tmp_path, path), tokenizer, "tiny")
 
 
 # --- rows
@@ -488,7 +500,7 @@ def test_cache_is_keyed_by_all_that_matters_and_nothing_else(tmp_path, monkeypat
         tokenizer.add_tokens(["soalan"])
 
     def another_template(tokenizer):
-        tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>\n\n")
+        tokenizer.chat_template = "{% if messages[0].role == 'system' %}!{% endif %}" + tokenizer.chat_template
 
     def another_eos(tokenizer):
         tokenizer.eos_token = "<|endoftext|>"
