@@ -80,7 +80,7 @@ class TrainingArguments:
             "The less, the faster, and the more memory"
         },
     )
-    compile: bool | None = field(default=None, metadata={"help": "fuse norms and rotary with torch.compile. Default: on GPUs"})
+    compile: bool | None = field(default=None, metadata={"help": "fuse norms, rotary and the loss with torch.compile. Default: on GPUs"})
     shard_nodes: int = field(
         default=1, metadata={"help": "nodes that share one copy of the model; every further set of nodes holds another"}
     )
@@ -202,35 +202,36 @@ class LoraLinear(PeftLinear):
         return y if bias is None else y + bias
 
 
-def summed_cross_entropy(hidden, weight, targets):
-    """Sum of the targets' negative log-likelihoods, fp32: hidden (n, H), weight (V, H), targets (n,); logits never exist at once.
+def nll_and_gradient(logits, targets):
+    """(sum of negative log-likelihoods, fp32; its gradient in the logits' dtype) of logits (n, V) and targets (n,)."""
+    wide = logits.float()
+    log_normaliser = wide.logsumexp(dim=-1, keepdim=True)  # (n, 1)
+    nll = (log_normaliser - wide.gather(1, targets[:, None])).sum()
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return nll, ((wide - log_normaliser).exp() - hit.float()).to(logits.dtype)
 
-    On a GPU Liger's fused linear cross entropy where it is installed. Otherwise the logits of 1,024 tokens at a time.
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Sum of the targets' negative log-likelihoods, fp32: hidden (n, H), frozen weight (V, H), targets (n,).
+
+    Logits exist for 1,024 tokens at a time, and the gradient is made of them at once, in the forward. The idea is Liger's fused
+    linear cross entropy; this one never waits for the GPU, which Liger's does once in either direction.
     """
-    if targets.numel() == 0:
-        return hidden.float().sum()  # zero, and part of the graph, so that a rank without targets still takes part in the backward
-    if hidden.device.type == "cuda" and (liger := liger_cross_entropy()) is not None:
-        # a budget of four times the hidden states' size for logits: fewer, larger products
-        return liger.apply(hidden, weight, targets, None, None, -100, 0.0, 0.0, "sum", None, *LIGER_REST)[0]
 
-    def chunk_loss(hidden, targets):
-        return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk_loss):
+        total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+        for h, t, out in zip(hidden.split(1024), targets.split(1024), gradient.split(1024), strict=True):
+            nll, logits_gradient = chunk_loss(h @ weight.T, t)
+            total += nll
+            torch.mm(logits_gradient, weight, out=out)
+        ctx.save_for_backward(gradient)
+        return total
 
-    pairs = zip(hidden.split(1024), targets.split(1024), strict=True)
-    return torch.stack([checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in pairs]).sum()
-
-
-# return_z_loss, accum_dtype, use_token_scaling, return_token_accuracy, return_predicted_tokens, ce_impl, ce_mode, chunk_mem_const
-LIGER_REST = (False, None, False, False, False, None, None, 4)
-
-
-def liger_cross_entropy():
-    """Liger's autograd function, or None where the package is not installed."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError:
-        return None
-    return LigerFusedLinearCrossEntropyFunction
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(gradient.dtype), None, None, None
 
 
 class RouterLoad:
@@ -276,10 +277,11 @@ def load_balancing_loss(router_logits, top_k):
 class ModelWithLoss(nn.Module):
     """A causal LM and its loss as one module: FSDP's root then gathers embeddings, last norm and head for both."""
 
-    def __init__(self, causal_lm, router_aux_loss_coef=0.0):
+    def __init__(self, causal_lm, router_aux_loss_coef=0.0, compiled=False):
         super().__init__()
         self.causal_lm = causal_lm
         self.router_aux_loss_coef = router_aux_loss_coef
+        self.chunk_loss = torch.compile(nll_and_gradient, dynamic=True) if compiled else nll_and_gradient
         self.router_load = RouterLoad(module for module in causal_lm.modules() if isinstance(module, FusedMoELoRA))
 
     def forward(self, batch):
@@ -290,7 +292,7 @@ class ModelWithLoss(nn.Module):
         outputs = self.causal_lm.base_model(**batch, use_cache=False, output_router_logits=self.router_aux_loss_coef > 0)
         self.router_load.enabled = False
         hidden = outputs.last_hidden_state[0].index_select(0, predicting)  # (n, H)
-        loss = summed_cross_entropy(hidden, self.causal_lm.get_output_embeddings().weight, targets)
+        loss = SummedCrossEntropy.apply(hidden, self.causal_lm.get_output_embeddings().weight, targets, self.chunk_loss)
         if self.router_aux_loss_coef == 0:
             return loss, torch.zeros_like(loss)
         return loss, load_balancing_loss(outputs.router_logits, self.causal_lm.config.num_experts_per_tok)
@@ -317,9 +319,10 @@ def build_model(config, args, lora_args):
         if type(module) is PeftLinear:
             module.__class__ = LoraLinear
     set_activation_policy(causal_lm, args.activations)
-    if args.compile if args.compile is not None else torch.cuda.is_available():
+    compiled = torch.cuda.is_available() if args.compile is None else args.compile
+    if compiled:
         fuse_norms_and_rotary(causal_lm)
-    return peft_model, ModelWithLoss(causal_lm, args.router_aux_loss_coef).train()
+    return peft_model, ModelWithLoss(causal_lm, args.router_aux_loss_coef, compiled).train()
 
 
 def set_activation_policy(causal_lm, policy):
@@ -414,27 +417,21 @@ class Piece:
 
 
 def find_checkpoint(name, revision=None):
-    """The directory of a model given as a directory or a hub id; the hub is asked by one rank a node, the others wait for it.
+    """The directory of a model given as a directory or a hub id, downloaded if it is not in the cache yet.
 
-    Raises ValueError when there is none.
+    Launchers call this in one process (--prepare_only) before the ranks do, which then only find it. Raises ValueError if there is none.
     """
     if os.path.isdir(name):
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    path, fault = None, None
-    for turn in (True, False):  # the node's first rank downloads, then everyone finds the files in the cache
-        if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
-            try:
-                patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
-                path = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=not turn)
-            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-                fault = str(error).splitlines()[0]
-        dist.barrier()
-    if path is None:
-        raise ValueError(f"--model_name_or_path {name}: no such directory, and the hub does not give it ({fault})")
-    return Path(path)
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        fault = str(error).splitlines()[0]
+        raise ValueError(f"--model_name_or_path {name}: no such directory, and the hub does not give it ({fault})") from None
 
 
 def read_sources(directory):
@@ -878,9 +875,9 @@ class Log:
         if self.file is None:
             return
         self.file.write(json.dumps(record) + "\n")
-        say("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items()))
+        values = {key: value for key, value in record.items() if value is not None}
+        say("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()))
         if self.tracker is not None:
-            values = {key: value for key, value in record.items() if value is not None}
             self.tracker.log(values, step=record["step"]) if self.tracker.__name__ == "wandb" else self.tracker.log(values)
 
     def close(self):
@@ -973,8 +970,8 @@ def parse(argv=None):
 
 
 def prepare_only(args, data_args):
-    """Tokenise and pack in this one process, print what is in it."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+    """Fetch the model, tokenise and pack, in this one process; print what is in the data."""
+    tokenizer = AutoTokenizer.from_pretrained(find_checkpoint(args.model_name_or_path, args.model_revision))
     dataset = multipack.prepare(data_args, tokenizer, args.model_name_or_path, seed=args.seed)
     print(multipack.format_report(dataset.report))
 
@@ -999,6 +996,9 @@ def train(args, data_args, lora_args):
     peft_model, model = build_model(config, args, lora_args)
     shard(model, mesh, args, lora_args.use_dora)
     load_weights(model.causal_lm, directory, torch.device("cpu") if args.cpu_offload else device)
+    for module in model.modules():  # FSDP brings parameters to the device when they are needed, not buffers
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     reset_adapter(model.causal_lm, args.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, args)

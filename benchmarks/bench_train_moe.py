@@ -62,7 +62,7 @@ class Arguments:
     activations: str = field(default="none", metadata={"help": "none, selective or full"})
     use_dora: bool = field(default=False, metadata={"help": "DoRA in place of LoRA"})
     r: int = field(default=256, metadata={"help": "rank"})
-    compile: bool | None = field(default=None, metadata={"help": "fuse norms and rotary by torch.compile; default: on GPUs"})
+    compile: bool | None = field(default=None, metadata={"help": "fuse norms, rotary and the loss by torch.compile; default: on GPUs"})
     check: bool = field(default=True, metadata={"help": "compare with fp32 first"})
     parts: bool = field(default=True, metadata={"help": "time the parts, on one GPU"})
     out: str = field(default=str(ROOT / "results" / "train_moe.json"), metadata={"help": "where records are appended"})
@@ -259,8 +259,8 @@ def time_parts(model, config, args, device):
         out.backward(torch.ones_like(out))
 
     def head():
-        selected = flat.index_select(0, hidden_at)
-        train_moe.summed_cross_entropy(selected, causal_lm.get_output_embeddings().weight, batch["targets"]).backward()
+        selected, head_weight = flat.index_select(0, hidden_at), causal_lm.get_output_embeddings().weight
+        train_moe.SummedCrossEntropy.apply(selected, head_weight, batch["targets"], model.chunk_loss).backward()
 
     attention = layer.self_attn
     parts = {
@@ -309,8 +309,6 @@ def measure(name, args):
     """One model, in this process."""
     device = train_moe.setup_distributed()
     world = dist.get_world_size()
-    if train_moe.liger_cross_entropy() is None and device.type == "cuda":
-        say("liger-kernel is not installed: the loss is computed by PyTorch, in chunks")
     record = {
         "model": name,
         "adapter": "dora" if args.use_dora else "lora",
@@ -322,7 +320,7 @@ def measure(name, args):
         "sharded": world > 1,
         "attention": multipack.attention_backend(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": {package: version(package) for package in ("torch", "triton", "transformers", "peft", "liger-kernel", "flash-attn-4")},
+        "versions": {package: version(package) for package in ("torch", "triton", "transformers", "peft", "flash-attn-4")},
         "commit": train_moe.git_commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }

@@ -234,13 +234,16 @@ def test_fused_norms_equal_transformers_and_others_are_left_alone(checkpoints, p
 
 
 def test_summed_cross_entropy():
+    def ours(hidden, weight, targets):
+        return train_moe.SummedCrossEntropy.apply(hidden, weight, targets, train_moe.nll_and_gradient)
+
     hidden = torch.randn(2500, 16, requires_grad=True)
     weight, targets = torch.randn(50, 16), torch.randint(0, 50, (2500,))
-    ours = train_moe.summed_cross_entropy(hidden, weight, targets)
     theirs = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(torch.autograd.grad(ours, hidden), torch.autograd.grad(theirs, hidden))
-    nothing = train_moe.summed_cross_entropy(hidden[:0], weight, targets[:0])
+    torch.testing.assert_close(ours(hidden, weight, targets), theirs)
+    expected = torch.autograd.grad(3 * theirs, hidden)
+    torch.testing.assert_close(torch.autograd.grad(3 * ours(hidden, weight, targets), hidden), expected, rtol=1e-4, atol=1e-4)
+    nothing = ours(hidden[:0], weight, targets[:0])
     assert nothing.item() == 0 and torch.autograd.grad(nothing, hidden)[0].abs().sum() == 0
 
 
