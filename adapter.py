@@ -444,7 +444,7 @@ def _adapter_config(model, base_model) -> dict:
         if expert_dora != dora:
             raise ValueError("experts and the other layers must agree on use_dora")
         settings["target_parameters"] += ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        settings |= _expert_patterns({projection: (expert_r, expert_alpha) for projection in PROJECTIONS})
+        settings |= _expert_patterns({projection: (expert_r, expert_alpha / expert_r) for projection in PROJECTIONS})
     dropout = 0.0 if experts else max((getattr(module.lora_dropout["default"], "p", 0.0) for module in linears.values()), default=0.0)
     config = LoraConfig(
         r=r,
@@ -459,16 +459,14 @@ def _adapter_config(model, base_model) -> dict:
     return _config_dict(config)
 
 
-def _expert_patterns(shapes: dict) -> dict:
-    """rank_pattern and alpha_pattern of per-expert tensors, {projection: (rank, alpha)}: our and vLLM's names, and the stacks PEFT makes of
-    them.
-    """
+def _expert_patterns(shapes: dict, rslora=False) -> dict:
+    """rank_pattern and alpha_pattern for experts of {projection: (rank, scaling)}: under our and vLLM's names, and as the stacks PEFT makes."""
     ranks, alphas = {}, {}
-    for projection, (rank, alpha) in shapes.items():
+    for projection, (rank, scaling) in shapes.items():
         fused = 1 if projection == "down_proj" else 2  # PEFT puts gate and up together
         stack = "down_proj" if projection == "down_proj" else "gate_up_proj"
-        for pattern, times in ((rf"mlp\.experts\.\d+\.{projection}", 1), (rf"mlp\.experts\.{stack}", fused)):
-            ranks[pattern], alphas[pattern] = times * rank, _plain(times * alpha)
+        for pattern, r in ((rf"mlp\.experts\.\d+\.{projection}", rank), (rf"mlp\.experts\.{stack}", fused * rank)):
+            ranks[pattern], alphas[pattern] = r, _plain(scaling * (r**0.5 if rslora else r))
     return {"rank_pattern": ranks, "alpha_pattern": alphas}
 
 
@@ -944,7 +942,7 @@ def _fingerprint(base_model, config, keys) -> dict[str, str]:
 
 
 def _row_checksums(directory, names) -> dict[str, str]:
-    """Checksum of each named weight's first row in bf16, so that a base saved in fp32 equals its bf16 copy; names not found are left out."""
+    """Checksum of each named weight's first row in bf16: a base saved in fp32 equals its bf16 copy. Names not found are left out."""
     from safetensors import safe_open
 
     wanted, checksums = set(names), {}
@@ -1037,12 +1035,8 @@ def _unstack_experts(adapter, tensors, experts) -> dict:
     for name in experts:
         A, B, _ = adapter.factors(name)
         tensors[_disk_name(name, "lora_A")], tensors[_disk_name(name, "lora_B")] = A.clone(), B.clone()
-    shapes = {EXPERT.match(name)["projection"]: (slot.rank, _alpha(adapter, slot.rank, slot.scaling)) for name, slot in experts.items()}
-    return _expert_patterns(shapes)
-
-
-def _alpha(adapter, rank, scaling):
-    return scaling * (rank**0.5 if adapter.config.get("use_rslora") else rank)
+    shapes = {EXPERT.match(name)["projection"]: (slot.rank, slot.scaling) for name, slot in experts.items()}
+    return _expert_patterns(shapes, adapter.config.get("use_rslora"))
 
 
 def _stack_experts(adapter, tensors, experts) -> tuple[dict, dict]:
@@ -1069,10 +1063,7 @@ def _stack_experts(adapter, tensors, experts) -> tuple[dict, dict]:
             tensors[_disk_name(module, "lora_A")] = torch.cat(As)
             tensors[_disk_name(module, "lora_B")] = torch.stack(Bs, dim=-1).flatten(1)
     slot = next(iter(experts.values()))
-    settings = {"rank_pattern": {}, "alpha_pattern": {}}
-    for kind, rank in (("gate_up_proj", 2 * slot.rank), ("down_proj", slot.rank)):
-        settings["rank_pattern"][rf"mlp\.experts\.{kind}"] = rank
-        settings["alpha_pattern"][rf"mlp\.experts\.{kind}"] = _plain(_alpha(adapter, rank, slot.scaling))
+    settings = _expert_patterns({projection: (slot.rank, slot.scaling) for projection in PROJECTIONS}, adapter.config.get("use_rslora"))
     others = {name for name in adapter.slots if not EXPERT.match(name)}
     settings["target_modules"] = _short_names([name for name in others if not name.endswith(PROJECTIONS)], others)
     settings["target_parameters"] = [*_parameter_names(others, others), "mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -1274,7 +1265,7 @@ def _is_tokenizer_file(name: str) -> bool:
 
 
 def _copy_configuration(base, adapter, out):
-    """Configuration of the base, tokenizer and chat template as they were trained; the index last, as the sign that all shards are there."""
+    """Configuration of the base, tokenizer and chat template as trained with; the index last, as the sign that all shards are there."""
     own_tokenizer = (adapter / "tokenizer_config.json").is_file()
     for path in base.iterdir():
         tokenizer = _is_tokenizer_file(path.name)
