@@ -868,8 +868,8 @@ def add(engine, open_units, unit, attempt, lora, tokenizer, config):
     room = engine.model_config.max_model_len - len(tokens)
     if room < sampling["max_tokens"]:
         raise PromptTooLong(
-            f"question {index} (id {question['id']}) has a prompt of {len(tokens)} tokens; with --max_tokens {sampling['max_tokens']} that is "
-            f"more than max_model_len {engine.model_config.max_model_len}; lower --max_tokens or raise --max_model_len"
+            f"question {index} (id {question['id']}) has a prompt of {len(tokens)} tokens; with --max_tokens {sampling['max_tokens']} "
+            f"that is more than max_model_len {engine.model_config.max_model_len}; lower --max_tokens or raise --max_model_len"
         )
     extra = {}
     if config["protocol"] == "first_token":
