@@ -77,9 +77,7 @@ class LoraArguments:
         return 2 * self.r if self.lora_alpha is None else self.lora_alpha
 
     def expert_rank(self, config) -> int:
-        """Rank of one routed expert of a model with this transformers `config`: as many trained columns are active per token as in a dense
-        layer.
-        """
+        """Rank of one routed expert of a model with this transformers `config`: a token meets r trained columns, as in a dense layer."""
         return self.expert_r if self.expert_r is not None else max(1, self.r // config.num_experts_per_tok)
 
     def expert_alpha(self, config) -> float:
@@ -113,9 +111,7 @@ def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """Full names of the linear layers that get LoRA: attention, dense MLP, shared experts. Never routers, routed experts, lm_head or
-    embeddings.
-    """
+    """Full names of the linear layers that get LoRA: attention, dense MLP, shared experts; no router, routed expert, lm_head, embedding."""
     return [name for name in base_shapes(model) if not EXPERT.match(name)]
 
 
@@ -181,11 +177,9 @@ def apply_lora(model: nn.Module, lora_args: LoraArguments):
 
 @torch.no_grad()
 def reset_lora_parameters(model: nn.Module) -> None:
-    """Initialise PEFT's layers in fp32: A Kaiming-uniform, B zero, DoRA's magnitude the fp32 row norm of W (PEFT takes it in the base's
-    dtype).
+    """Initialise PEFT's layers in fp32: A Kaiming-uniform, B zero, DoRA's magnitude the row norm of W (PEFT's own is in the base's dtype).
 
-    Call it after loading weights into a model that was built on the meta device. Under ZeRO-3 one layer's base weight is gathered at a
-    time.
+    Call it after loading weights into a model that was built on the meta device. ZeRO-3 gathers one layer's base weight at a time.
     """
     for module in model.modules():
         if "default" not in getattr(module, "lora_A", {}) or not hasattr(module, "get_base_layer"):
@@ -218,9 +212,7 @@ def _rank() -> int:
 
 
 def _adapter_parameters(model):
-    """Every adapter parameter as (module, part, projection or None, parameter); module is the base's name, part lora_A | lora_B |
-    lora_magnitude_vector.
-    """
+    """Every adapter parameter as (module, part, projection or None, parameter): the base's module name, the part as named on disk."""
     # not deduplicated: gate and up of an expert may share one lora_A, which is on disk under both names
     for path, parameter in model.named_parameters(remove_duplicate=False):
         name = WRAPPERS.sub("", path).removeprefix("module.").removeprefix(PREFIX)
@@ -281,7 +273,7 @@ def load_adapter(model: nn.Module, directory) -> None:
     Works on plain, FSDP2 and zero.Init-partitioned models (before deepspeed.initialize). Raises ValueError naming the first key that has no
     counterpart on the other side, and when rank or scaling differ.
     """
-    adapter = Adapter(directory)
+    adapter = Adapter(directory).check()
     missing, shared = set(adapter.slots), {}
     uses = Counter(id(parameter) for *_, parameter in _adapter_parameters(model))
     scalings = _model_scalings(model)
@@ -296,7 +288,7 @@ def load_adapter(model: nn.Module, directory) -> None:
             missing.discard(name)
             if abs(adapter.slots[name].scaling - scalings[module]) > 1e-6 * scalings[module]:
                 raise ValueError(f"{adapter.path}: {name} has scaling {adapter.slots[name].scaling:g}, the model has {scalings[module]:g}")
-        values = [adapter.factors(name)[("lora_A", "lora_B", "lora_magnitude_vector").index(part)] for name in names]
+        values = [adapter.factor(name, part) for name in names]
         if values[0] is None:
             raise ValueError(f"{adapter.path}: no {_disk_name(names[0], part)}, which the model has (the adapter is LoRA, the model DoRA)")
         value = values[0] if projection is None else torch.stack(values)
@@ -345,28 +337,28 @@ def save_adapter(model, directory, base_model, tokenizer=None, lora_args=None, t
     """Write `model`'s adapter to `directory` (a temporary name, then renamed) and verify it; raises ValueError naming the fault.
 
     Args:
-        base_model: hub id or directory of the base, recorded in the configuration; when its weights are on this machine they are
-        fingerprinted. tokenizer: saved beside the adapter, with its chat template. lora_args: LoraArguments to check the model against
-        (rank, alpha, DoRA). tensors: what adapter_state_dict(model) returned. With it this call is not collective and a rank that holds {}
-        returns at once; without
-            it every rank must call, and every rank raises if rank 0 found a fault.
+        base_model: hub id or directory of the base, for the configuration; if its weights are on this machine they are fingerprinted.
+        tokenizer: saved beside the adapter, with its chat template.
+        lora_args: LoraArguments to check the model against (rank, alpha, DoRA).
+        tensors: what adapter_state_dict(model) returned. With it this call is not collective and a rank that holds {} returns at once;
+            without it every rank must call, and every rank raises if rank 0 found a fault.
         allow_zero: accept an adapter whose lora_B is still zero (a save before the first step).
         dtype: torch.float32 (what was trained) or torch.bfloat16 (half the bytes, rounded).
     """
     collective = tensors is None
     tensors = adapter_state_dict(model) if collective else tensors
-    fault = None
-    if tensors:
-        try:
+    fault = [f"{directory}: rank 0 could not save the adapter"]
+    try:
+        if tensors:
             _write_adapter(model, Path(directory), str(base_model), tokenizer, lora_args, tensors, allow_zero, dtype)
-        except (ValueError, OSError) as error:
-            fault = str(error)
-    if collective and torch.distributed.is_available() and torch.distributed.is_initialized():
-        message = [fault]
-        torch.distributed.broadcast_object_list(message, src=0)
-        fault = message[0]
-    if fault:
-        raise ValueError(fault)
+        fault = [None]
+    except (ValueError, OSError) as error:
+        fault = [str(error)]
+    finally:  # whatever happened on rank 0, the others must not wait for it
+        if collective and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(fault, src=0)
+    if fault[0]:
+        raise ValueError(fault[0])
 
 
 def _write_adapter(model, directory, base_model, tokenizer, lora_args, tensors, allow_zero, dtype):
@@ -388,7 +380,7 @@ def _write_adapter(model, directory, base_model, tokenizer, lora_args, tensors, 
     manifest = {
         "base_model": base_model,
         "base_config": _shape_fields(getattr(model, "config", None)),
-        "base_tensors": _fingerprint(base_model, config, sorted(tensors)),
+        "base_tensors": _fingerprint(base_model, tensors),
         "scaling": {key: config[key] for key in ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora")},
         "tensors": _checksums(tensors),
     }
@@ -460,7 +452,7 @@ def _adapter_config(model, base_model) -> dict:
 
 
 def _expert_patterns(shapes: dict, rslora=False) -> dict:
-    """rank_pattern and alpha_pattern for experts of {projection: (rank, scaling)}: under our and vLLM's names, and as the stacks PEFT makes."""
+    """rank_pattern and alpha_pattern for experts of {projection: (rank, scaling)}: for our and vLLM's names and for PEFT's stacks."""
     ranks, alphas = {}, {}
     for projection, (rank, scaling) in shapes.items():
         fused = 1 if projection == "down_proj" else 2  # PEFT puts gate and up together
@@ -505,14 +497,14 @@ def _shape_fields(config) -> dict:
     return {} if config is None else {key: getattr(config, key) for key in SHAPE_FIELDS if getattr(config, key, None) is not None}
 
 
+def _checksum(tensor) -> str:
+    """The first 64 bits of a tensor's sha256: enough to notice damage or a swap, small enough for 70,000 expert tensors."""
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()[:16]
+
+
 def _checksums(tensors) -> dict[str, str]:
-    """The first 64 bits of each tensor's sha256: enough to notice damage or a swap, small enough for 70,000 expert tensors."""
-
-    def checksum(tensor):
-        return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()[:16]
-
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(tensors, pool.map(checksum, tensors.values()), strict=True))
+        return dict(zip(tensors, pool.map(_checksum, tensors.values()), strict=True))
 
 
 def read_header(path) -> tuple[dict, int]:
@@ -553,8 +545,8 @@ class Adapter:
     """An adapter directory, read lazily, as (A, B, magnitude, scaling) per two-dimensional base weight, whichever layout it is stored in.
 
     Attributes: config (adapter_config.json), header, slots ({base weight name without ".weight": Slot}), use_dora, stacked, used (how often
-    each slot was merged). Rank, alpha and DoRA come from the config. Raises ValueError naming the file and the key for anything that does
-    not fit.
+    each slot was merged), manifest (what save_adapter recorded; {} for an adapter that others wrote). Rank, alpha and DoRA come from the
+    config. Raises ValueError naming the file and the key for anything that does not fit.
     """
 
     def __init__(self, directory):
@@ -565,6 +557,8 @@ class Adapter:
             raise ValueError(f"{self.directory}: no {WEIGHTS}")
         self.header, _ = read_header(self.path)
         self.use_dora = bool(self.config.get("use_dora"))
+        self.manifest = self._read_manifest()
+        self.checksums, self._checked = self.manifest.get("tensors", {}), set()
         self.used = Counter()
         self.stacked = False
         self.slots: dict[str, Slot] = {}
@@ -578,6 +572,8 @@ class Adapter:
             if info["dtype"] not in DTYPES:
                 raise ValueError(f"{self.path}: {key} is {info['dtype']}; expected one of {', '.join(DTYPES)}")
             modules[match["module"]][match["part"]] = key
+        if not modules:
+            raise ValueError(f"{self.path}: holds no tensors")
         for module, parts in sorted(modules.items()):
             self._add(module, parts)
 
@@ -622,7 +618,7 @@ class Adapter:
 
     def _block_diagonal(self, key, rank) -> bool:
         """True if gate and up of a stacked lora_B use different halves of the rank, as they do when two adapters were put together."""
-        B = self.tensor(key).unflatten(1, (rank, -1))
+        B = self.stored(key).unflatten(1, (rank, -1))
         inner, half = B.shape[0] // 2, rank // 2
         return not B[:inner, half:].any() and not B[inner:, :half].any()
 
@@ -644,19 +640,34 @@ class Adapter:
 
         return safe_open(self.path, framework="pt")
 
-    def tensor(self, key: str) -> torch.Tensor:
-        """One tensor as stored."""
+    def stored(self, key: str) -> torch.Tensor:
+        """One tensor as it is on disk."""
         return self._file.get_tensor(key)
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """One tensor, compared with its checksum when it is first read; ValueError if it is not what was saved."""
+        value = self._file.get_tensor(key)
+        if key in self.checksums and key not in self._checked:
+            if _checksum(value) != self.checksums[key]:
+                raise ValueError(f"{self.path}: {key} is not what was saved (its checksum differs from {MANIFEST})")
+            self._checked.add(key)
+        return value
+
+    def factor(self, name: str, part: str) -> torch.Tensor | None:
+        """lora_A (r, in), lora_B (out, r) or lora_magnitude_vector (out,; None for LoRA) of one base weight in fp32."""
+        slot = self.slots[name]
+        if part == "lora_magnitude_vector":
+            return self.tensor(slot.magnitude).float() if slot.magnitude else None
+        value = self.tensor(slot.A if part == "lora_A" else slot.B)
+        if slot.expert is not None and part == "lora_A":
+            value = value.unflatten(0, (-1, slot.stack_rank))[slot.expert, slot.ranks]
+        elif slot.expert is not None:
+            value = value.unflatten(1, (slot.stack_rank, -1))[slot.rows, slot.ranks, slot.expert]
+        return value.float().contiguous()
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(A (r, in), B (out, r), magnitude (out,) or None) of one base weight in fp32."""
-        slot = self.slots[name]
-        A, B = self.tensor(slot.A), self.tensor(slot.B)
-        if slot.expert is not None:
-            A = A.unflatten(0, (-1, slot.stack_rank))[slot.expert, slot.ranks]
-            B = B.unflatten(1, (slot.stack_rank, -1))[slot.rows, slot.ranks, slot.expert]
-        magnitude = self.tensor(slot.magnitude).float() if slot.magnitude else None
-        return A.float().contiguous(), B.float().contiguous(), magnitude
+        return self.factor(name, "lora_A"), self.factor(name, "lora_B"), self.factor(name, "lora_magnitude_vector")
 
     def shape(self, name: str) -> tuple[int, int]:
         """(out, in) of the base weight that a slot is for."""
@@ -687,18 +698,20 @@ class Adapter:
                 raise ValueError(f"{self.path}: {slot} is for {ours}, {name} of the base is {shape}: another base model's adapter?")
         return found
 
-    def manifest(self) -> dict:
-        """What save_adapter recorded beside the adapter; {} for an adapter that others wrote."""
+    def _read_manifest(self) -> dict:
         path = self.directory / MANIFEST
         try:
             return json.loads(path.read_text()) if path.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
 
-    def check_base(self, base) -> None:
-        """Raises ValueError if `base` is not what the adapter was trained on, as far as the manifest can tell."""
-        if faults := _base_faults(self.manifest(), str(base)):
+    def check(self, base=None) -> "Adapter":
+        """Itself; raises ValueError if names or scaling are not those in the manifest, experts are missing, or `base` is another base."""
+        if faults := _manifest_faults(self) + _expert_faults(self):
+            raise ValueError("; ".join(faults[:5]))
+        if base is not None and (faults := _base_faults(self.manifest, str(base))):
             raise ValueError(f"{self.directory}: {'; '.join(faults)} (any_base merges regardless)")
+        return self
 
     def identity(self) -> str:
         """A checksum of the configuration and the tensors, to tell one adapter from another."""
@@ -781,45 +794,44 @@ def _shapes_of_base(name) -> dict[str, tuple[int, int]]:
 def _verify(directory, shapes, base, allow_zero) -> list[str]:
     try:
         adapter = Adapter(directory)
-        manifest = adapter.manifest()
     except ValueError as error:
         return [str(error)]
-    faults = _manifest_faults(adapter, manifest) + _value_faults(adapter, manifest, allow_zero) + _expert_faults(adapter)
+    faults = _manifest_faults(adapter) + _value_faults(adapter, allow_zero) + _expert_faults(adapter)
     scalings = {round(slot.scaling, 6) for slot in adapter.slots.values()}
     if len(scalings) > 1:
         faults.append(f"{directory / CONFIG}: alpha / r differs from layer to layer: {sorted(scalings)}; servers assume one scaling")
     if shapes is not None:
         faults += _shape_faults(adapter, shapes)
     if base is not None:
-        faults += _base_faults(manifest, base)
+        faults += _base_faults(adapter.manifest, base)
     return faults
 
 
-def _manifest_faults(adapter, manifest) -> list[str]:
+def _manifest_faults(adapter) -> list[str]:
     faults = []
-    for key, value in manifest.get("scaling", {}).items():
+    for key, value in adapter.manifest.get("scaling", {}).items():
         if adapter.config.get(key) != value:
             faults.append(f"{adapter.directory / CONFIG}: {key} is {adapter.config.get(key)}, it was {value} when the adapter was saved")
-    if saved := manifest.get("tensors"):
+    if saved := adapter.checksums:
         faults += [f"{adapter.path}: {key} is missing" for key in saved if key not in adapter.header]
         faults += [f"{adapter.path}: {key} was not there when the adapter was saved" for key in adapter.header if key not in saved]
     return faults
 
 
-def _value_faults(adapter, manifest, allow_zero) -> list[str]:
-    saved = manifest.get("tensors", {})
+def _value_faults(adapter, allow_zero) -> list[str]:
+    saved = adapter.checksums
     owners = {checksum: key for key, checksum in saved.items()}
     zero_B = {}
 
     def check(key):
-        tensor, name = adapter.tensor(key), f"{adapter.path}: {key}"
+        tensor, name = adapter.stored(key), f"{adapter.path}: {key}"
         nonzero = tensor.count_nonzero().item()
         part = DISK_NAME.match(key)["part"]
         if part == "lora_B":
             zero_B[key] = nonzero == 0
         if not torch.isfinite(tensor).all():
             return f"{name} has {(~torch.isfinite(tensor)).sum().item():,} values that are not finite"
-        checksum = _checksums({key: tensor})[key] if key in saved else None
+        checksum = _checksum(tensor) if key in saved else None
         if key in saved and checksum != saved[key]:
             if checksum in owners:
                 return f"{name} holds what was saved as {owners[checksum]}: the two were swapped"
@@ -930,7 +942,7 @@ def local_base(name) -> Path | None:
     return Path(path).parent if isinstance(path, str) else None
 
 
-def _fingerprint(base_model, config, keys) -> dict[str, str]:
+def _fingerprint(base_model, keys) -> dict[str, str]:
     """Checksums of the first row of up to 16 adapted, unstacked base weights, to tell apart bases of the same shape; {} if they are not
     here.
     """
@@ -949,8 +961,7 @@ def _row_checksums(directory, names) -> dict[str, str]:
     for path in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in wanted & set(file.keys()):
-                row = file.get_slice(name)[:1].to(torch.bfloat16)
-                checksums[name] = hashlib.sha256(row.contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
+                checksums[name] = _checksum(file.get_slice(name)[:1].to(torch.bfloat16))
     return checksums
 
 
@@ -964,20 +975,15 @@ def norm_table(directory) -> str:
         match, layer = EXPERT.match(name), LAYER.search(name)
         column = f"expert {match['projection']}" if match else ".".join(name.split(".")[-2:]).replace("self_attn.", "").replace("mlp.", "")
         columns[column] = None
-        B = adapter.factors(name)[1]
+        B = adapter.factor(name, "lora_B")
         cells[int(layer[1]) if layer else -1][column].append(B.square().mean().sqrt().item() * 1e4)
     rows = [["layer", *columns]]
     for layer in sorted(cells):
         row = [str(layer)]
         for column in columns:
             values = cells[layer].get(column)
-            row.append(
-                "-"
-                if not values
-                else f"{values[0]:.2f}"
-                if len(values) == 1
-                else f"{min(values):.2f}/{sum(values) / len(values):.2f}/{max(values):.2f}"
-            )
+            spread = [min(values), sum(values) / len(values), max(values)] if values and len(values) > 1 else values or []
+            row.append("/".join(f"{value:.2f}" for value in spread) or "-")
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -997,16 +1003,16 @@ def convert_adapter(directory, out, layout="2d", dtype=None) -> None:
     """
     from safetensors.torch import save_file
 
-    adapter, out = Adapter(directory), Path(out)
-    config = dict(adapter.config)
+    adapter, out = Adapter(directory).check(), Path(out)
+    if (out / CONFIG).exists():
+        raise ValueError(f"{out}: holds an adapter already; choose another directory")
+    config, dtype = dict(adapter.config), dtype or DTYPES[next(iter(adapter.header.values()))["dtype"]]
     tensors = {
         key: adapter.tensor(key)
         for key in adapter.header
         if not DISK_NAME.match(key)["module"].endswith((".experts", ".experts.base_layer"))
     }
     experts = {name: slot for name, slot in adapter.slots.items() if EXPERT.match(name)}
-    if faults := _expert_faults(adapter):
-        raise ValueError(faults[0])
     if len({(slot.rank, slot.scaling) for slot in experts.values() if not adapter.stacked}) > 1:
         raise ValueError(f"{adapter.path}: experts differ in rank or scaling")
     if experts and (layout == "stacked") != adapter.stacked:
@@ -1018,12 +1024,11 @@ def convert_adapter(directory, out, layout="2d", dtype=None) -> None:
             settings[key] |= {pattern: value for pattern, value in (config.get(key) or {}).items() if pattern not in settings[key]}
         config |= settings
     out.mkdir(parents=True, exist_ok=True)
-    if dtype is not None:
-        tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    manifest = adapter.manifest()
+    tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+    manifest = dict(adapter.manifest)
     manifest["scaling"] = {key: config.get(key) for key in ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora")}
     manifest["tensors"] = _checksums(tensors)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
     (out / MANIFEST).write_text(json.dumps(manifest, indent=0) + "\n")
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     for path in adapter.directory.iterdir():
@@ -1131,10 +1136,9 @@ def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool
     the base is quantised or not safetensors, when a key of the adapter does not change exactly one base tensor, or when `out` holds another
     merge.
     """
-    directory, adapter, out = _download_base(base), Adapter(adapter), Path(out)
+    directory, out = _download_base(base), Path(out)
+    adapter = Adapter(adapter).check(None if any_base else directory)
     _refuse_quantised(directory, json.loads((directory / "config.json").read_text()))
-    if not any_base:
-        adapter.check_base(directory)
     shards = _shards(directory)
     used, total = Counter(), 0
     for shard in shards:
@@ -1308,9 +1312,7 @@ def register_vllm_loader() -> None:
 
         def get_all_weights(self, model_config, model):
             _refuse_quantised(model_config.model, {"quantization_config": getattr(model_config.hf_config, "quantization_config", None)})
-            adapter = Adapter(self.adapter_directory)
-            if not self.any_base:
-                adapter.check_base(model_config.model)
+            adapter = Adapter(self.adapter_directory).check(None if self.any_base else model_config.model)
             device = next(model.parameters()).device
             for name, weight in super().get_all_weights(model_config, model):
                 yield name, merge_tensor(adapter, name, weight, dtype=model_config.dtype, device=device)

@@ -98,6 +98,10 @@ def edit_config(directory, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def add_a_layer(tensors):
+    tensors.update({key.replace("layers.1.", "layers.2."): tensors[key].clone() for key in list(tensors)})
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
 # Arguments and targets
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -220,6 +224,9 @@ def test_load_adapter_refuses_what_does_not_fit(trained, tmp_path):
         adapter.load_adapter(adapted("llama", "lora")[0], trained("llama", "dora").directory)
     copy = trained("llama", "lora").copy(tmp_path)
     edit_config(copy, lora_alpha=8)
+    with pytest.raises(ValueError, match="lora_alpha is 8, it was 16"):
+        adapter.load_adapter(adapted("llama", "lora")[0], copy)
+    (copy / adapter.MANIFEST).unlink()
     with pytest.raises(ValueError, match="scaling 1, the model has 2"):
         adapter.load_adapter(adapted("llama", "lora")[0], copy)
 
@@ -239,6 +246,7 @@ def test_shared_lora_A_is_saved_under_both_names_and_loads(tmp_path):
     adapter.load_adapter(again, tmp_path / "a")
     assert torch.equal(log_probabilities(again), log_probabilities(model))
     rewrite(tmp_path / "a", lambda tensors: tensors[name.format("up")].mul_(2))
+    (tmp_path / "a" / adapter.MANIFEST).unlink()
     with pytest.raises(ValueError, match="experts.0.up_proj.lora_A.weight differs from the projection that the model shares it with"):
         adapter.load_adapter(build(), tmp_path / "a")
 
@@ -377,13 +385,12 @@ if __name__ == "__main__":
             extra = {"lora_request": LoRARequest("tiny", 1, job["adapter"])}
         else:
             extra = {}
-            llm = LLM(
-                job["base"],
-                load_format="merge_adapter",
-                model_loader_extra_config={"adapter": job["adapter"]},
-                tensor_parallel_size=job["tp"],
-                **common,
-            )
+            common |= {"load_format": "merge_adapter", "model_loader_extra_config": {"adapter": job["adapter"]}}
+            try:
+                llm = LLM(job["base"], tensor_parallel_size=job["tp"], **common)
+            except ValueError as error:
+                results[job["name"]] = str(error)
+                continue
         result = {"log_probabilities": log_probabilities(llm, job["prompt"], **extra)}
         if job.get("check"):
             result["check"] = llm.apply_model(lambda model: loading_check(model, job["adapter"]))[0]
@@ -419,6 +426,10 @@ def vllm_results(trained, tmp_path_factory):
     """All single-process engines in one process, one after another: importing vLLM is most of the time."""
     jobs = [vllm_job(trained(*case), " ".join(case), check=case[0].endswith("moe") and case[1] == "lora") for case in CASES]
     jobs.append(vllm_job(trained("llama", "lora"), "unmerged", how="unmerged"))
+    longer = trained("llama", "lora").copy(tmp_path_factory.mktemp("longer"))
+    (longer / adapter.MANIFEST).unlink()
+    rewrite(longer, add_a_layer)
+    jobs.append(vllm_job(trained("llama", "lora"), "refused") | {"adapter": str(longer)})
     results, log = run_vllm(tmp_path_factory.mktemp("vllm"), jobs, multiprocessing=False)
     assert results is not None, log[-5000:]
     return results
@@ -428,6 +439,10 @@ def vllm_results(trained, tmp_path_factory):
 def test_merged_while_vllm_loads(trained, vllm_results, family, kind):
     found = torch.tensor(vllm_results[f"{family} {kind}"]["log_probabilities"])
     assert torch.allclose(found, trained(family, kind).truth, atol=TOLERANCE, rtol=0)
+
+
+def test_vllm_refuses_keys_that_match_nothing(vllm_results):
+    assert "7 adapter modules match nothing in the base: model.layers.2.mlp.down_proj, " in vllm_results["refused"]
 
 
 def test_vllm_serves_the_unmerged_adapter(trained, vllm_results):
@@ -493,6 +508,7 @@ def half_the_rows(directory):
 DAMAGE = {
     "truncated file": (truncate, "adapter_model.safetensors: truncated or damaged: .* bytes, its header asks for"),
     "empty file": (lambda d: (d / adapter.WEIGHTS).write_bytes(b""), "truncated"),
+    "no tensors": (lambda d: save_file({}, d / adapter.WEIGHTS), "holds no tensors"),
     "no file": (lambda d: (d / adapter.WEIGHTS).unlink(), "no adapter_model.safetensors"),
     "no configuration": (lambda d: (d / adapter.CONFIG).unlink(), "no adapter_config.json"),
     "zeroed shard": (zero_a_shard, r"experts.4.gate_proj.lora_A.weight is all zeros \(its checksum differs"),
@@ -520,7 +536,7 @@ DAMAGE = {
     "DoRA claimed": (lambda d: edit_config(d, use_dora=True), "lora_magnitude_vector is missing"),
     "unknown tensor": (lambda d: rewrite(d, lambda t: t.update({"lm_head.weight": torch.ones(2)})), "lm_head.weight is not a LoRA tensor"),
     "layer that is not there": (
-        lambda d: rewrite(d, lambda t: [t.update({key.replace("layers.1.", "layers.2."): t[key].clone()}) for key in list(t)]),
+        lambda d: rewrite(d, add_a_layer),
         "model.layers.2.self_attn.q_proj is no linear layer of the base model",
     ),
 }
@@ -533,6 +549,8 @@ def test_damage_is_refused_by_name(trained, tmp_path, capsys, damage):
     break_it, message = DAMAGE[damage]
     assert adapter.verify_adapter(directory, run.base) == []
     break_it(directory)
+    with pytest.raises(ValueError):  # whoever reads it notices, verified or not
+        adapter.merge_adapter(run.base, directory, tmp_path / "out")
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         adapter.main(["verify", str(directory), "--base", run.base])
@@ -817,7 +835,7 @@ def test_merge_refuses_what_would_be_silently_lost(trained, tmp_path):
     run = trained("llama", "lora")
     directory = run.copy(tmp_path)
     (directory / adapter.MANIFEST).unlink()
-    rewrite(directory, lambda t: t.update({key.replace("layers.1.", "layers.2."): t[key].clone() for key in list(t)}))
+    rewrite(directory, add_a_layer)
     with pytest.raises(ValueError, match="7 adapter modules match nothing in the base: model.layers.2.mlp.down_proj, "):
         adapter.merge_adapter(run.base, directory, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
