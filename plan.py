@@ -180,9 +180,9 @@ def train_flops(config, tokens, sum_squared_lengths, r, expert_r=None, use_dora=
     """Useful FLOPs of forward + backward over `tokens` real tokens in documents whose squared lengths add up to `sum_squared_lengths`.
 
     The module's docstring derives it: 4 per frozen weight and token, 6 per adapter weight, causal attention within each document;
-    recompute counts nothing, and DoRA (`use_dora`) counts what LoRA does: its norms are per step, its
-    scaling is elementwise. `config` is a transformers config, `r` the LoRA rank (0: no adapter),
-    `expert_r` the routed experts' (default r // top_k). A sliding window, where the config uses one, caps the pairs a token scores.
+    recompute counts nothing, and DoRA (`use_dora`) counts what LoRA does: its norms are per step, its scaling is elementwise. `config` is a
+    transformers config, `r` the LoRA rank (0: no adapter), `expert_r` the routed experts' (default r // top_k). A sliding window, where
+    the config uses one, caps the pairs a token scores.
     """
     arch = architecture(config)
     expert_r = expert_rank(config, r, expert_r)
@@ -630,40 +630,38 @@ def read_results(directory):
 def expected_time(plan, config, model, tokens, device, records):
     """Hours for `tokens` real tokens from measured rates: {"low", "high", "source"}, or None where nothing fitting was measured.
 
-    First choice: training-step records (`mfu`) of this model and adapter on this kind of device; the time is the run's useful FLOPs over
-    mfu x peak x GPUs, from the best to the worst such record, so slices of fewer layers count too. Else records of the experts block
-    alone (`total_ms`, `tokens`): a lower bound, with "high" None. `model` is the hub id; a record's `model` must be part of it.
+    First choice: training-step records (`mfu`) of this model, adapter and activation policy on this kind of device; the time is the run's
+    useful FLOPs over mfu x peak x GPUs, from the best to the worst such record. Records of a few layers count too, and the source then
+    says so: on fewer GPUs than planned, what gathering the weights costs is not in them. Else records of the experts block alone
+    (`total_ms`, `tokens`): a lower bound, with "high" None. `model` is the hub id; a record's `model` must be part of it.
     """
-    peak = peak_flops(device)
-    gpus = plan["gpus"] * plan["nodes"]
-    adapter = "dora" if plan["use_dora"] else "lora"
+    peak, gpus = peak_flops(device), plan["gpus"] * plan["nodes"]
+    wanted = {"adapter": "dora" if plan["use_dora"] else "lora", "activations": plan["activation_policy"], "mode": plan["memory_mode"]}
     fitting = [
         r
         for r in records
         if str(r.get("model", "-")).lower().split("/")[-1] in model.lower()
-        and r.get("adapter", "lora") == adapter
+        and all(r.get(key, value) == value for key, value in wanted.items())
         and peak is not None
         and peak_flops(str(r.get("device", ""))) == peak
     ]
     steps = [r for r in fitting if r.get("mfu")]
     if steps:
         hours = [plan["flops_per_token"] * tokens / (r["mfu"] * peak * gpus) / 3600 for r in steps]
-        return {"low": min(hours), "high": max(hours), "source": _sources(steps)}
-    blocks = [
-        r
-        for r in fitting
-        if r.get("implementation") == "fused_moe_lora" and r.get("total_ms") and r.get("mode", "fast") == plan["memory_mode"]
-    ]
+        return {"low": min(hours), "high": max(hours), "source": _sources(steps, config.num_hidden_layers)}
+    blocks = [r for r in fitting if r.get("implementation") == "fused_moe_lora" and r.get("total_ms")]
     if blocks:
         layers = sum(1 for layer in architecture(config).layers() if any(m.kind == "expert" for m in layer))
-        milliseconds = min(r["total_ms"] / r["tokens"] for r in blocks)
-        low = milliseconds * layers * tokens / gpus / 3.6e6
-        return {"low": low, "high": None, "source": _sources(blocks)}
+        low = min(r["total_ms"] / r["tokens"] for r in blocks) * layers * tokens / gpus / 3.6e6
+        return {"low": low, "high": None, "source": _sources(blocks, 0)}
     return None
 
 
-def _sources(records):
-    return ", ".join(sorted({f"results/{r['source']}" for r in records}))
+def _sources(records, layers):
+    """The files of `records`, and on what they were measured where that is less than all `layers`."""
+    names = {f"results/{r['source']}" for r in records}
+    slices = {f"{r['layers']} of {layers} layers on {r.get('gpus', 1)} GPUs" for r in records if r.get("layers", layers) < layers}
+    return ", ".join([*sorted(names), *sorted(slices)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
@@ -905,6 +903,8 @@ def main():
         print_options(plans, launched)
         print()
         print_run(arguments, launched, config, model, epochs)
+        if not launched["fits"] and plans[0]["fits"]:
+            print(f"\nThis launch doesn't fit; with {trainer_flags(plans[0])} it does.")
         check_fits(launched)
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -352,6 +352,50 @@ def test_evaluation_by_hand():
         plan.plan_evaluation(real_config("Qwen3-32B"), gpu_partition=3)
 
 
+@pytest.fixture(scope="module")
+def device():
+    import train_moe
+
+    yield train_moe.setup_distributed()
+    torch.distributed.destroy_process_group()
+
+
+def step_of_a_slice(name, policy, device, layers=4, tokens=16384):
+    """An optimiser step of two micro-batches on a slice of a real model, by train_moe's own functions; returns (config, peak bytes)."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import bench_train_moe
+
+    import train_moe
+
+    run = train_moe.parse(["--model_name_or_path", name, "--activations", policy])[0]
+    arguments = bench_train_moe.Arguments(activations=policy)
+    config, model = bench_train_moe.build(name, layers, arguments, "bfloat16", device, train_moe.make_mesh(device, 1))
+    optimizer = train_moe.make_optimizer(model, run)
+    generator = torch.Generator().manual_seed(0)
+    batches = [bench_train_moe.random_pack(tokens, config.vocab_size, generator, torch.device("cpu"))[0] for _ in range(2)]
+    supervised = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)), dtype=torch.float64, device=device)
+    for _ in range(2):  # the first compiles
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        train_moe.forward_backward(model, batches, supervised, run, device)
+        optimizer.step()
+        optimizer.zero_grad()
+        for experts in model.router_load.experts:
+            experts.forget_norms()
+    return config, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "glm-4.5-air", "qwen3-235b-a22b"])
+def test_planned_peak_is_within_a_tenth_of_the_measured(name, policy, device):
+    torch.cuda.empty_cache()
+    config, measured = step_of_a_slice(name, policy, device)
+    planned = plan.plan_run(config, kind="moe", gpus=1, global_batch_size=2, activation_policy=policy)
+    terms = {term: round(size / 2**30, 2) for term, size in planned["gpu_bytes"].items()}
+    assert planned["peak_bytes"] == pytest.approx(measured, rel=0.1), f"{plan.compare_peak(planned, measured)}: {terms}"
+
+
 # ------------------------------------------------------------------------------------------------------------- steps and time
 
 
@@ -383,6 +427,9 @@ def test_time_comes_from_measured_records_only(tmp_path):
     assert measured["low"] == pytest.approx(measured["high"] / 2)
     assert measured["source"] == "results/bench.json"
     assert hours(step, device="a device without a known peak") is None
+    assert hours({**step, "activations": "none"}) is None
+    slices = hours({**step, "activations": "full", "layers": 4, "gpus": 1})
+    assert slices["source"] == "results/bench.json, 4 of 48 layers on 1 GPUs"
 
 
 # -------------------------------------------------------------------------------------------------------------------- command
@@ -436,6 +483,22 @@ def test_command_plans_the_launch_and_marks_what_is_better(monkeypatch, tmp_path
     assert [line.split("<- ")[1] for line in table if "<-" in line] == ["best", "as launched"]
     assert next(line for line in table if "<- best" in line).split()[0] == "none,"
     assert next(line for line in table if "as launched" in line).split()[0] == "full,"
+
+
+def test_command_says_which_flags_would_fit(monkeypatch, capsys):
+    launcher, config = ROOT / "ds3-qwen3-32b-lora-256.sh", CONFIGS["Qwen3-32B"]
+    with pytest.raises(SystemExit, match="Largest: kept activations 160.0 GiB"):
+        run_main(monkeypatch, launcher, "--config", config, "--per_device_train_batch_size", "4", "--max_seq_length", "65536")
+    assert "<- best" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--gradient_checkpointing False"):
+        run_main(monkeypatch, launcher, "--config", config, "--gradient_checkpointing", "False")
+    printed = capsys.readouterr().out
+    assert "This launch doesn't fit; with --gradient_checkpointing True --per_device_train_batch_size 1 it does." in printed
+
+
+def test_peak_is_compared_with_the_plan():
+    planned = {"peak_bytes": 20 * 2**30}
+    assert plan.compare_peak(planned, 21 * 2**30) == "peak memory: measured 21.00 GiB, planned 20.00 GiB (+5.0%)"
 
 
 def test_command_without_a_reachable_config_says_what_to_do(tmp_path, monkeypatch):
