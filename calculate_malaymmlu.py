@@ -27,8 +27,9 @@ import numpy as np
 
 HUB_DATASET = "UMxYTLAILabs/MalayMMLU"
 HUB_FILE = "MalayMMLU_0shot.json"
-# What the published file holds. The hub's commit cannot be checked without a network, so content is checked instead of a name: a file
-# with other counts is not the benchmark. The commit that was actually read goes into args.json.
+# What the published file holds: a file with other counts is not the benchmark. Its commit on the hub could not be looked up when this was
+# written, so none is pinned here; the commit and the checksum that were read go into args.json, runs with others are not mixed, and
+# malaymmlu.py --questions_revision and --questions_sha256 pin both.
 HUB_COUNTS = {"STEM": 2443, "Language": 6288, "Social science": 6918, "Others": 4169, "Humanities": 4395}
 LETTERS = "ABCDEF"
 
@@ -528,19 +529,27 @@ def bootstrap(values, groups, resamples=2000, seed=0):
 def interval(resampled, n, values=None, level=0.95):
     """Percentile interval of bootstrap means, widened for small samples (the "expanded percentile" of Hesterberg 2015) -> (low, high).
 
-    n: questions behind the estimate (of the smallest stratum). values: the per-question values; if all are 0 or all are 1 the bootstrap
-    sees no spread at all, and the exact binomial interval is given instead.
+    n: questions behind the estimate (of the smallest stratum). values: the per-question values; if they are all the same the bootstrap sees
+    no spread at all, and the exact binomial interval is given instead.
     """
     from scipy import stats
 
+    if values is not None and np.ptp(values) == 0:
+        return binomial_interval(values[0], len(values), level)
     tail = (1 - level) / 2
-    if values is not None and len(values) and (np.all(values == 0) or np.all(values == 1)):
-        bound = tail ** (1 / len(values))
-        return (bound, 1.0) if values[0] == 1 else (0.0, 1.0 - bound)
     if n > 1:
         tail = float(stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf(tail, n - 1)))
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def binomial_interval(share, n, level=0.95):
+    """Clopper and Pearson's exact interval for `share` of n -> (low, high); for a share between two counts by the same beta quantiles."""
+    from scipy import stats
+
+    tail, k = (1 - level) / 2, share * n
+    low = float(stats.beta.ppf(tail, k, n - k + 1)) if k > 0 else 0.0
+    return low, float(stats.beta.ppf(1 - tail, k + 1, n - k)) if k < n else 1.0
 
 
 def mcnemar(first, second):
@@ -641,14 +650,12 @@ def estimate(value, low, high):
 
 
 def t_interval(values, level=0.95):
-    """Student interval of a mean over questions, inside [0, 1]; exact binomial when every value is 0 or every value is 1."""
+    """Student interval of a mean over questions, inside [0, 1]; the exact binomial one when all values are the same."""
     from scipy import stats
 
     n = len(values)
-    if np.all(values == 0) or np.all(values == 1):
-        return interval(values, n, values, level)
-    if n < 2:
-        return 0.0, 1.0
+    if np.ptp(values) == 0:
+        return binomial_interval(values[0], n, level)
     half = stats.t.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
     return max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
 
@@ -1002,7 +1009,7 @@ def draw(report, rows, path):
     right.set_xticks(range(len(categories)), [f"{name}\n({report['categories'][name]:,})" for name in categories])
     right.set_ylim(0, 100)
     right.grid(axis="y", alpha=0.3)
-    right.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=min(4, len(entries) + 1))
     figure.suptitle(f"MalayMMLU format, {report['questions']:,} questions; bars are 95 % intervals over questions")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -1098,8 +1105,7 @@ def write_html(report, rows, questions, path, budget=20_000_000):
         "names": [row.name.removeprefix("malaymmlu-") for row in rows],
         "questions": listed,
     }
-    # inside a script element only "</" could end it early
-    text = json.dumps(data, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element early
     Path(path).write_text(PAGE.replace("__DATA__", text), encoding="utf-8")
 
 
@@ -1160,12 +1166,11 @@ def main():
 
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     try:
-        questions, facts = benchmark_questions(args.questions, args.questions_revision)
+        found = [(name, path, read_args(path)) for name, path in find_directories(args.pattern)]
+        # without a revision, the one that the first of them was generated from
+        questions, facts = benchmark_questions(args.questions, args.questions_revision or found[0][2].get("questions_revision"))
         questions = questions[: args.limit]
-        rows = [
-            Row(name, path, read_args(path), read_answers(path, questions, bool(args.limit)))
-            for name, path in find_directories(args.pattern)
-        ]
+        rows = [Row(name, path, made, read_answers(path, questions, bool(args.limit))) for name, path, made in found]
         for row in rows:
             if row.args.get("questions_sha256") not in (None, facts["sha256"]):
                 print(f"note: {row.name} was generated from a question file with another checksum", file=sys.stderr)

@@ -260,6 +260,9 @@ def test_intervals_of_all_right_and_all_wrong_are_the_exact_binomial_ones():
         low, high = scorer.interval(np.full(50, value), 20, np.full(20, value))
         exact = stats.binomtest(k, 20).proportion_ci(0.95, "exact")
         assert (low, high) == pytest.approx((exact.low, exact.high))
+    low, high = scorer.t_interval(np.full(12, 2 / 3))  # two of three samples right everywhere: as 8 of 12
+    exact = stats.binomtest(8, 12).proportion_ci(0.95, "exact")
+    assert (low, high) == pytest.approx((exact.low, exact.high))
     values = np.random.default_rng(0).random(30)
     expected = stats.t.interval(0.95, 29, loc=values.mean(), scale=stats.sem(values))
     assert scorer.t_interval(values) == pytest.approx(expected)
@@ -363,7 +366,7 @@ def written(tmp_path_factory):
         for i in range(40):
             for sample in range(3):
                 letter = "ABCD"[i % 4] if generator.random() < skill else "ABCD"[(i + 1) % 4]
-                text = f"<script>alert(1)</script></script> \\boxed{{{letter}}}"
+                text = f"<script>alert(1)</script></script><!-- \\boxed{{{letter}}}"
                 records.append({"index": i, "id": i, "sample": sample, "text": text})
         save(folder / f"malaymmlu-{name}", records, names=[name], adapter=adapter, adapter_fingerprint=adapter, protocol="reasoning")
     flags = ["--json", "out/s.json", "--csv", "out/s.csv", "--markdown", "out/s.md", "--plot", "out/s.png", "--html", "out/s.html"]

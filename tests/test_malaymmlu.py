@@ -263,6 +263,113 @@ def test_a_full_disk_leaves_whole_lines_and_a_clear_message(output):
     assert output().missing == 10
 
 
+# ---- the scheduler, with engines that do nothing by themselves ------------------------------------------------------------------------
+
+
+class StandIn(malaymmlu.Engine):
+    """An engine slot without a process: the test says what it does."""
+
+    log = Path("engine.log")
+
+    @property
+    def alive(self):
+        return self.output is not None
+
+    def start(self, output, config):
+        self.output, self.ready, self.units, self.heard = output, True, set(), time.monotonic()
+        self.pipe = argparse.Namespace(send=lambda units: None)
+
+    def stop(self, grace=0.0):
+        self.output = None
+
+
+@pytest.fixture
+def scheduler(tmp_path, monkeypatch):
+    """A function: a scheduler with some engine slots over two rows of 4 questions x 3 samples."""
+    questions = load_questions(write_questions(tmp_path / "q.json", 4))
+    rows = []
+    for name in ("a", "b"):
+        job = malaymmlu.Job(name, [name], "base", "base", None, tmp_path / f"malaymmlu-{name}")
+        rows.append(malaymmlu.Output(job, wanted(), questions, 3))
+    monkeypatch.setattr(malaymmlu, "Engine", StandIn)
+
+    def make(slots, max_num_seqs=256, **given):
+        plan = malaymmlu.Plan("cpu", [[] for _ in range(slots)], 1, max_num_seqs, True)
+        return malaymmlu.Scheduler(arguments(**given), plan, questions, rows)
+
+    yield make
+    for row in rows:
+        row.close()
+
+
+def test_work_is_shared_fairly_and_kept_within_the_engines_capacity(scheduler):
+    made = scheduler(2)
+    made.assign()
+    made.dispatch()
+    assert [len(engine.units) for engine in made.engines] == [6, 6]
+    # samples of a question stay together, so that its prompt is computed once
+    assert made.engines[0].units == {(i, s) for i in (0, 1) for s in range(3)}
+    small = scheduler(1, max_num_seqs=2)
+    small.outputs = small.outputs[1:]
+    small.assign()
+    small.dispatch()
+    assert len(small.engines[0].units) == 3  # two being written and one waiting
+
+
+def test_an_idle_engine_loads_the_next_row_while_others_finish(scheduler):
+    made = scheduler(2)
+    made.assign()
+    made.dispatch()
+    first, second = made.outputs
+    made.engines[1].units.clear()
+    made.assign()
+    made.dispatch()
+    assert [engine.output for engine in made.engines] == [first, second]
+    assert len(made.engines[0].units) == 6 and len(made.engines[1].units) == 12
+
+
+def test_a_dead_engines_questions_go_back_and_restarts_are_bounded(scheduler):
+    made = scheduler(1, restarts=2, restart_backoff=0.0)
+    made.assign()
+    made.dispatch()
+    first, engine = made.outputs[0], made.engines[0]
+    for death in (1, 2):
+        made.died(engine, "gone")
+        assert list(first.queue) == [(i, s) for i in range(4) for s in range(3)] and not engine.alive
+        made.assign()
+        made.dispatch()
+        assert engine.alive and len(engine.units) == 12 and engine.deaths == death
+    with pytest.raises(RuntimeError, match="failed 3 times on a, last: gone"):
+        made.died(engine, "gone")
+
+
+def test_restarts_wait_longer_every_time(scheduler):
+    made = scheduler(1, restart_backoff=50.0)
+    made.assign()
+    for pause in (50, 100):
+        made.died(made.engines[0], "gone")
+        assert made.engines[0].not_before - time.monotonic() == pytest.approx(pause, abs=2)
+        made.assign()
+        assert not made.engines[0].alive
+        made.engines[0].not_before = 0.0
+        made.assign()
+
+
+def test_a_silent_engine_counts_as_hung_only_while_it_has_work(scheduler):
+    made = scheduler(1, hang_timeout=100.0)
+    made.assign()
+    engine = made.engines[0]
+    engine.heard -= 101
+    made.watch()
+    assert engine.alive
+    made.dispatch()
+    made.watch()
+    assert engine.alive  # new work, new patience
+    engine.heard -= 101
+    made.watch()
+    assert not engine.alive and len(made.outputs[0].queue) == 12
+
+
 # ---- real engines ---------------------------------------------------------------------------------------------------------------------
 
 
