@@ -373,6 +373,34 @@ def fuse_norms_and_rotary(causal_lm):
         modeling.apply_rotary_pos_emb = torch.compile(rotary, dynamic=True)
 
 
+def warn_if_too_large(config, args, data_args, lora_args, device):
+    """Say, before anything is loaded, if plan.py expects this run not to fit; it is not refused, because that is an estimate."""
+    if device.type != "cuda":
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        plan.check_fits(
+            plan.plan_run(
+                config,
+                kind="moe",
+                gpus=local,
+                nodes=dist.get_world_size() // local,
+                gpu_memory_gib=torch.cuda.get_device_properties(device).total_memory / 2**30,
+                max_seq_length=data_args.max_seq_length,
+                global_batch_size=args.global_batch_size,
+                r=lora_args.r,
+                expert_r=lora_args.expert_r,
+                use_dora=lora_args.use_dora,
+                activation_policy=args.activations,
+                reduce_every_micro_batch=args.reduce_every_micro_batch,
+                cpu_offload=args.cpu_offload,
+                shard_nodes=args.shard_nodes,
+            )
+        )
+    except ValueError as error:
+        say(f"warning: {error}")
+
+
 def shard(model, mesh, args, use_dora):
     """fully_shard every decoder layer and the root, in place."""
     # DoRA's magnitudes are near the weights' norms, where bf16 steps are larger than what a step of training moves: leave fp32 be.
@@ -993,6 +1021,7 @@ def train(args, data_args, lora_args):
     last_step = min(args.max_steps or total_steps, total_steps)
     micro = print_batch_arithmetic(args, dataset, data_args, steps_an_epoch)
 
+    warn_if_too_large(config, args, data_args, lora_args, device)
     peft_model, model = build_model(config, args, lora_args)
     shard(model, mesh, args, lora_args.use_dora)
     load_weights(model.causal_lm, directory, torch.device("cpu") if args.cpu_offload else device)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import adapter
 import multipack
 import train_moe
-from conftest import save_tiny_checkpoint, tiny_model
+from conftest import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
 FAMILIES = ["qwen3_moe", "glm4_moe", "qwen2_moe"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,9 +34,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """{family: directory of a tiny fp32 checkpoint}; layers are few and experts many, as in the real ones."""
+    """{family: directory of a tiny fp32 checkpoint}, biases and all: transformers starts them at zero, where mistakes do not show."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return {family: save_tiny_checkpoint(root / family, family) for family in FAMILIES}
+    for family in FAMILIES:
+        model = tiny_model(family)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith(("_proj.bias", "e_score_correction_bias")):
+                tensor.data.normal_(0, 0.2)
+        model.save_pretrained(root / family)
+        tiny_tokenizer().save_pretrained(root / family)
+    return {family: str(root / family) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +254,16 @@ def test_summed_cross_entropy():
     assert nothing.item() == 0 and torch.autograd.grad(nothing, hidden)[0].abs().sum() == 0
 
 
+def test_only_large_gradients_are_clipped(process_group):
+    mesh = train_moe.make_mesh(torch.device("cpu"), 1)
+    for length, clipped in ((5.0, 2.0), (1.0, 1.0)):
+        parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+        for p in parameters:
+            p.grad = torch.full((3,), length / 6**0.5)
+        assert train_moe.clip_gradients(parameters, 2.0, mesh).item() == pytest.approx(length)
+        assert torch.stack([p.grad for p in parameters]).norm().item() == pytest.approx(clipped, rel=1e-5)
+
+
 def test_router_loss_and_load_equal_transformers(checkpoints, process_group):
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -413,6 +430,23 @@ def test_steps_equal_a_plain_loop(checkpoints, conversations, one_process, tmp_p
         assert saved.keys() == tensors.keys()
         for name, tensor in tensors.items():
             torch.testing.assert_close(saved[name], tensor.detach(), rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+def test_bf16_follows_fp32(use_dora, one_process, tmp_path):
+    """FSDP casts LoRA to bf16 for the arithmetic; with DoRA adapters stay fp32. What is trained and saved is fp32 in both."""
+    runs = {}
+    for dtype in ("float32", "bfloat16"):
+        argv = moved(one_process[0], tmp_path / dtype, "--dtype", dtype, "--use_dora", use_dora, "--max_steps", 4, "--activations", "none")
+        train_moe.main(argv)
+        runs[dtype] = [line[1] for line in losses(tmp_path / dtype)]
+    assert runs["bfloat16"] != runs["float32"] and runs["bfloat16"] == pytest.approx(runs["float32"], rel=5e-3)
+    saved = saved_adapter(tmp_path / "bfloat16" / "checkpoint-4")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert any((tensor != tensor.bfloat16().float()).any() for name, tensor in saved.items() if "lora_B" in name)
+    if use_dora:
+        magnitudes = [tensor for name, tensor in saved.items() if "magnitude" in name]
+        assert magnitudes and all((tensor != tensor.bfloat16().float()).any() for tensor in magnitudes)
 
 
 def test_the_record_of_a_run(one_process):
