@@ -188,10 +188,12 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def milliseconds(function, device, repeats):
-    """Median wall time of `function` in ms, each call waited for, after two calls that are not timed."""
+def milliseconds(function, device, repeats, before=None):
+    """Median wall time of `function` in ms, each call waited for, after two calls that are not timed; `before` runs ahead of each."""
     times = []
     for _ in range(repeats + 2):
+        if before is not None:
+            before()
         synchronize(device)
         started = time.perf_counter()
         function()
@@ -218,6 +220,8 @@ def time_steps(model, config, args, device):
         optimizer.zero_grad()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    for experts in model.router_load.experts:
+        experts.forget_norms()  # DoRA's row norms are computed once a step
     synchronize(device)
     started = time.perf_counter()
     for batch, _ in packs[2:]:  # as in a step of several micro-batches
@@ -274,12 +278,12 @@ def time_parts(model, config, args, device):
         "whole layer": lambda: backward(layer(x, position_embeddings=rotary, attention_mask=None, **attention_kwargs)),
         "head and loss": head,
     }
-    measured = {}
-    for part, function in parts.items():
-        measured[part] = round(milliseconds(function, device, args.steps), 3)
+
+    def forget_gradients():  # or they would be added up, which is no part of a layer
         for tensor in (x, flat, weights, *model.parameters()):
             tensor.grad = None
-    return measured
+
+    return {part: round(milliseconds(function, device, args.steps, forget_gradients), 3) for part, function in parts.items()}
 
 
 def projections(attention, x, backward):
