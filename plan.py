@@ -247,15 +247,16 @@ def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r,
     return tokens * top_k * (2 * kept + 16)
 
 
-def layer_saved_bytes(config, matrices, tokens, policy, mode, r, expert_r, use_dora=False):
+def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r, use_dora=False):
     """What one decoder layer (its `matrices`) keeps for backward over `tokens` tokens, in bytes; bf16 unless said otherwise.
 
     full       the layer's input, H a token.
     none       attention half: input H, normed input H, every projection's output except o_proj's, queries and keys once more where they
                are normalised, the attention output and its fp32 log-sum-exp per head, r for each LoRA inner product. MLP half: its input H,
-               normed input H, and for a dense or shared MLP gate, up and their product, 3 intermediate_size, and 3 r; for routed
-               experts `experts_saved_bytes` and the router's fp32 probabilities. DoRA keeps the output before the magnitude of every
-               adapted layer, and a bf16 copy of the experts' adapter, which FSDP then gathers in fp32.
+               normed input H, and for a dense or shared MLP gate, up and their product, 3 intermediate_size, and 3 r (moe: silu(gate)
+               as well, as transformers' own MLP does; dense models run Liger's); for routed experts `experts_saved_bytes` and the
+               router's fp32 probabilities. DoRA keeps the output before the magnitude of every adapted layer, and a bf16 copy of
+               the experts' adapter, which FSDP then gathers in fp32.
     selective  the attention half is recomputed from its input and normed input; the MLP half is kept as under none.
     """
     hidden, norms = config.hidden_size, architecture(config).query_key_norm
@@ -267,6 +268,7 @@ def layer_saved_bytes(config, matrices, tokens, policy, mode, r, expert_r, use_d
             attention += m.out_features * (norms and m.name.endswith(("q_proj.weight", "k_proj.weight")))
         elif m.kind in ("mlp", "shared_expert"):
             mlp += inner + (m.in_features if "down_proj" in m.name else m.out_features)
+            mlp += m.out_features * (kind == "moe" and "gate_proj" in m.name)
         elif m.kind == "router":
             mlp += 2 * m.out_features  # fp32
         elif m.kind == "expert":
@@ -332,7 +334,7 @@ def gpu_bytes(config, plan):
     )
     saved, working = [], []
     for layer in layers:
-        kept, everything = (layer_saved_bytes(config, layer, tokens, p, mode, r, expert_r, dora) for p in (policy, "none"))
+        kept, everything = (layer_saved_bytes(config, kind, layer, tokens, p, mode, r, expert_r, dora) for p in (policy, "none"))
         saved.append(kept)
         working.append(everything - kept + layer_working_bytes(config, layer, tokens, mode, dora))
     if kind == "dense":

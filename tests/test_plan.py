@@ -244,6 +244,55 @@ def test_experts_saved_bytes_are_the_floors(name, mebibytes):
     assert plan.experts_saved_bytes(*arguments, "fast", use_dora=True) - separate == rows * config.hidden_size * 2
 
 
+def saved_bytes(module, *inputs, **arguments):
+    """Bytes that autograd saves in a forward pass of `module`, each storage once, without parameters and rotary tables."""
+    known = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    known |= {tensor.untyped_storage().data_ptr() for tensor in arguments.get("position_embeddings", ())}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage  # kept, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = module(*inputs, **arguments)  # noqa: F841 (holds the graph)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def test_kept_activations_are_those_autograd_saves():
+    """train_moe.py's attention and shared expert, no norms in them, bf16 on the CPU, against the plan's terms."""
+    import multipack
+    import train_moe
+
+    tokens, r = 96, 8
+    config = tiny_config("glm4_moe", use_qk_norm=False)
+    run, _, lora_args = train_moe.parse(f"--model_name_or_path tiny --activations none --compile False --r {r}".split())
+    _, model = train_moe.build_model(config, run, lora_args)
+    model.to_empty(device="cpu")
+    train_moe.compute_buffers(model.causal_lm)
+    layer, hidden = model.causal_lm.base_model.layers[1], config.hidden_size
+    x = torch.zeros(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
+    documents = [torch.zeros(n, dtype=torch.int64) for n in (60, 36)]
+    batch = multipack.collate([[{"input_ids": document, "labels": document} for document in documents]])
+    borders = {name: value for name, value in batch.items() if name.startswith(("cu_seq", "max_length"))}
+    rotary = model.causal_lm.base_model.rotary_emb(x, position_ids=batch["position_ids"])
+
+    def planned(kind):
+        matrices = [m for m in plan.architecture(config).layers()[1] if m.kind == kind]
+        whole = plan.layer_saved_bytes(config, "moe", matrices, tokens, "none", "fast", r, None)
+        nothing = plan.layer_saved_bytes(config, "moe", [], tokens, "none", "fast", r, None)
+        return whole - nothing + 2 * tokens * hidden  # what this half keeps and, of what every half does, the normed input
+
+    attention = saved_bytes(layer.self_attn, x, position_embeddings=rotary, attention_mask=None, **borders)
+    width = config.num_attention_heads * config.head_dim
+    log_sum_exp = 4 * tokens * config.num_attention_heads  # of every half in layer_saved_bytes, and so subtracted above
+    copied = 2 * tokens * width  # on the CPU: each document's output is saved before it is copied into the pack's
+    assert attention == planned("attention") + log_sum_exp + copied
+    assert saved_bytes(layer.mlp.shared_experts, x) == planned("shared_expert")
+
+
 def test_sharded_terms_by_hand():
     """Qwen3-30B-A3B on 8 GPUs: what has one right answer."""
     config = real_config("Qwen3-30B-A3B-Instruct-2507")
