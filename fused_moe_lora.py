@@ -22,6 +22,7 @@ r LoRA rank. With s = scaling, and per routed row x (its token) and w (its route
 import inspect
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -131,46 +132,47 @@ def scan_kernel(counts_ptr, num_blocks, totals_ptr, BLOCK_B: tl.constexpr):
 
 
 @triton.jit
-def place_kernel(
-    index_ptr, weight_ptr, S, top_k, counts_ptr, num_blocks, totals_ptr, E,
-    token_row_ptr, row_token_ptr, row_weight_ptr, offsets_ptr,
-    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, max_tiles,
+def tile_kernel(
+    totals_ptr, E, S, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, max_tiles,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of BLOCK routed rows,): a stable counting sort; every program also writes its share of the tile map."""
-    block = tl.program_id(0)
+    """Grid (blocks of BLOCK row tiles,): offsets, and the tile map: a tile belongs to the first expert whose tiles end after it."""
     experts = tl.arange(0, BLOCK_E)
     totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
-    ends = tl.cumsum(totals, 0)
-    starts = ends - totals
+    starts = tl.cumsum(totals, 0) - totals
     tiles = (totals + BLOCK_M - 1) // BLOCK_M
     tile_ends = tl.cumsum(tiles, 0)
-
-    lane = tl.arange(0, BLOCK)
-    rows = block * BLOCK + lane
-    expert = tl.load(index_ptr + rows, mask=rows < S, other=-1).to(tl.int32)
-    earlier = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
-    rank = tl.sum(earlier.to(tl.int32), 1)
-    start = tl.sum(tl.where(expert[:, None] == experts[None, :], starts[None, :], 0), 1)
-    before = tl.load(counts_ptr + expert * num_blocks + block, mask=rows < S, other=0)
-    position = start + before + rank
-    tl.store(token_row_ptr + rows, position, mask=rows < S)
-    tl.store(row_token_ptr + position, rows // top_k, mask=rows < S)
-    tl.store(row_weight_ptr + position, tl.load(weight_ptr + rows, mask=rows < S, other=0.0).to(tl.float32), mask=rows < S)
-
-    # the tile map: tile i belongs to the first expert whose tiles end after i
-    for first in range(block * BLOCK, max_tiles, num_blocks * BLOCK):
-        tile = first + lane
-        owner = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)
-        mine = owner[:, None] == experts[None, :]
-        row = tl.sum(tl.where(mine, starts[None, :] - (tile_ends - tiles)[None, :] * BLOCK_M, 0), 1) + tile * BLOCK_M
-        used = (tile < max_tiles) & (owner < E)
-        tl.store(tile_expert_ptr + tile, owner, mask=used)
-        tl.store(tile_row_ptr + tile, row, mask=used)
-    if block == 0:
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    owner = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)
+    first_row = starts - (tile_ends - tiles) * BLOCK_M  # of the expert, less the rows that its first tile's number stands for
+    row = tl.sum(tl.where(owner[:, None] == experts[None, :], first_row[None, :], 0), 1) + tile * BLOCK_M
+    used = (tile < max_tiles) & (owner < E)
+    tl.store(tile_expert_ptr + tile, owner, mask=used)
+    tl.store(tile_row_ptr + tile, row, mask=used)
+    if tl.program_id(0) == 0:
         tl.store(offsets_ptr + experts, starts, mask=experts < E)
         tl.store(offsets_ptr + E, S)
         tl.store(num_tiles_ptr, tl.sum(tiles, 0))
+
+
+@triton.jit
+def place_kernel(
+    index_ptr, weight_ptr, S, top_k, counts_ptr, num_blocks, offsets_ptr, token_row_ptr, row_token_ptr, row_weight_ptr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of BLOCK routed rows,): a stable counting sort; counts (E, blocks) holds the rows in earlier blocks."""
+    block = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    rows = block * BLOCK + lane
+    mask = rows < S
+    expert = tl.load(index_ptr + rows, mask=mask, other=-1).to(tl.int32)
+    earlier = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
+    position = tl.sum(earlier.to(tl.int32), 1)
+    position += tl.load(counts_ptr + expert * num_blocks + block, mask=mask, other=0)
+    position += tl.load(offsets_ptr + expert, mask=mask, other=0)
+    tl.store(token_row_ptr + rows, position, mask=mask)
+    tl.store(row_token_ptr + position, rows // top_k, mask=mask)
+    tl.store(row_weight_ptr + position, tl.load(weight_ptr + rows, mask=mask, other=0.0).to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -181,14 +183,14 @@ def grouped_gemm_kernel(
     out_ptr, stride_om, out_segment,
     tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
     N, K, R, alpha,
-    SEGMENTS: tl.constexpr, GATHER: tl.constexpr, LORA: tl.constexpr,
+    SEGMENTS: tl.constexpr, JOINED: tl.constexpr, GATHER: tl.constexpr, LORA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (row tiles * SEGMENTS * column tiles,): out = alpha (A W_e^T + U L_e^T), one GEMM for all experts.
 
     A (rows, K), through row_token if GATHER; W (E, N, K) and L (E, N, R) with any strides. SEGMENTS = 2 does two products side by
     side (gate and up): segment i takes w{i}, l{i}, U + i * u_segment, columns of A from i * a_segment, and writes from out +
-    i * out_segment. LORA: "no"; "own" adds the segment's U L^T; "both" adds U_0 L_0^T + U_1 L_1^T (dx, to which gate and up add).
+    i * out_segment; JOINED does both in one tile, which must hold 2N columns. LORA: "no"; "own" adds the segment's U L^T; "both" adds U_0 L_0^T + U_1 L_1^T (dx, to which gate and up add).
     """
     column_tiles = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // (column_tiles * SEGMENTS)
@@ -213,8 +215,17 @@ def grouped_gemm_kernel(
         if segment == 1:
             w_ptr = w1_ptr
             l_ptr = l1_ptr
+    if JOINED:
+        second = columns // N
+        column_mask = second < 2
+        columns = columns % N
+        w_columns = tl.where(second == 0, w0_ptr, w1_ptr) + columns.to(tl.int64) * stride_wn
+        out_columns = second * out_segment + columns
+    else:
+        w_columns = w_ptr + columns.to(tl.int64) * stride_wn
+        out_columns = segment * out_segment + columns
     a = a_ptr + segment * a_segment + a_rows[:, None] * stride_am + ks[None, :]
-    w = w_ptr + expert * stride_we + columns[None, :].to(tl.int64) * stride_wn + ks[:, None] * stride_wk
+    w = w_columns[None, :] + (expert * stride_we + ks[:, None] * stride_wk)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         k_mask = k + ks < K
@@ -242,44 +253,32 @@ def grouped_gemm_kernel(
                     acc,
                     input_precision=PRECISION,
                 )
-    out = out_ptr + segment * out_segment + rows.to(tl.int64)[:, None] * stride_om + columns[None, :]
+    out = out_ptr + rows.to(tl.int64)[:, None] * stride_om + out_columns[None, :]
     tl.store(out, (acc * alpha).to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit
 def swiglu_kernel(
-    gate_up_ptr, a_ptr, gate_scale_ptr, up_scale_ptr, lora_A_ptr, v_ptr,
-    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, INTERMEDIATE, R, scaling,
-    DORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    gate_up_ptr, a_ptr, gate_scale_ptr, up_scale_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, INTERMEDIATE,
+    DORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles,): a = silu(gate) up and, while a is at hand, v = s a A2^T. gate_up (S, 2I), a (S, I), A2 (E, R, I), v (S, R)."""
+    """Grid (row tiles, column blocks of I): a (S, I) = silu(gate) up from gate_up (S, 2I), DoRA's scales (E, I) applied first."""
     tile = tl.program_id(0)
     if tile >= tl.load(num_tiles_ptr):
         return
     expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
     rows = tl.load(tile_row_ptr + tile) + tl.arange(0, BLOCK_M)
-    row_mask = rows < tl.load(offsets_ptr + expert + 1)
-    rows = rows.to(tl.int64)
-    rs = tl.arange(0, BLOCK_R)
-    v = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for start in range(0, INTERMEDIATE, BLOCK_I):
-        columns = start + tl.arange(0, BLOCK_I)
-        mask = row_mask[:, None] & (columns < INTERMEDIATE)[None, :]
-        offsets = rows[:, None] * (2 * INTERMEDIATE) + columns[None, :]
-        gate = tl.load(gate_up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gate_up_ptr + offsets + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
-        if DORA:
-            gate *= tl.load(gate_scale_ptr + expert * INTERMEDIATE + columns, mask=columns < INTERMEDIATE, other=0.0)[None, :]
-            up *= tl.load(up_scale_ptr + expert * INTERMEDIATE + columns, mask=columns < INTERMEDIATE, other=0.0)[None, :]
-        a = (gate * tl.sigmoid(gate) * up).to(a_ptr.dtype.element_ty)
-        tl.store(a_ptr + rows[:, None] * INTERMEDIATE + columns[None, :], a, mask=mask)
-        lora_A = tl.load(
-            lora_A_ptr + (expert * R + rs[None, :]) * INTERMEDIATE + columns[:, None],
-            mask=(rs < R)[None, :] & (columns < INTERMEDIATE)[:, None],
-            other=0.0,
-        )
-        v = tl.dot(a, lora_A, v, input_precision=PRECISION)
-    tl.store(v_ptr + rows[:, None] * R + rs[None, :], (v * scaling).to(v_ptr.dtype.element_ty), mask=row_mask[:, None] & (rs < R)[None, :])
+    columns = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    column_mask = columns < INTERMEDIATE
+    mask = (rows < tl.load(offsets_ptr + expert + 1))[:, None] & column_mask[None, :]
+    rows = rows.to(tl.int64)[:, None]
+    gate = tl.load(gate_up_ptr + rows * (2 * INTERMEDIATE) + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + rows * (2 * INTERMEDIATE) + INTERMEDIATE + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if DORA:
+        gate *= tl.load(gate_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
+        up *= tl.load(up_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
+    a = gate * tl.sigmoid(gate) * up
+    tl.store(a_ptr + rows * INTERMEDIATE + columns[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -307,8 +306,8 @@ def swiglu_backward_kernel(
     if DORA:
         gate_scale = tl.load(gate_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
         up_scale = tl.load(up_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
-        dgate_scale = tl.zeros((BLOCK_I,), dtype=tl.float32)
-        dup_scale = tl.zeros((BLOCK_I,), dtype=tl.float32)
+        dgate_scale = tl.zeros((BLOCK_S, BLOCK_I), dtype=tl.float32)  # summed over rows only once, at the end
+        dup_scale = tl.zeros((BLOCK_S, BLOCK_I), dtype=tl.float32)
     dtype: tl.constexpr = da_ptr.dtype.element_ty
     for start in range(first, last, BLOCK_S):
         rows = start + tl.arange(0, BLOCK_S)
@@ -337,8 +336,8 @@ def swiglu_backward_kernel(
         dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
         dup = da * silu
         if DORA:
-            dgate_scale += tl.sum(dgate * gate_before, 0)
-            dup_scale += tl.sum(dup * up_before, 0)
+            dgate_scale += dgate * gate_before
+            dup_scale += dup * up_before
             dgate *= gate_scale
             dup *= up_scale
         dgate = dgate.to(dtype)
@@ -355,21 +354,19 @@ def swiglu_backward_kernel(
     dA = (expert * R + rs[None, :]) * INTERMEDIATE + columns[:, None]
     tl.store(dA_down_ptr + dA, dA_down.to(dA_down_ptr.dtype.element_ty), mask=mask)
     if DORA:
-        tl.store(dgate_scale_ptr + expert * INTERMEDIATE + columns, dgate_scale, mask=column_mask)
-        tl.store(dup_scale_ptr + expert * INTERMEDIATE + columns, dup_scale, mask=column_mask)
+        tl.store(dgate_scale_ptr + expert * INTERMEDIATE + columns, tl.sum(dgate_scale, 0), mask=column_mask)
+        tl.store(dup_scale_ptr + expert * INTERMEDIATE + columns, tl.sum(dup_scale, 0), mask=column_mask)
 
 
 @triton.jit
 def lora_grad_kernel(
-    x_ptr, row_token_ptr, row_weight_ptr, y_ptr, y_segment, offsets_ptr,
-    d0_ptr, d1_ptr, stride_de, stride_dn, stride_dr, z_ptr, scale_ptr, dscale_ptr, N, R,
-    SEGMENTS: tl.constexpr, WEIGHTED: tl.constexpr, DORA: tl.constexpr,
+    x_ptr, row_token_ptr, row_weight_ptr, y_ptr, y_segment, offsets_ptr, d0_ptr, d1_ptr, stride_de, stride_dn, stride_dr, N, R,
+    SEGMENTS: tl.constexpr, WEIGHTED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks of N, E): d{i}_e = X_e^T Y_i, the gradient of an A or a B, X (T, N) gathered through row_token.
 
-    Y (SEGMENTS, S, R), its rows times row_weight if WEIGHTED; d{i} (E, N, R) with any strides. DORA, for the down projection, where
-    X is dout: also dscale (E, N) = sum of row_weight X z, and z (S, N) is overwritten with scale X, which takes X's place.
+    Y (SEGMENTS, S, R), its rows times row_weight if WEIGHTED; d{i} (E, N, R) with any strides.
     """
     expert = tl.program_id(1).to(tl.int64)
     first = tl.load(offsets_ptr + expert)
@@ -379,28 +376,17 @@ def lora_grad_kernel(
     rs = tl.arange(0, BLOCK_R)
     d0 = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     d1 = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    if DORA:
-        scale = tl.load(scale_ptr + expert * N + columns, mask=column_mask, other=0.0)[None, :]
-        dscale = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(first, last, BLOCK_S):
         rows = start + tl.arange(0, BLOCK_S)
         row_mask = rows < last
-        mask = row_mask[:, None] & column_mask[None, :]
         tokens = tl.load(row_token_ptr + rows, mask=row_mask, other=0).to(tl.int64)
-        x = tl.load(x_ptr + tokens[:, None] * N + columns[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + tokens[:, None] * N + columns[None, :], mask=row_mask[:, None] & column_mask[None, :], other=0.0)
         low_rank = rows.to(tl.int64)[:, None] * R + rs[None, :]
         low_rank_mask = row_mask[:, None] & (rs < R)[None, :]
         y = tl.load(y_ptr + low_rank, mask=low_rank_mask, other=0.0)
         if WEIGHTED:
             weight = tl.load(row_weight_ptr + rows, mask=row_mask, other=0.0)
             y = (y.to(tl.float32) * weight[:, None]).to(x.dtype)
-        if DORA:
-            z_tile = z_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
-            z = tl.load(z_tile, mask=mask, other=0.0).to(tl.float32)
-            x32 = x.to(tl.float32)
-            dscale += tl.sum(x32 * z * weight[:, None], 0)
-            x = (x32 * scale).to(x.dtype)
-            tl.store(z_tile, x, mask=mask)
         d0 = tl.dot(tl.trans(x), y, d0, input_precision=PRECISION)
         if SEGMENTS == 2:
             d1 = tl.dot(tl.trans(x), tl.load(y_ptr + y_segment + low_rank, mask=low_rank_mask, other=0.0), d1, input_precision=PRECISION)
@@ -409,8 +395,55 @@ def lora_grad_kernel(
     tl.store(d0_ptr + d, d0.to(d0_ptr.dtype.element_ty), mask=mask)
     if SEGMENTS == 2:
         tl.store(d1_ptr + d, d1.to(d1_ptr.dtype.element_ty), mask=mask)
-    if DORA:
-        tl.store(dscale_ptr + expert * N + columns, dscale, mask=column_mask)
+
+
+@triton.jit
+def dora_down_kernel(
+    dout_ptr, row_token_ptr, row_weight_ptr, v_ptr, y_ptr, scale_ptr, offsets_ptr, dB_ptr, dscale_ptr, N, R,
+    BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (column blocks of N = H, E): the start of DoRA's backward through the down projection, per unit of router weight.
+
+    y (S, N), saved without its scale, is overwritten with scale * dout, the gradient of W2 a + s B2 A2 a; also dB (E, N, R) = its
+    weighted product with v (S, R), and dscale (E, N) = sum of row_weight dout y. The next rows are loaded while these are worked on.
+    """
+    expert = tl.program_id(1).to(tl.int64)
+    first = tl.load(offsets_ptr + expert)
+    last = tl.load(offsets_ptr + expert + 1)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < N
+    rs = tl.arange(0, BLOCK_R)
+    scale = tl.load(scale_ptr + expert * N + columns, mask=column_mask, other=0.0)[None, :]
+    dscale = tl.zeros((BLOCK_S, BLOCK_N), dtype=tl.float32)
+    dB = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    rows = first + tl.arange(0, BLOCK_S)
+    mask = (rows < last)[:, None] & column_mask[None, :]
+    tokens = tl.load(row_token_ptr + rows, mask=rows < last, other=0).to(tl.int64)
+    next_dout = tl.load(dout_ptr + tokens[:, None] * N + columns[None, :], mask=mask, other=0.0)
+    next_y = tl.load(y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], mask=mask, other=0.0)
+    for start in range(first, last, BLOCK_S):
+        dout = next_dout.to(tl.float32)
+        y = next_y.to(tl.float32)
+        rows = start + BLOCK_S + tl.arange(0, BLOCK_S)
+        mask = (rows < last)[:, None] & column_mask[None, :]
+        tokens = tl.load(row_token_ptr + rows, mask=rows < last, other=0).to(tl.int64)
+        next_dout = tl.load(dout_ptr + tokens[:, None] * N + columns[None, :], mask=mask, other=0.0)
+        next_y = tl.load(y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], mask=mask, other=0.0)
+
+        rows = start + tl.arange(0, BLOCK_S)
+        row_mask = rows < last
+        weight = tl.load(row_weight_ptr + rows, mask=row_mask, other=0.0)[:, None]
+        v = tl.load(v_ptr + rows.to(tl.int64)[:, None] * R + rs[None, :], mask=row_mask[:, None] & (rs < R)[None, :], other=0.0)
+        dscale += dout * y * weight
+        dy = (dout * scale).to(v.dtype)
+        tl.store(y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], dy, mask=row_mask[:, None] & column_mask[None, :])
+        dB = tl.dot(tl.trans(dy), (v.to(tl.float32) * weight).to(v.dtype), dB, input_precision=PRECISION)
+    tl.store(
+        dB_ptr + (expert * N + columns[:, None]) * R + rs[None, :],
+        dB.to(dB_ptr.dtype.element_ty),
+        mask=column_mask[:, None] & (rs < R)[None, :],
+    )
+    tl.store(dscale_ptr + expert * N + columns, tl.sum(dscale, 0), mask=column_mask)
 
 
 @triton.jit
@@ -447,308 +480,261 @@ def router_grad_kernel(dw_ptr, token_row_ptr, out_ptr, S, BLOCKS: tl.constexpr, 
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# The same grouped GEMM for Hopper, in Gluon: one producer warpgroup keeps a ring of shared-memory stages full (bulk tensor copies for
-# weights and plain A, cp.async for gathered A), each consumer warpgroup multiplies its own 64 rows by the common BLOCK_N columns.
+# The same grouped GEMM for Hopper, in Gluon: tiles of 128 x 256, one program per multiprocessor. A producer warpgroup keeps a ring of
+# shared-memory stages full (bulk tensor copies for weights and plain A, cp.async for gathered A); two consumer warpgroups multiply 64
+# rows each by the common 256 columns and write their results out behind the next tile's products.
 # ------------------------------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
+def hopper_work(item, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH: gl.constexpr, GROUP: gl.constexpr):
+    """Expert, first row, first column and row limit of a work item. Up to GROUP row tiles of an expert go side by side through its
+    column tiles, so that programs that run together share weights: each weight is read from memory about once."""
+    tile = item // column_tiles
+    expert = gl.load(tile_expert_ptr + tile)
+    first = gl.load(offsets_ptr + expert)
+    last = gl.load(offsets_ptr + expert + 1)
+    index = (gl.load(tile_row_ptr + tile) - first) // 128
+    group = index // GROUP * GROUP
+    size = gl.minimum(gl.cdiv(last - first, 128) - group, GROUP)
+    local = item - (tile - index + group) * column_tiles
+    return expert, first + (group + local % size) * 128, local // size * WIDTH, last
+
+
+@gluon.jit
 def hopper_producer(
-    a_desc,
-    a_ptr,
-    stride_am,
-    row_token_ptr,
-    w_desc,
-    u_desc,
-    l0_desc,
-    l1_desc,
-    tile_expert_ptr,
-    tile_row_ptr,
-    num_tiles_ptr,
-    offsets_ptr,
-    a_smem,
-    w_smem,
-    full,
-    empty,
-    N,
-    K,
-    R,
-    w_rows,
-    l_rows,
-    S,
-    CONSUMERS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    STAGES: gl.constexpr,
-    GATHER: gl.constexpr,
-    K_MAJOR: gl.constexpr,
-    HALVES: gl.constexpr,
-    LORAS: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-    WARPS: gl.constexpr,
-):
-    column_tiles = gl.cdiv(N, BLOCK_N // HALVES)
+    a_desc, a_ptr, stride_am, row_token_ptr, w_desc, w_rows, u_desc, l0_desc, l1_desc, l_rows,
+    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, full, empty, N, K, R, S,
+    BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
+    LORAS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    WIDTH: gl.constexpr = 256 // HALVES
+    column_tiles = gl.cdiv(N, WIDTH)
     total = gl.load(num_tiles_ptr) * column_tiles
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
-    HALF: gl.constexpr = BLOCK_N // HALVES
-    A_BYTES: gl.constexpr = CONSUMERS * 64 * BLOCK_K * 2
-    W_BYTES: gl.constexpr = BLOCK_N * BLOCK_K * 2
-    L_BYTES: gl.constexpr = (CONSUMERS * 64 + BLOCK_N) * BLOCK_R * 2
+    programs = gl.num_programs(0)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    ks = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, layout)), 0)
+    item = gl.program_id(0)
+    expert, row, column, last = hopper_work(
+        gl.minimum(item, total - 1), column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP
+    )
+    if GATHER:
+        token0 = gl.load(row_token_ptr + row + lane, mask=row + lane < last, other=0)
+        token1 = gl.load(row_token_ptr + row + 64 + lane, mask=row + 64 + lane < last, other=0)
     step = 0
-    for item in range(gl.program_id(0), total, PROGRAMS):
-        tile = item // column_tiles
-        column = item % column_tiles * HALF
-        expert = gl.load(tile_expert_ptr + tile)
-        row = gl.load(tile_row_ptr + tile)
+    for item in range(gl.program_id(0), total, programs):
+        # the next item's coordinates are loaded while this one's copies are under way
+        next_item = gl.minimum(item + programs, total - 1)
+        next_expert, next_row, next_column, next_last = hopper_work(
+            next_item, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP
+        )
         if GATHER:
-            last = gl.load(offsets_ptr + expert + 1)
-            ks = gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout)), 0)
-            lane = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-            t0 = gl.load(row_token_ptr + row + lane, mask=row + lane < last, other=0)
-            a0 = a_ptr + gl.expand_dims(t0.to(gl.int64) * stride_am, 1) + ks
-            t1 = gl.load(row_token_ptr + row + 64 + lane, mask=row + 64 + lane < last, other=0)
-            a1 = a_ptr + gl.expand_dims(t1.to(gl.int64) * stride_am, 1) + ks
-            if CONSUMERS == 3:
-                t2 = gl.load(row_token_ptr + row + 128 + lane, mask=row + 128 + lane < last, other=0)
-                a2 = a_ptr + gl.expand_dims(t2.to(gl.int64) * stride_am, 1) + ks
-        for k in range(0, K, BLOCK_K):
+            a0 = a_ptr + gl.expand_dims(token0.to(gl.int64) * stride_am, 1) + ks
+            a1 = a_ptr + gl.expand_dims(token1.to(gl.int64) * stride_am, 1) + ks
+            mask0 = gl.expand_dims(row + lane < last, 1)
+            mask1 = gl.expand_dims(row + 64 + lane < last, 1)
+            token0 = gl.load(row_token_ptr + next_row + lane, mask=next_row + lane < next_last, other=0)
+            token1 = gl.load(row_token_ptr + next_row + 64 + lane, mask=next_row + 64 + lane < next_last, other=0)
+        for k in range(0, K, 64):
             slot = step % STAGES
             mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
             bar = full.index(slot)
             w = w_smem.index(slot)
             if GATHER:
-                mbarrier.expect(bar, W_BYTES)
+                mbarrier.expect(bar, 256 * 64 * 2)
             else:
-                mbarrier.expect(bar, W_BYTES + A_BYTES)
-                for c in gl.static_range(CONSUMERS):
-                    tma.async_copy_global_to_shared(a_desc, [row + 64 * c, k], bar, a_smem.index(slot * CONSUMERS + c))
+                mbarrier.expect(bar, (128 + 256) * 64 * 2)
+                tma.async_copy_global_to_shared(a_desc, [row, k], bar, a_smem.index(slot * 2))
+                tma.async_copy_global_to_shared(a_desc, [row + 64, k], bar, a_smem.index(slot * 2 + 1))
             if HALVES == 2:
-                tma.async_copy_global_to_shared(w_desc, [expert * w_rows + column, k], bar, w.slice(0, HALF))
-                tma.async_copy_global_to_shared(w_desc, [expert * w_rows + N + column, k], bar, w.slice(HALF, HALF))
+                tma.async_copy_global_to_shared(w_desc, [expert * w_rows + column, k], bar, w.slice(0, 128))
+                tma.async_copy_global_to_shared(w_desc, [expert * w_rows + N + column, k], bar, w.slice(128, 128))
             elif K_MAJOR:
                 tma.async_copy_global_to_shared(w_desc, [expert * w_rows + column, k], bar, w)
             else:
                 tma.async_copy_global_to_shared(w_desc, [expert * w_rows + k, column], bar, w)
             if GATHER:
-                async_copy.async_copy_global_to_shared(a_smem.index(slot * CONSUMERS), a0)
-                async_copy.async_copy_global_to_shared(a_smem.index(slot * CONSUMERS + 1), a1)
-                a0 += BLOCK_K
-                a1 += BLOCK_K
-                if CONSUMERS == 3:
-                    async_copy.async_copy_global_to_shared(a_smem.index(slot * CONSUMERS + 2), a2)
-                    a2 += BLOCK_K
+                async_copy.async_copy_global_to_shared(a_smem.index(slot * 2), a0, mask=mask0)
+                async_copy.async_copy_global_to_shared(a_smem.index(slot * 2 + 1), a1, mask=mask1)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
+                a0 += 64
+                a1 += 64
             step += 1
         for i in gl.static_range(LORAS):
             for r in range(0, R, BLOCK_R):
                 slot = step % STAGES
                 mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
                 bar = full.index(slot)
-                mbarrier.expect(bar, L_BYTES)
-                for c in gl.static_range(CONSUMERS):
-                    u = a_smem.index(slot * CONSUMERS + c)._reinterpret(gl.bfloat16, [64, BLOCK_R], u_desc.layout)
-                    # rows of U_1 follow those of U_0
-                    tma.async_copy_global_to_shared(u_desc, [i * S + row + 64 * c, r], bar, u)
+                mbarrier.expect(bar, (128 + 256) * BLOCK_R * 2)
+                for half in gl.static_range(2):
+                    u = a_smem.index(slot * 2 + half)._reinterpret(gl.bfloat16, [64, BLOCK_R], u_desc.layout)
+                    tma.async_copy_global_to_shared(u_desc, [i * S + row + 64 * half, r], bar, u)  # U_1's rows follow U_0's
                 desc = l0_desc if i == 0 else l1_desc
+                lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [256, BLOCK_R] if K_MAJOR else [BLOCK_R, 256], desc.layout)
                 if HALVES == 2:
-                    lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK_N, BLOCK_R], desc.layout)
-                    for h in gl.static_range(2):
-                        # the other half gets zeros: columns from R on lie outside the tensor
-                        tma.async_copy_global_to_shared(
-                            desc, [expert * l_rows + column, r if h == i else R], bar, lora.slice(h * HALF, HALF)
-                        )
+                    for half in gl.static_range(2):
+                        # gate's B for the gate half, zeros for the other: columns from R on lie outside the tensor
+                        start = r if half == i else R
+                        tma.async_copy_global_to_shared(desc, [expert * l_rows + column, start], bar, lora.slice(half * 128, 128))
                 elif K_MAJOR:
-                    lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK_N, BLOCK_R], desc.layout)
                     tma.async_copy_global_to_shared(desc, [expert * l_rows + column, r], bar, lora)
                 else:
-                    lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK_R, BLOCK_N], desc.layout)
                     tma.async_copy_global_to_shared(desc, [expert * l_rows + r, column], bar, lora)
                 if GATHER:
                     async_copy.mbarrier_arrive(bar, increment_count=False)
                 step += 1
+        expert, row, column, last = next_expert, next_row, next_column, next_last
+
+
+@gluon.jit
+def hopper_store(values, smem, desc, ptr, stride, row, column, last, limit):
+    """Write 64 x 64 values: by a bulk store that runs on behind, or row by row if some rows or columns are not the tile's."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    whole = (row + 64 <= last) & (column + 64 <= limit)
+    if whole:
+        tma.store_wait(1)  # the other buffer's store may still be reading
+    else:
+        tma.store_wait(0)
+    smem.store(values)
+    fence_async_shared()
+    if whole:
+        tma.async_copy_shared_to_global(desc, [row, column], smem)
+    else:
+        rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        columns = column + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+        pointers = ptr + gl.expand_dims(rows.to(gl.int64) * stride, 1) + gl.expand_dims(columns, 0)
+        gl.store(pointers, smem.load(layout), mask=gl.expand_dims(rows < last, 1) & gl.expand_dims(columns < limit, 0))
 
 
 @gluon.jit
 def hopper_consumer(
-    out_desc,
-    out_ptr,
-    stride_om,
-    tile_expert_ptr,
-    tile_row_ptr,
-    num_tiles_ptr,
-    offsets_ptr,
-    a_smem,
-    w_smem,
-    o_smem,
-    full,
-    empty,
-    N,
-    K,
-    R,
-    WHO: gl.constexpr,
-    CONSUMERS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    STAGES: gl.constexpr,
-    GATHER: gl.constexpr,
-    K_MAJOR: gl.constexpr,
-    HALVES: gl.constexpr,
-    LORAS: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-    O_BUFFERS: gl.constexpr,
-    INSTR_N: gl.constexpr,
-):
-    HALF: gl.constexpr = BLOCK_N // HALVES
-    column_tiles = gl.cdiv(N, HALF)
+    out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
+    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, N, K, R, WHO: gl.constexpr,
+    BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
+    LORAS: gl.constexpr, GROUP: gl.constexpr, DORA: gl.constexpr,
+):  # fmt: skip
+    WIDTH: gl.constexpr = 256 // HALVES
+    column_tiles = gl.cdiv(N, WIDTH)
     total = gl.load(num_tiles_ptr) * column_tiles
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, INSTR_N, 16])
-    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    PIECE: gl.constexpr = 64
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
     u_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_R], gl.bfloat16)
-    l_shape: gl.constexpr = [BLOCK_N, BLOCK_R] if K_MAJOR else [BLOCK_R, BLOCK_N]
+    l_shape: gl.constexpr = [256, BLOCK_R] if K_MAJOR else [BLOCK_R, 256]
     l_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(l_shape, gl.bfloat16)
-    steps = gl.cdiv(K, BLOCK_K)
+    o0 = o_smem.index(2 * WHO)
+    o1 = o_smem.index(2 * WHO + 1)
+    steps = gl.cdiv(K, 64)
+    lora_steps = LORAS * gl.cdiv(R, BLOCK_R)
     step = 0
-    for item in range(gl.program_id(0), total, PROGRAMS):
-        tile = item // column_tiles
-        column = item % column_tiles * HALF
-        row = gl.load(tile_row_ptr + tile) + 64 * WHO
-        last = gl.load(offsets_ptr + gl.load(tile_expert_ptr + tile) + 1)
-        acc = gl.zeros((64, BLOCK_N), gl.float32, acc_layout)
-        for k in range(steps):
-            slot = step % STAGES
-            mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-            if GATHER:
-                fence_async_shared()
-            w = w_smem.index(slot)
-            if K_MAJOR:
-                w = w.permute((1, 0))
-            acc = warpgroup_mma(a_smem.index(slot * CONSUMERS + WHO), w, acc, is_async=True)
-            acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-            if k > 0:
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-            step += 1
-        for _i in gl.static_range(LORAS):
-            for _r in range(0, R, BLOCK_R):
+    for item in range(gl.program_id(0), total, gl.num_programs(0)):
+        expert, row, column, last = hopper_work(item, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP)
+        row += 64 * WHO
+        if row >= last:
+            # an expert's last tile with nothing in these 64 rows: only hand the stages back
+            for _k in range(steps + lora_steps):
+                mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+                mbarrier.arrive(empty.index(step % STAGES), count=1)
+                step += 1
+        else:
+            acc = gl.zeros((64, 256), gl.float32, acc_layout)
+            for k in range(steps):
                 slot = step % STAGES
                 mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-                u = a_smem.index(slot * CONSUMERS + WHO)._reinterpret(gl.bfloat16, [64, BLOCK_R], u_layout)
+                if GATHER:
+                    fence_async_shared()
+                w = w_smem.index(slot)
                 if K_MAJOR:
-                    lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK_N, BLOCK_R], l_layout).permute((1, 0))
-                else:
-                    lora = w_smem.index(slot)._reinterpret(gl.bfloat16, [BLOCK_R, BLOCK_N], l_layout)
+                    w = w.permute((1, 0))
+                acc = warpgroup_mma(a_smem.index(slot * 2 + WHO), w, acc, is_async=True)
+                acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+                if k > 0:
+                    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+                step += 1
+            for _k in range(lora_steps):
+                slot = step % STAGES
+                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+                u = a_smem.index(slot * 2 + WHO)._reinterpret(gl.bfloat16, [64, BLOCK_R], u_layout)
+                lora = w_smem.index(slot)._reinterpret(gl.bfloat16, l_shape, l_layout)
+                if K_MAJOR:
+                    lora = lora.permute((1, 0))
                 acc = warpgroup_mma(u, lora, acc, is_async=True)
                 acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
                 mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
                 step += 1
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
 
-        # through shared memory, 128 columns at a time: a bulk store if all 64 rows are the expert's, masked row stores if not
-        left, right = acc.to(gl.bfloat16).reshape([64, 2, BLOCK_N // 2]).permute(0, 2, 1).split()
-        for part in gl.static_range(2):
-            o = o_smem.index(WHO * O_BUFFERS + part % O_BUFFERS)
-            if part % O_BUFFERS == 0:
-                tma.store_wait(0)
-            if part == 0:
-                o.store(left)
+            left, right = acc.to(gl.bfloat16).reshape([64, 2, 128]).permute(0, 2, 1).split()
+            left0, left1 = left.reshape([64, 2, 64]).permute(0, 2, 1).split()
+            right0, right1 = right.reshape([64, 2, 64]).permute(0, 2, 1).split()
+            if HALVES == 2:
+                hopper_store(left0, o0, out_desc, out_ptr, stride_om, row, column, last, N)
+                hopper_store(left1, o1, out_desc, out_ptr, stride_om, row, column + 64, last, N)
+                hopper_store(right0, o0, out_desc, out_ptr, stride_om, row, N + column, last, 2 * N)
+                hopper_store(right1, o1, out_desc, out_ptr, stride_om, row, N + column + 64, last, 2 * N)
+                act0 = hopper_swiglu(left0, right0, scale0_ptr, scale1_ptr, expert * N + column, DORA)
+                hopper_store(act0, o0, act_desc, act_ptr, N, row, column, last, N)
+                act1 = hopper_swiglu(left1, right1, scale0_ptr, scale1_ptr, expert * N + column + 64, DORA)
+                hopper_store(act1, o1, act_desc, act_ptr, N, row, column + 64, last, N)
             else:
-                o.store(right)
-            start = column + part * (N if HALVES == 2 else BLOCK_N // 2)
-            fence_async_shared()
-            if row + 64 <= last:
-                tma.async_copy_shared_to_global(out_desc, [row, start], o)
-            elif row < last:
-                rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, row_layout))
-                for piece in gl.static_range(BLOCK_N // 2 // PIECE):
-                    values = o.slice(piece * PIECE, PIECE, dim=1).load(row_layout)
-                    columns = piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, row_layout))
-                    limit = N - column if HALVES == 2 else N - start
-                    pointers = out_ptr + gl.expand_dims(rows.to(gl.int64) * stride_om + start, 1) + gl.expand_dims(columns, 0)
-                    gl.store(pointers, values, mask=gl.expand_dims(rows < last, 1) & gl.expand_dims(columns < limit, 0))
+                hopper_store(left0, o0, out_desc, out_ptr, stride_om, row, column, last, N)
+                hopper_store(left1, o1, out_desc, out_ptr, stride_om, row, column + 64, last, N)
+                hopper_store(right0, o0, out_desc, out_ptr, stride_om, row, column + 128, last, N)
+                hopper_store(right1, o1, out_desc, out_ptr, stride_om, row, column + 192, last, N)
     tma.store_wait(0)
 
 
 @gluon.jit
+def hopper_swiglu(gate, up, gate_scale_ptr, up_scale_ptr, offset, DORA: gl.constexpr):
+    """silu(gate) up, of 64 x 64 values, DoRA's scales (per column, from `offset`) applied first."""
+    gate = gate.to(gl.float32)
+    up = up.to(gl.float32)
+    if DORA:
+        columns = gl.arange(0, 64, layout=gl.SliceLayout(0, gate.type.layout))
+        gate *= gl.expand_dims(gl.load(gate_scale_ptr + offset + columns), 0)
+        up *= gl.expand_dims(gl.load(up_scale_ptr + offset + columns), 0)
+    return (gate / (1.0 + gl.exp(-gate)) * up).to(gl.bfloat16)
+
+
+@gluon.jit
 def hopper_gemm_kernel(
-    a_desc,
-    a_ptr,
-    stride_am,
-    row_token_ptr,
-    w_desc,
-    u_desc,
-    l0_desc,
-    l1_desc,
-    out_desc,
-    out_ptr,
-    stride_om,
-    tile_expert_ptr,
-    tile_row_ptr,
-    num_tiles_ptr,
-    offsets_ptr,
-    N,
-    K,
-    R,
-    w_rows,
-    l_rows,
-    S,
-    CONSUMERS: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    BLOCK_R: gl.constexpr,
-    STAGES: gl.constexpr,
-    GATHER: gl.constexpr,
-    K_MAJOR: gl.constexpr,
-    HALVES: gl.constexpr,
-    LORAS: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-    PRODUCER_WARPS: gl.constexpr,
-    REGISTERS: gl.constexpr,
-    O_BUFFERS: gl.constexpr,
-    INSTR_N: gl.constexpr,
-):
-    w_shape: gl.constexpr = [BLOCK_N, BLOCK_K] if K_MAJOR else [BLOCK_K, BLOCK_N]
-    a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_K], gl.bfloat16)
+    a_desc, a_ptr, stride_am, row_token_ptr, w_desc, w_rows, u_desc, l0_desc, l1_desc, l_rows,
+    out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
+    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, N, K, R, S,
+    BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
+    LORAS: gl.constexpr, GROUP: gl.constexpr, DORA: gl.constexpr,
+):  # fmt: skip
+    """Grid (multiprocessors,): grouped_gemm_kernel's out = A W_e^T + U L_e^T, every operand a 2-D matrix with experts stacked by rows.
+
+    w_desc: (E * w_rows, K) if K_MAJOR, else K rows of N columns per expert; l_desc likewise with R for K. HALVES = 2: columns n of gate
+    and of up (N rows further down in W) make one tile, out is (S, 2N), and act (S, N) = silu(gate) up is written too.
+    """
+    w_shape: gl.constexpr = [256, 64] if K_MAJOR else [64, 256]
+    a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
     w_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(w_shape, gl.bfloat16)
-    o_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_N // 2], gl.bfloat16)
-    a_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES * CONSUMERS, 64, BLOCK_K], a_layout)
+    a_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, 64, 64], a_layout)
     w_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, w_shape[0], w_shape[1]], w_layout)
-    o_smem = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS * O_BUFFERS, 64, BLOCK_N // 2], o_layout)
+    o_smem = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 64], a_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + 32 * PRODUCER_WARPS if GATHER else 1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
+        mbarrier.init(full.index(i), count=129 if GATHER else 1)  # every producer thread reports its own cp.async copies
+        mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (hopper_consumer, (out_desc, out_ptr, stride_om, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
-             a_smem, w_smem, o_smem, full, empty, N, K, R, 0,
-             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, O_BUFFERS, INSTR_N)),
-            (hopper_consumer, (out_desc, out_ptr, stride_om, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
-             a_smem, w_smem, o_smem, full, empty, N, K, R, 1,
-             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, O_BUFFERS, INSTR_N)),
-            (hopper_producer, (a_desc, a_ptr, stride_am, row_token_ptr, w_desc, u_desc, l0_desc, l1_desc, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
-             a_smem, w_smem, full, empty, N, K, R, w_rows, l_rows, S,
-             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, PRODUCER_WARPS)),
-        ], [4, PRODUCER_WARPS], [REGISTERS, 40])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (hopper_consumer, (out_desc, out_ptr, stride_om, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
-             a_smem, w_smem, o_smem, full, empty, N, K, R, 0,
-             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, O_BUFFERS, INSTR_N)),
-            (hopper_consumer, (out_desc, out_ptr, stride_om, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
-             a_smem, w_smem, o_smem, full, empty, N, K, R, 1,
-             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, O_BUFFERS, INSTR_N)),
-            (hopper_consumer, (out_desc, out_ptr, stride_om, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
-             a_smem, w_smem, o_smem, full, empty, N, K, R, 2,
-             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, O_BUFFERS, INSTR_N)),
-            (hopper_producer, (a_desc, a_ptr, stride_am, row_token_ptr, w_desc, u_desc, l0_desc, l1_desc, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr,
-             a_smem, w_smem, full, empty, N, K, R, w_rows, l_rows, S,
-             CONSUMERS, BLOCK_N, BLOCK_K, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, PROGRAMS, PRODUCER_WARPS)),
-        ], [4, 4, PRODUCER_WARPS], [REGISTERS, REGISTERS, 32])  # fmt: skip
+    gl.warp_specialize([
+        (hopper_consumer, (
+            out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
+            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, N, K, R, 0,
+            BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP, DORA)),
+        (hopper_consumer, (
+            out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
+            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, N, K, R, 1,
+            BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP, DORA)),
+        (hopper_producer, (
+            a_desc, a_ptr, stride_am, row_token_ptr, w_desc, w_rows, u_desc, l0_desc, l1_desc, l_rows,
+            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, full, empty, N, K, R, S,
+            BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP)),
+    ], [4, 4], [224, 64])  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -762,18 +748,19 @@ class Tiles:
 
     block_m: int = 128
     wide: tuple = (128, 64, 8, 3)  # BLOCK_N, BLOCK_K, warps, stages: gate_up, down, da, dx
-    narrow: tuple = (64, 4, 3)  # BLOCK_K, warps, stages: u, dv, du, whose N is the LoRA rank
-    swiglu: tuple = (64, 4, 2)  # BLOCK_I, warps, stages
-    swiglu_backward: tuple = (32, 64, 4, 2)  # BLOCK_S, BLOCK_I, warps, stages
-    lora_grad: tuple = (64, 128, 4, 3)  # BLOCK_S, BLOCK_N, warps, stages
-    combine: int = 1024
-    sort: int = 256
-    hopper: tuple | None = None  # consumers, stages, output buffers, columns of one instruction, producer warps of hopper_gemm_kernel
+    narrow: tuple = (64, 8, 3)  # BLOCK_K, warps, stages: u, v, dv, du, whose N is the LoRA rank
+    swiglu: tuple = (64, 8)  # BLOCK_I, warps
+    swiglu_backward: tuple = (16, 64, 4, 4)  # BLOCK_S, BLOCK_I, warps, stages
+    lora_grad: tuple = (64, 128, 4, 4)  # BLOCK_S, BLOCK_N, warps, stages
+    dora_down: tuple = (16, 128, 4)  # BLOCK_S, BLOCK_N, warps
+    combine: int = 512
+    sort: int = 128
+    hopper: tuple | None = None  # stages, row tiles that share weights
 
 
 AMPERE = Tiles()
-HOPPER = Tiles(hopper=(2, 4, 1, 256, 4))
-INTERPRETER = Tiles(16, (16, 16, 4, 1), (16, 4, 1), (16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), 32, 32)
+HOPPER = Tiles(hopper=(4, 16))
+INTERPRETER = Tiles(16, (16, 16, 4, 1), (16, 4, 1), (16, 4), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4), 32, 32)
 
 
 def tiles_for(device):
@@ -798,7 +785,7 @@ class Routing(NamedTuple):
 
 
 def route(top_k_index, top_k_weights, num_experts, tiles):
-    """Sort the routed rows by expert, stably, in three small kernels and without the host ever learning a count."""
+    """Sort the routed rows by expert, stably, in four tiny kernels; the host never learns a count."""
     index, weight = top_k_index.contiguous(), top_k_weights.contiguous()
     S, top_k, device = index.numel(), index.shape[1], index.device
     num_blocks, max_tiles = triton.cdiv(S, tiles.sort), S // tiles.block_m + num_experts
@@ -809,10 +796,11 @@ def route(top_k_index, top_k_weights, num_experts, tiles):
     row_weight = torch.empty(S, dtype=torch.float32, device=device)
     count_kernel[(num_blocks,)](index, S, counts, num_blocks, num_experts, BLOCK=tiles.sort, BLOCK_E=block_e)
     scan_kernel[(num_experts,)](counts, num_blocks, totals, BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)))
+    tile_kernel[(triton.cdiv(max_tiles, 64),)](
+        totals, num_experts, S, offsets, tile_expert, tile_row, num_tiles, max_tiles, BLOCK_M=tiles.block_m, BLOCK=64, BLOCK_E=block_e
+    )
     place_kernel[(num_blocks,)](
-        index, weight, S, top_k, counts, num_blocks, totals, num_experts,
-        token_row, row_token, row_weight, offsets, tile_expert, tile_row, num_tiles, max_tiles,
-        BLOCK_M=tiles.block_m, BLOCK=tiles.sort, BLOCK_E=block_e, num_warps=8,
+        index, weight, S, top_k, counts, num_blocks, offsets, token_row, row_token, row_weight, BLOCK=tiles.sort
     )  # fmt: skip
     return Routing(index, weight, token_row, row_token, row_weight, offsets, tile_expert, tile_row, num_tiles)
 
@@ -825,6 +813,11 @@ def rank_block(r):
     return max(16, triton.next_power_of_2(r))
 
 
+def columns_beside(r, block):
+    """`block` columns, fewer if the rank is so large that accumulators of block x r would not stay in registers."""
+    return max(16, block * 64 // max(64, rank_block(r)))
+
+
 def grouped_gemm(a, weights, out, routing, tiles, *, gather=False, lora=None, both=False, alpha=1.0):
     """out = alpha (A W_e^T + U L_e^T) over all experts; see grouped_gemm_kernel.
 
@@ -833,60 +826,82 @@ def grouped_gemm(a, weights, out, routing, tiles, *, gather=False, lora=None, bo
     """
     E, N, K = weights[0].shape
     segments = len(weights)
-    S = routing.row_token.numel()
     u, ls = lora if lora is not None else (a, weights[:1])
-    narrow = N <= 128 and lora is None
-    block_n, block_k, warps, stages = (rank_block(N), *tiles.narrow) if narrow else tiles.wide
     r = ls[0].shape[2]
-    # bulk copies want rows of whole 16-byte units; the ring has no masks along K
-    if tiles.hopper and lora is not None and a.dtype == torch.bfloat16 and K % 64 == 0 and N % 128 == 0 and r % 8 == 0:
-        return hopper_gemm(a, weights, out, routing, tiles, gather, u, ls)
-    out_segment = 0 if segments == 1 else out.stride(0) if out.dim() == 3 else N
-    grouped_gemm_kernel[(routing.tile_expert.numel() * segments * triton.cdiv(N, block_n),)](
-        a, a.stride(0), K if a.shape[1] == segments * K and segments > 1 else 0, routing.row_token,
+    own_halves = segments == 2 and a.shape[1] == 2 * K
+    narrow = lora is None and N <= 128
+    joined = narrow and segments == 2 and not own_halves and N <= 64
+    block_n, block_k, warps, stages = (rank_block(2 * N if joined else N), *tiles.narrow) if narrow else tiles.wide
+    grid_segments = 1 if joined else segments
+    grouped_gemm_kernel[(routing.tile_expert.numel() * grid_segments * triton.cdiv(N, block_n),)](
+        a, a.stride(0), K if own_halves else 0, routing.row_token,
         weights[0], weights[-1], *weights[0].stride(),
-        u, S * r, ls[0], ls[-1], *ls[0].stride(),
-        out, out.stride(-2), out_segment,
+        u, routing.row_token.numel() * r, ls[0], ls[-1], *ls[0].stride(),
+        out, out.stride(-2), 0 if segments == 1 else out.stride(0) if out.dim() == 3 else N,
         routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets,
         N, K, r, alpha,
-        SEGMENTS=segments, GATHER=gather, LORA="no" if lora is None else "both" if both else "own",
+        SEGMENTS=grid_segments, JOINED=joined, GATHER=gather, LORA="no" if lora is None else "both" if both else "own",
         BLOCK_M=tiles.block_m, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=min(64, rank_block(r)), PRECISION=precision_of(a.dtype),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 
 
-def hopper_gemm(a, weights, out, routing, tiles, gather, u, loras):
-    """grouped_gemm's work by hopper_gemm_kernel: two weights (gate, up) are two halves of each column tile."""
-    consumers, stages, o_buffers, instr_n, producer_warps = tiles.hopper
-    E, N, K = weights[0].shape
-    halves, r, block_n, block_k = len(weights), loras[0].shape[2], 256, 64
+def hopper_gemm(a, weight, out, routing, tiles, *, gather=False, lora, act=None, scales=None):
+    """out (S, N) = A W_e^T + U L_e^T by hopper_gemm_kernel. weight, and each of lora's, an (E, N, K) view with K or N contiguous.
+
+    act (S, N): weight is the whole gate_up_proj, out (S, 2N), lora has gate's and up's B, and act becomes silu(gate) up, after DoRA's
+    scales (gate's and up's (E, N)) if given.
+    """
+    u, loras = lora
+    stages, group = tiles.hopper
+    halves = 1 if act is None else 2
+    E, N, K = weight.shape[0], weight.shape[1] // halves, weight.shape[2]
+    r = loras[0].shape[2]
     block_r = min(64, rank_block(r))
-    k_major = weights[0].stride(2) == 1
+    k_major = weight.stride(2) == 1
 
     def descriptor(tensor, block):
-        return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
+        return TensorDescriptor.from_tensor(tensor, block, shared_layout(*block))
 
-    def stacked(view, inner):
-        """(E, N, inner) view -> its descriptor as one matrix, experts stacked along the rows, and the rows from expert to expert."""
-        row_stride = view.stride(1) if k_major else view.stride(2)
-        rows = view.stride(0) // row_stride
-        shape = ((E - 1) * rows + (N * halves if view is weights[0] and k_major else N if k_major else inner), inner if k_major else N)
-        matrix = view.as_strided(shape, (row_stride, 1))
-        block = block_k if view is weights[0] else block_r
-        return descriptor(matrix, [block_n // halves, block] if k_major else [block, block_n]), rows
+    def stacked(view, block_inner):
+        """(E, N, inner) view -> a descriptor of it as one matrix, experts stacked along the rows, and the rows from expert to expert."""
+        rows, columns, row_stride = (1, 2, view.stride(1)) if k_major else (2, 1, view.stride(2))
+        pitch = view.stride(0) // row_stride
+        matrix = view.as_strided(((E - 1) * pitch + view.shape[rows], view.shape[columns]), (row_stride, 1))
+        return descriptor(matrix, [256 // halves, block_inner] if k_major else [block_inner, 256]), pitch
 
-    w_desc, w_rows = stacked(weights[0], K)
-    lora_descs = [stacked(view, r) for view in loras]
-    hopper_gemm_kernel[(torch.cuda.get_device_properties(a.device).multi_processor_count,)](
-        descriptor(a, [64, block_k]), a, a.stride(0), routing.row_token, w_desc,
-        descriptor(u.view(-1, r), [64, block_r]), lora_descs[0][0], lora_descs[-1][0], descriptor(out, [64, block_n // 2]), out, out.stride(0),
-        routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, N, K, r, w_rows, lora_descs[0][1], out.shape[0],
-        CONSUMERS=consumers, BLOCK_N=block_n, BLOCK_K=block_k, BLOCK_R=block_r, STAGES=stages, GATHER=gather, K_MAJOR=k_major,
-        HALVES=halves, LORAS=len(loras), PROGRAMS=torch.cuda.get_device_properties(a.device).multi_processor_count,
-        PRODUCER_WARPS=producer_warps, REGISTERS=232 if consumers == 2 else 160, O_BUFFERS=o_buffers, INSTR_N=instr_n, num_warps=4,
+    w_desc, w_rows = stacked(weight, 64)
+    lora_descs = [stacked(view, block_r) for view in loras]
+    out_desc = descriptor(out, [64, 64])
+    act, act_desc = (out, out_desc) if act is None else (act, descriptor(act, [64, 64]))
+    gate_scale, up_scale = scales if scales is not None else (out, out)
+    hopper_gemm_kernel[(multiprocessors(a.device.index),)](
+        descriptor(a, [64, 64]), a, a.stride(0), routing.row_token, w_desc, w_rows,
+        descriptor(u.view(-1, r), [64, block_r]), lora_descs[0][0], lora_descs[-1][0], lora_descs[0][1],
+        out_desc, out, out.stride(0), act_desc, act, gate_scale, up_scale,
+        routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, N, K, r, out.shape[0],
+        BLOCK_R=block_r, STAGES=stages, GATHER=gather, K_MAJOR=k_major, HALVES=halves, LORAS=len(loras), GROUP=group,
+        DORA=scales is not None, num_warps=4,
     )  # fmt: skip
     return out
+
+
+@lru_cache
+def shared_layout(rows, columns):
+    """The swizzled shared-memory layout that bulk copies and the tensor cores agree on; cached because making one is slow."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+
+
+@lru_cache
+def multiprocessors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_hopper(x, p, tiles):
+    """Whether hopper_gemm can take the block's GEMMs: bulk copies want rows of whole 16-byte units, and its ring has no masks along K."""
+    H, I, r = p.down.shape[1], p.down.shape[2], p.gate_A.shape[1]  # noqa: E741
+    return tiles.hopper is not None and x.dtype == torch.bfloat16 and H % 64 == 0 and I % 128 == 0 and r % 8 == 0
 
 
 def combine(y, routing, out, weighted, scale=None):
@@ -924,46 +939,54 @@ class Block(NamedTuple):
 
 
 def compute_gate_up(x, p, routing, tiles):
-    """GEMMs 1 and 2: u (2, S, r) = s x A1^T and gate_up (S, 2I) = x W1^T + u B1^T, DoRA's scale not yet applied."""
+    """u (2, S, r) = s x A1^T; gate_up (S, 2I) = x W1^T + u B1^T, DoRA's scale not yet applied; a (S, I) = silu(gate) up."""
     S, r, I = routing.row_token.numel(), p.gate_A.shape[1], p.down.shape[2]  # noqa: E741
     u = grouped_gemm(x, [p.gate_A, p.up_A], x.new_empty(2, S, r), routing, tiles, gather=True, alpha=p.scaling)
-    halves = [p.gate_up[:, :I], p.gate_up[:, I:]]
-    gate_up = grouped_gemm(x, halves, x.new_empty(S, 2 * I), routing, tiles, gather=True, lora=(u, [p.gate_B, p.up_B]))
-    return u, gate_up
-
-
-def compute_activation(gate_up, p, routing, tiles):
-    """a (S, I) = silu(gate) up and GEMM 3: v (S, r) = s a A2^T."""
-    S, r, I = gate_up.shape[0], p.down_A.shape[1], p.down.shape[2]  # noqa: E741
-    a, v = gate_up.new_empty(S, I), gate_up.new_empty(S, r)
-    block_i, warps, stages = tiles.swiglu
-    dora = p.gate_scale is not None
-    swiglu_kernel[(routing.tile_expert.numel(),)](
-        gate_up, a, p.gate_scale if dora else gate_up, p.up_scale if dora else gate_up, p.down_A, v,
-        routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, I, r, p.scaling,
-        DORA=dora, BLOCK_M=tiles.block_m, BLOCK_I=block_i, BLOCK_R=rank_block(r), PRECISION=precision_of(a.dtype),
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return a, v
+    gate_up, a = x.new_empty(S, 2 * I), x.new_empty(S, I)
+    lora = (u, [p.gate_B, p.up_B])
+    if on_hopper(x, p, tiles):
+        scales = None if p.gate_scale is None else (p.gate_scale, p.up_scale)
+        hopper_gemm(x, p.gate_up, gate_up, routing, tiles, gather=True, lora=lora, act=a, scales=scales)
+    else:
+        grouped_gemm(x, [p.gate_up[:, :I], p.gate_up[:, I:]], gate_up, routing, tiles, gather=True, lora=lora)
+        dora, (block_i, warps) = p.gate_scale is not None, tiles.swiglu
+        swiglu_kernel[(routing.tile_expert.numel(), triton.cdiv(I, block_i))](
+            gate_up, a, p.gate_scale if dora else a, p.up_scale if dora else a,
+            routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, I,
+            DORA=dora, BLOCK_M=tiles.block_m, BLOCK_I=block_i, num_warps=warps,
+        )  # fmt: skip
+    return u, gate_up, a
 
 
 def compute_down(a, v, p, routing, tiles, columns=slice(None)):
-    """GEMM 4: y (S, columns of H) = a W2^T + v B2^T, DoRA's scale not yet applied."""
-    weight = p.down[:, columns]
-    return grouped_gemm(
-        a, [weight], a.new_empty(a.shape[0], weight.shape[1]), routing, tiles, lora=(v.unsqueeze(0), [p.down_B[:, columns]])
-    )
+    """y (S, columns of H) = a W2^T + v B2^T, DoRA's scale not yet applied."""
+    weight, lora = p.down[:, columns], (v.unsqueeze(0), [p.down_B[:, columns]])
+    y = a.new_empty(a.shape[0], weight.shape[1])
+    if on_hopper(a, p, tiles):
+        return hopper_gemm(a, weight, y, routing, tiles, lora=lora)
+    return grouped_gemm(a, [weight], y, routing, tiles, lora=lora)
 
 
-def lora_grad(x, y, d, routing, tiles, weighted=False, dora=None):
-    """d{i} (E, N, r view) = X^T Y_i with X (T, N) gathered; dora = (z (S, N), scale (E, N), dscale (E, N)): see lora_grad_kernel."""
+def lora_grad(x, y, d, routing, tiles, weighted=False):
+    """d{i} (E, N, r), any strides, = X^T Y_i with X (T, N) gathered, Y (segments, S, r), its rows times the router weights if weighted."""
     E, N, r = d[0].shape
     block_s, block_n, warps, stages = tiles.lora_grad
-    z, scale, dscale = dora if dora is not None else (x, x, x)
+    block_n = columns_beside(r, block_n)
     lora_grad_kernel[(triton.cdiv(N, block_n), E)](
-        x, routing.row_token, routing.row_weight, y, y.stride(0), routing.offsets, d[0], d[-1], *d[0].stride(), z, scale, dscale, N, r,
-        SEGMENTS=len(d), WEIGHTED=weighted, DORA=dora is not None,
+        x, routing.row_token, routing.row_weight, y, y.stride(0), routing.offsets, d[0], d[-1], *d[0].stride(), N, r,
+        SEGMENTS=len(d), WEIGHTED=weighted,
         BLOCK_S=block_s, BLOCK_N=block_n, BLOCK_R=rank_block(r), PRECISION=precision_of(x.dtype), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def dora_down(dout, v, y, scale, dB, dscale, routing, tiles):
+    """dB (E, H, r) and dscale (E, H); y (S, H) becomes scale * dout of each row's token: see dora_down_kernel."""
+    E, H, r = dB.shape
+    block_s, block_n, warps = tiles.dora_down
+    block_n = columns_beside(r, block_n)
+    dora_down_kernel[(triton.cdiv(H, block_n), E)](
+        dout, routing.row_token, routing.row_weight, v, y, scale, routing.offsets, dB, dscale, H, r,
+        BLOCK_S=block_s, BLOCK_N=block_n, BLOCK_R=rank_block(r), PRECISION=precision_of(dout.dtype), num_warps=warps,
     )  # fmt: skip
 
 
@@ -976,19 +999,21 @@ class FusedExperts(torch.autograd.Function):
         x = x.contiguous()
         tiles = tiles_for(x.device)
         adapters = [t.to(x.dtype).contiguous() for t in (gate_A, gate_B, up_A, up_B, down_A, down_B)]
-        p = Block(gate_up_proj, down_proj, *adapters, gate_scale, up_scale, down_scale, scaling)
+        scales = [None if t is None else t.float().contiguous() for t in (gate_scale, up_scale, down_scale)]
+        p = Block(gate_up_proj, down_proj, *adapters, *scales, scaling)
         routing = route(top_k_index, top_k_weights, gate_up_proj.shape[0], tiles)
-        u, gate_up = compute_gate_up(x, p, routing, tiles)
-        a, v = compute_activation(gate_up, p, routing, tiles)
+        u, gate_up, a = compute_gate_up(x, p, routing, tiles)
+        v = grouped_gemm(a, [p.down_A], x.new_empty(a.shape[0], p.down_A.shape[1]), routing, tiles, alpha=scaling)
         if mode == "frugal" or not any(ctx.needs_input_grad):
             gate_up = None
         out, y = torch.empty_like(x), None
-        if down_scale is None:
+        if p.down_scale is None:
             for columns in column_slices(x.shape[1], H_SLICES):
                 combine(compute_down(a, v, p, routing, tiles, columns), routing, out[:, columns], weighted=True)
         else:
             y = compute_down(a, v, p, routing, tiles)
-            combine(y, routing, out, weighted=True, scale=down_scale)
+            combine(y, routing, out, weighted=True, scale=p.down_scale)
+        del a
         ctx.save_for_backward(x, u, v, gate_up, None if mode == "frugal" else y, *routing, *p[:-1])
         ctx.scaling, ctx.dtypes, ctx.spent = scaling, [t.dtype for t in (gate_A, gate_B, up_A, up_B, down_A, down_B)], False
         return out
@@ -1009,20 +1034,29 @@ class FusedExperts(torch.autograd.Function):
         dscales = [torch.empty_like(scale) for scale in p[8:11]] if dora else [None, None, None]
 
         if gate_up is None:
-            _, gate_up = compute_gate_up(x, p, routing, tiles)
-        if dora and y is None:
-            y = compute_down(compute_activation(gate_up, p, routing, tiles)[0], v, p, routing, tiles)
+            _, gate_up, a = compute_gate_up(x, p, routing, tiles)
+            y = compute_down(a, v, p, routing, tiles) if dora else None
+            del a
 
         # down: dB2 = dy^T v; dv = s dy B2; da = dy W2 + dv A2, the last two per unit of router weight, dy read through row_token
-        lora_grad(dout, v.unsqueeze(0), [ddown_B], routing, tiles, weighted=True, dora=(y, p.down_scale, dscales[2]) if dora else None)
-        dy, gather = (y, False) if dora else (dout, True)
+        if dora:
+            dora_down(dout, v, y, p.down_scale, ddown_B, dscales[2], routing, tiles)
+            dy, gather = y, False
+        else:
+            lora_grad(dout, v.unsqueeze(0), [ddown_B], routing, tiles, weighted=True)
+            dy, gather = dout, True
         dv = grouped_gemm(dy, [p.down_B.transpose(1, 2)], x.new_empty(S, r), routing, tiles, gather=gather, alpha=p.scaling)
         lora = (dv.unsqueeze(0), [p.down_A.transpose(1, 2)])
-        da = grouped_gemm(dy, [p.down.transpose(1, 2)], x.new_empty(S, I), routing, tiles, gather=gather, lora=lora)
+        da = x.new_empty(S, I)
+        if on_hopper(x, p, tiles):
+            hopper_gemm(dy, p.down.transpose(1, 2), da, routing, tiles, gather=gather, lora=lora)
+        else:
+            grouped_gemm(dy, [p.down.transpose(1, 2)], da, routing, tiles, gather=gather, lora=lora)
         del dy, y
 
         # SwiGLU: d(gate_up) over gate_up, dB1, dA2, the router weights' gradient
         block_s, block_i, warps, stages = tiles.swiglu_backward
+        block_i = columns_beside(r, block_i)
         blocks = triton.cdiv(I, block_i)
         dw_parts = torch.empty(blocks, S, dtype=torch.float32, device=x.device)
         swiglu_backward_kernel[(blocks, E)](
@@ -1043,8 +1077,13 @@ class FusedExperts(torch.autograd.Function):
         for columns in column_slices(H, H_SLICES):
             lora = (du, [p.gate_A[:, :, columns].transpose(1, 2), p.up_A[:, :, columns].transpose(1, 2)])
             weight = p.gate_up[:, :, columns].transpose(1, 2)
-            part = grouped_gemm(gate_up, [weight], x.new_empty(S, weight.shape[1]), routing, tiles, lora=lora, both=True)
+            part = x.new_empty(S, weight.shape[1])
+            if on_hopper(x, p, tiles):
+                hopper_gemm(gate_up, weight, part, routing, tiles, lora=lora)
+            else:
+                grouped_gemm(gate_up, [weight], part, routing, tiles, lora=lora, both=True)
             combine(part, routing, dx[:, columns], weighted=False)
+            del part  # before the next one is allocated
         return dx, dweights, *grads, *dscales, None
 
 

@@ -1,0 +1,487 @@
+"""Time and memory of one routed-experts block with LoRA or DoRA, forward and backward, against what else there is.
+
+    python benchmarks/bench_fused_moe_lora.py                                  # every model, adapter, routing and implementation
+    python benchmarks/bench_fused_moe_lora.py --models qwen3-30b-a3b --implementations fused_moe_lora --per_op true
+
+Appends records to results/fused_moe_lora.json (--output), prints a table and ends in one JSON line. Needs a CUDA device.
+
+How: one process per implementation, each checked against fp32 at every setting before it is timed (relative error of the output and
+of every gradient, compared with plain PyTorch in bf16 on the same inputs); times are medians of CUDA-graph replays where the
+implementation can be captured and of back-to-back runs where not, `idle_start_ms` that of single runs from an idle device; a dense
+8192^3 product per process tells how fast the device ran. saved_mib is the memory kept for the backward beyond input and output.
+Peers are measured if they are installed: torch's grouped_mm with LoRA by grouped_mm, and transformers with PEFT's target_parameters
+(which has one lora_A for gate and up, so slightly less to do).
+"""
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fused_moe_lora import moe_lora, moe_lora_reference  # noqa: E402
+
+# hidden, intermediate, experts, experts per token
+MODELS = {"qwen3-30b-a3b": (2048, 768, 128, 8), "qwen3-235b-a22b": (4096, 1536, 128, 8), "glm-4.5-air": (4096, 1408, 128, 8)}
+RANK, SCALING = 32, 2.0
+
+
+@dataclass
+class Arguments:
+    models: str = ",".join(MODELS)
+    adapters: str = "lora,dora"
+    routings: str = "random,skewed"
+    modes: str = "fast,frugal"
+    tokens: str = "16384"
+    implementations: str = "fused_moe_lora,torch_grouped_mm,transformers_peft"
+    output: str = "results/fused_moe_lora.json"
+    commit: str = ""  # taken from git if empty
+    per_op: bool = False  # also print every kernel's time, ours only
+    seed: int = 1
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Inputs and truth
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def make_inputs(model, adapter, routing, tokens, seed, shared_A, device="cuda"):
+    """Everything a block needs, bf16 as FSDP2's mixed precision hands it over: a dict of leaves and a dict of fixed tensors."""
+    H, I, E, top_k = MODELS[model]  # noqa: E741
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(*shape, std=1.0):
+        return (torch.randn(*shape, generator=generator, device=device) * std).to(torch.bfloat16)
+
+    gate_up, down = (torch.empty(E, *s, device=device, dtype=torch.bfloat16) for s in ((2 * I, H), (H, I)))
+    for e in range(E):
+        gate_up[e], down[e] = normal(2 * I, H, std=H**-0.5), normal(H, I, std=I**-0.5)
+    logits = torch.randn(tokens, E, generator=generator, device=device)
+    if routing == "skewed":
+        # every token takes expert 0, an eighth of all rows at top-8 (no expert can have more); four experts get none
+        logits[:, 0] = 50.0
+        logits[:, 1:5] = -1e4
+    weights, index = logits.topk(top_k, dim=-1)
+    leaves = {
+        "x": normal(tokens, H),
+        "top_k_weights": weights.clamp(-10, 10).softmax(-1),
+        "gate_A": normal(E, RANK, H, std=H**-0.5),
+        "gate_B": normal(E, I, RANK, std=0.1 * RANK**-0.5),
+        "up_A": normal(E, RANK, H, std=H**-0.5),
+        "up_B": normal(E, I, RANK, std=0.1 * RANK**-0.5),
+        "down_A": normal(E, RANK, I, std=I**-0.5),
+        "down_B": normal(E, H, RANK, std=0.1 * RANK**-0.5),
+    }
+    if shared_A:
+        leaves["up_A"] = leaves["gate_A"].clone()
+    if adapter == "dora":
+        for name, out in (("gate", I), ("up", I), ("down", H)):
+            leaves[f"{name}_scale"] = 1 + 0.1 * torch.randn(E, out, generator=generator, device=device)
+    return leaves, {"index": index, "gate_up": gate_up, "down": down, "dout": normal(tokens, H)}
+
+
+def call(block, leaves, fixed, **options):
+    adapters = [leaves[f"{name}_{part}"] for name in ("gate", "up", "down") for part in "AB"]
+    scales = [leaves.get(f"{name}_scale") for name in ("gate", "up", "down")]
+    return block(
+        leaves["x"], fixed["index"], leaves["top_k_weights"], fixed["gate_up"], fixed["down"], *adapters, SCALING, *scales, **options
+    )
+
+
+def reference(leaves, fixed, dtype):
+    """Output and gradients by moe_lora_reference in `dtype`, in chunks of tokens so that the longest batch fits."""
+    totals, outputs = {}, []
+    for rows in torch.arange(fixed["index"].shape[0], device=fixed["index"].device).split(8192):
+        part = {n: (t[rows] if n in ("x", "top_k_weights") else t).to(dtype).detach().requires_grad_() for n, t in leaves.items()}
+        out = call(moe_lora_reference, part, {**fixed, "index": fixed["index"][rows]})
+        out.backward(fixed["dout"][rows].to(dtype))
+        outputs.append(out.detach())
+        for name, leaf in part.items():
+            if name in ("x", "top_k_weights"):
+                totals.setdefault(name, []).append(leaf.grad)
+            else:
+                totals[name] = leaf.grad.float() + totals.get(name, 0)
+    grads = {name: torch.cat(g) if isinstance(g, list) else g for name, g in totals.items()}
+    return {"out": torch.cat(outputs), **grads}
+
+
+def relative_errors(got, truth):
+    return {
+        n: (torch.linalg.vector_norm(got[n].float() - t.float()) / torch.linalg.vector_norm(t.float())).item() for n, t in truth.items()
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Implementations: name -> function(leaves, fixed, mode) that returns (forward, {name of a gradient: function that reads it})
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def fused(leaves, fixed, mode):
+    return lambda: call(moe_lora, leaves, fixed, mode=mode), {name: lambda leaf=leaf: leaf.grad for name, leaf in leaves.items()}
+
+
+def torch_grouped_mm(leaves, fixed, mode):
+    """Base and LoRA by torch's grouped_mm, nothing synchronised, LoRA added in place; Liger's SwiGLU kernel if it is installed."""
+    try:
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        swiglu = LigerSiLUMulFunction.apply
+    except ImportError:
+
+        def swiglu(gate, up):
+            return F.silu(gate) * up
+
+    index, top_k = fixed["index"], fixed["index"].shape[1]
+    experts = torch.arange(fixed["down"].shape[0], device=index.device)
+
+    def forward():
+        chosen, order = index.reshape(-1).sort(stable=True)
+        position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        ends = torch.searchsorted(chosen, experts, right=True).to(torch.int32)
+
+        def mm(a, b):
+            return F.grouped_mm(a, b.transpose(1, 2), offs=ends)
+
+        x = leaves["x"][order // top_k]
+        gate, up = (
+            mm(x, weight).add_(mm(mm(x, leaves[f"{name}_A"]), leaves[f"{name}_B"]), alpha=SCALING)
+            for name, weight in zip(("gate", "up"), fixed["gate_up"].chunk(2, dim=1), strict=True)
+        )
+        a = swiglu(gate, up)
+        y = mm(a, fixed["down"]).add_(mm(mm(a, leaves["down_A"]), leaves["down_B"]), alpha=SCALING)
+        weights = leaves["top_k_weights"].to(y.dtype)
+        return torch.bmm(weights.unsqueeze(1), y[position].view(*index.shape, -1)).squeeze(1)
+
+    return forward, {name: lambda leaf=leaf: leaf.grad for name, leaf in leaves.items()}
+
+
+def transformers_peft(leaves, fixed, mode):
+    """transformers' experts module (grouped_mm) under PEFT's LoRA on parameters, which forms W + s B A in every forward."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    E, H, I = fixed["down"].shape  # noqa: E741
+    config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=I, num_experts=E, hidden_act="silu")
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        host = torch.nn.Module()
+        host.experts = Qwen3MoeExperts(config)
+    host.experts.gate_up_proj = torch.nn.Parameter(fixed["gate_up"], requires_grad=False)
+    host.experts.down_proj = torch.nn.Parameter(fixed["down"], requires_grad=False)
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    lora = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=[], target_parameters=targets)
+    peft = get_peft_model(host, lora, autocast_adapter_dtype=False)
+    parameters = {n: p for n, p in peft.named_parameters() if "lora_" in n}
+    # PEFT nests the two: the outer layer is the parameter wrapped last. A is (E r, in), experts outermost; B (out, r E), experts innermost
+    by_shape = {tuple(p.shape): p for p in parameters.values()}
+    gate_up_A, gate_up_B, down_A, down_B = (by_shape[s] for s in ((E * RANK, H), (2 * I, RANK * E), (E * RANK, I), (H, RANK * E)))
+
+    def flat_B(B):
+        return B.permute(1, 2, 0).reshape(B.shape[1], -1)
+
+    def stacked_B(grad):
+        return grad.view(grad.shape[0], RANK, E).permute(2, 0, 1)
+
+    with torch.no_grad():
+        for parameter, value in (
+            (gate_up_A, leaves["gate_A"].reshape(E * RANK, H)),
+            (gate_up_B, flat_B(torch.cat([leaves["gate_B"], leaves["up_B"]], dim=1))),
+            (down_A, leaves["down_A"].reshape(E * RANK, I)),
+            (down_B, flat_B(leaves["down_B"])),
+        ):
+            parameter.data = value.to(fixed["down"]).contiguous()
+            parameter.requires_grad_()
+    leaves.update({"peft_gate_up_A": gate_up_A, "peft_gate_up_B": gate_up_B, "peft_down_A": down_A, "peft_down_B": down_B})
+    reads = {
+        "x": lambda: leaves["x"].grad,
+        "top_k_weights": lambda: leaves["top_k_weights"].grad,
+        "gate_A+up_A": lambda: gate_up_A.grad.view(E, RANK, H),
+        "gate_B": lambda: stacked_B(gate_up_B.grad)[:, :I],
+        "up_B": lambda: stacked_B(gate_up_B.grad)[:, I:],
+        "down_A": lambda: down_A.grad.view(E, RANK, I),
+        "down_B": lambda: stacked_B(down_B.grad),
+    }
+    experts = peft.base_model.model.experts
+    return lambda: experts(leaves["x"], fixed["index"], leaves["top_k_weights"]), reads
+
+
+IMPLEMENTATIONS = {"fused_moe_lora": fused, "torch_grouped_mm": torch_grouped_mm, "transformers_peft": transformers_peft}
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def clear(leaves):
+    for leaf in leaves.values():
+        leaf.grad = None
+
+
+def events(count):
+    return [torch.cuda.Event(enable_timing=True) for _ in range(count)]
+
+
+def time_single(forward, leaves, dout, repeats=10):
+    """(forward ms, backward ms) of single runs, each begun on an idle device: medians, and the spread of their sum."""
+    pairs = []
+    for _ in range(repeats):
+        clear(leaves)
+        torch.cuda.synchronize()
+        start, middle, end = events(3)
+        start.record()
+        out = forward()
+        middle.record()
+        out.backward(dout)
+        end.record()
+        torch.cuda.synchronize()
+        pairs.append((start.elapsed_time(middle), middle.elapsed_time(end)))
+        del out
+    return [statistics.median(p[i] for p in pairs) for i in (0, 1)]
+
+
+def time_runs(run, repeats=7, inner=5):
+    """ms of one run when they follow each other without a gap: median over `repeats`, and (max - min) / median."""
+    times = []
+    for _ in range(repeats):
+        start, end = events(2)
+        start.record()
+        for _ in range(inner):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / inner)
+    median = statistics.median(times)
+    return median, (max(times) - min(times)) / median
+
+
+def capture(run):
+    """`run` as a CUDA graph, or None if it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except (RuntimeError, torch.AcceleratorError):
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def measure(forward, leaves, dout, can_capture):
+    """The record's times and memory; fwd_ms and bwd_ms by graph replay if the implementation can be captured, else by single runs."""
+
+    def both():
+        clear(leaves)
+        forward().backward(dout)
+
+    def forward_only():
+        forward()
+
+    for _ in range(3):
+        both()
+    fwd_single, bwd_single = time_single(forward, leaves, dout)
+    total, spread = time_runs(both)
+    fwd, timing = fwd_single, "back-to-back"
+    graphs = [capture(forward_only), capture(both)] if can_capture else [None]
+    if None not in graphs:
+        timing = "graph"
+        fwd = time_runs(graphs[0].replay)[0]
+        total, spread = time_runs(graphs[1].replay)
+    del graphs
+    clear(leaves)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = forward()
+    torch.cuda.synchronize()
+    saved = torch.cuda.memory_allocated() - base - out.numel() * out.element_size()
+    out.backward(dout)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - base
+    del out
+    clear(leaves)
+    times = {"fwd_ms": fwd, "bwd_ms": total - fwd, "total_ms": total, "spread": spread, "idle_start_ms": fwd_single + bwd_single}
+    return {**{k: round(v, 4) for k, v in times.items()}, "timing": timing, "saved_mib": saved >> 20, "peak_mib": peak >> 20}
+
+
+def dense_tflops():
+    """bf16 TFLOP/s of an 8192^3 product: how fast this device runs in this process."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * 8192**3 / time_runs(lambda: a @ b)[0] / 1e9
+
+
+def useful_flops(model, tokens):
+    H, I, _, top_k = MODELS[model]  # noqa: E741
+    base, lora = 6 * H * I, 2 * RANK * (2 * H + 2 * I + I + H)
+    return tokens * top_k * (2 * base + 3 * lora)
+
+
+def print_kernels(forward, leaves, dout):
+    """Every kernel of one forward and backward, in order, with its time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    clear(leaves)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        forward().backward(dout)
+        torch.cuda.synchronize()
+    kernels = sorted((e for e in profiler.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
+    for event in kernels:
+        print(f"    {event.time_range.elapsed_us():9.1f} us  {event.name[:100]}")
+    print(f"    {sum(e.time_range.elapsed_us() for e in kernels):9.1f} us  all kernels", flush=True)
+
+
+def worker(implementation, settings, arguments):
+    """Check and time one implementation at each setting; prints one JSON line per record."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    sentinel = dense_tflops()
+    for model, adapter, routing, mode, tokens in settings:
+        shared_A = implementation == "transformers_peft"
+        leaves, fixed = make_inputs(model, adapter, routing, tokens, arguments.seed, shared_A)
+        record = {"model": model, "adapter": adapter, "routing": routing, "mode": mode, "tokens": tokens, "implementation": implementation}
+        load = torch.bincount(fixed["index"].reshape(-1), minlength=MODELS[model][2]).float()
+        record.update(
+            rank=RANK, shared_A=shared_A, max_over_mean_load=round((load.max() / load.mean()).item(), 2), min_load=int(load.min())
+        )
+        try:
+            truth = reference(leaves, fixed, torch.float32)
+            plain = relative_errors(reference(leaves, fixed, torch.bfloat16), truth)
+            leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+            forward, reads = IMPLEMENTATIONS[implementation](leaves, fixed, mode)
+            out = forward()
+            out.backward(fixed["dout"])
+            if "gate_A+up_A" in reads:
+                truth["gate_A+up_A"] = truth.pop("gate_A") + truth.pop("up_A")
+                plain["gate_A+up_A"] = max(plain.pop("gate_A"), plain.pop("up_A"))
+            errors = relative_errors({"out": out.detach(), **{n: read() for n, read in reads.items()}}, truth)
+            del out, truth
+            worst = max(errors, key=lambda n: errors[n])
+            # a peer may round in more places than plain PyTorch does; anything beyond a few times its error is another function
+            wrong = {n: e for n, e in errors.items() if not e <= 4 * plain[n] + 1e-3}
+            record.update(max_error=round(errors[worst], 5), max_error_of=worst, max_error_torch_bf16=round(max(plain.values()), 5))
+            if wrong:
+                record["failed"] = f"wrong: {wrong}"
+            else:
+                record.update(measure(forward, leaves, fixed["dout"], can_capture=implementation != "transformers_peft"))
+                record["tflops"] = round(useful_flops(model, tokens) / record["total_ms"] / 1e9, 1)
+                if arguments.per_op and implementation == "fused_moe_lora":
+                    print_kernels(forward, leaves, fixed["dout"])
+        except torch.OutOfMemoryError:
+            record["failed"] = "out of memory"
+        record["dense_8192_tflops"] = round(sentinel, 1)
+        print("RECORD " + json.dumps(record), flush=True)
+        leaves = fixed = forward = reads = None
+        torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Main
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def settings_of(implementation, arguments):
+    """(model, adapter, routing, mode, tokens) to run: peers know neither DoRA nor modes."""
+    ours = implementation == "fused_moe_lora"
+    return [
+        (model, adapter, routing, mode, int(tokens))
+        for model in arguments.models.split(",")
+        for tokens in arguments.tokens.split(",")
+        for adapter in (arguments.adapters.split(",") if ours else ["lora"])
+        for routing in arguments.routings.split(",")
+        for mode in (arguments.modes.split(",") if ours else ["fast"])
+    ]
+
+
+def versions():
+    found = {"torch": torch.__version__}
+    for name in ("triton", "transformers", "peft", "liger-kernel"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def git_commit():
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip()
+
+
+def print_table(records):
+    columns = ("model", "tokens", "adapter", "routing", "mode", "implementation", "fwd_ms", "bwd_ms", "total_ms", "idle_start_ms", "tflops",
+               "saved_mib", "peak_mib", "max_error")  # fmt: skip
+    rows = [[str(r.get(c, r.get("failed", "")[:14] if c == "total_ms" else "")) for c in columns] for r in records]
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    for row in [columns, *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def main():
+    from transformers import HfArgumentParser
+
+    if len(sys.argv) == 3 and sys.argv[1] == "--worker":
+        job = json.loads(sys.argv[2])
+        return worker(job["implementation"], job["settings"], Arguments(**job["arguments"]))
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    if not torch.cuda.is_available():
+        sys.exit("error: this benchmark needs a CUDA device; on a CPU only the reference runs")
+    unknown = [m for m in arguments.models.split(",") if m not in MODELS]
+    unknown += [i for i in arguments.implementations.split(",") if i not in IMPLEMENTATIONS]
+    if unknown:
+        sys.exit(f"error: unknown {', '.join(unknown)}; models: {', '.join(MODELS)}; implementations: {', '.join(IMPLEMENTATIONS)}")
+
+    common = {
+        "device": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "commit": arguments.commit or git_commit(),
+        "date": str(date.today()),
+    }
+    records = []
+    for implementation in arguments.implementations.split(","):
+        if implementation == "transformers_peft" and "peft" not in common["versions"]:
+            print(f"{implementation}: skipped, peft is not installed", flush=True)
+            continue
+        job = {"implementation": implementation, "settings": settings_of(implementation, arguments), "arguments": asdict(arguments)}
+        process = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(job)], stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("RECORD "):
+                records.append({**json.loads(line.removeprefix("RECORD ")), **common})
+                output = Path(arguments.output)
+                output.parent.mkdir(parents=True, exist_ok=True)
+                previous = json.loads(output.read_text()) if output.exists() else []
+                output.write_text(json.dumps([*previous, records[-1]], indent=1) + "\n")
+            else:
+                print(line, end="", flush=True)
+        if process.wait() != 0:
+            print(f"{implementation}: ended with exit code {process.returncode}", flush=True)
+    print_table(records)
+    ours = {
+        (r["model"], r["tokens"], r["adapter"], r["routing"], r["mode"]): r["total_ms"]
+        for r in records
+        if "total_ms" in r and r["implementation"] == "fused_moe_lora"
+    }
+    totals = {"/".join(map(str, key)): value for key, value in ours.items()}
+    print(json.dumps({"benchmark": "fused_moe_lora", "records": len(records), "total_ms": totals, "device": common["device"]}))
+    return None if records and math.isfinite(sum(ours.values())) else sys.exit("error: nothing was measured")
+
+
+if __name__ == "__main__":
+    main()
