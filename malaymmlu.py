@@ -189,6 +189,8 @@ def find_checkpoints(root):
     """Every adapter under `<root>/*/checkpoint-*`: [(directory, names, adapter_config)] in natural order."""
     found = []
     for path in sorted(Path(root).glob("*/checkpoint-*/adapter_config.json"), key=natural):
+        if not re.fullmatch(r"checkpoint-\d+", path.parent.name):
+            continue  # one that is still being written, under its temporary name
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -547,6 +549,8 @@ class Scheduler:
 
     def run(self):
         """Until every sample of every row is on disk. Raises RuntimeError when an engine keeps failing or the disk is full."""
+        # engines are ended by a signal, so Python's tracker of their semaphores would report them as leaked
+        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
         try:
             while any(output.missing for output in self.outputs):
                 self.assign()
