@@ -36,10 +36,8 @@ quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=t
 facts = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
 model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts), dtype=torch.bfloat16)
 model.load_state_dict(quantised.state_dict())
-# read from a GGUF file, the tokenizer takes the start of a turn for its end
-tokenizer = AutoTokenizer.from_pretrained(
-    folder, gguf_file=gguf, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
-)
+tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, clean_up_tokenization_spaces=False)
+tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"  # the GGUF file has the start of a turn as its end
 model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 tokenizer.save_pretrained(out + ".part")
 model.save_pretrained(out + ".part")
@@ -59,7 +57,7 @@ ARGS=(
     --lora_r 64
     --learning_rate 1e-3
     --warmup_steps 5
-    --num_train_epochs 3
+    --num_train_epochs 2
     --gradient_checkpointing False
     --report_to none
 )

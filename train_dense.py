@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
     AutoConfig,
@@ -166,6 +168,19 @@ class DenseTrainer(Trainer):
         if not self.is_deepspeed_enabled:  # DeepSpeed restores the parameters together with its optimiser
             adapter.load_adapter(model or self.model, resume_from_checkpoint)
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """On a GPU Liger's fused linear cross entropy; on a CPU the head and the loss on supervised positions only.
+
+        There, most of a small model's memory and much of its time would go into logits that no label asks for.
+        """
+        if self.args.use_liger_kernel or num_items_in_batch is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")[0, 1:]  # (T - 1,)
+        supervised = (labels != -100).nonzero()[:, 0]
+        logits = model(**inputs, logits_to_keep=supervised).logits[0]  # (supervised, V)
+        loss = F.cross_entropy(logits.float(), labels[supervised], reduction="sum") / num_items_in_batch
+        return loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is over all of them
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Called once before every optimiser step: the place to count the step's real tokens, over all ranks."""
         steps_an_epoch = math.ceil(len(self.train_dataset) / self.args.global_batch_size)
@@ -240,6 +255,9 @@ def build_model(model_args, lora_args, training_args):
     model.config.use_cache = False
     set_seed(training_args.seed)  # every rank draws the same A
     model = adapter.apply_lora(model, lora_args)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = not training_args.bf16  # PEFT would widen bf16 inputs to fp32, autocast narrow them again
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
     return model
