@@ -31,7 +31,7 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import connection, get_context
 from pathlib import Path
 
-from calculate_malaymmlu import benchmark_questions, extract, natural
+from calculate_malaymmlu import benchmark_questions, extract, natural, read_args
 
 SYSTEM_PROMPT = r"First, you try to think step-by-step in malay, after that, put your final answer within $\boxed{}$."
 FIRST_TOKEN_PROMPT = "Berikut adalah soalan aneka pilihan tentang {subject}. Sila berikan jawapan sahaja.\n\n{prompt}"
@@ -221,7 +221,7 @@ def find_jobs(args):
     jobs = [Job(base_name(base), [base_name(base)], base, models[base], None, root / f"malaymmlu-{base_name(base)}") for base in bases]
     for name, names, directory, base in sorted(matched, key=lambda item: natural(item[0])):
         # generated before under the other name: continue there instead of generating twice
-        used = next((other for other in names if (root / f"malaymmlu-{other}" / "generations.jsonl").exists()), name)
+        used = next((other for other in names if read_args(root / f"malaymmlu-{other}").get("names", [None])[0] == names[0]), name)
         jobs.append(Job(used, names, base, models[base], str(directory), root / f"malaymmlu-{used}"))
     seen = {}
     for job in jobs:
@@ -508,6 +508,7 @@ class Engine:
         theirs.close()
         life.close()
         self.output, self.ready, self.heard, self.units = output, False, time.monotonic(), set()
+        print(f"{output.directory}: engine {self.slot} loads, log {self.log}", flush=True)
 
     def stop(self, grace=0.0):
         """End the engine and everything it started."""

@@ -103,9 +103,15 @@ def test_a_pattern_that_matches_both_names_takes_a_checkpoint_once(runs):
 def test_a_checkpoint_generated_under_its_other_name_is_continued_there(runs):
     there = runs / "malaymmlu-GLM-4.5-Air-lora-256-944"
     there.mkdir()
-    (there / "generations.jsonl").write_text("")
+    (there / "args.json").write_text(
+        json.dumps({"names": ["fsdp2-fused-moe-glm-4.5-air-lora-256-checkpoint-944", "GLM-4.5-Air-lora-256-944"]})
+    )
     jobs = malaymmlu.find_jobs(arguments(pattern="fsdp2-*-944", base="none"))
     assert [str(job.directory) for job in jobs] == ["malaymmlu-GLM-4.5-Air-lora-256-944"]
+    # another run's checkpoint that happens to share that name is not this one
+    write_adapter(runs / "outputs/other-run/checkpoint-944", "models/GLM-4.5-Air", 256)
+    jobs = malaymmlu.find_jobs(arguments(pattern="other-run*", base="none"))
+    assert [str(job.directory) for job in jobs] == ["malaymmlu-other-run-checkpoint-944"]
 
 
 def test_two_checkpoints_with_one_name_are_refused(runs):
