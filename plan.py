@@ -719,6 +719,7 @@ def print_options(plans, launched=None, file=None):
 # Command
 # ----------------------------------------------------------------------------------------------------------------------------------
 
+READING_SECONDS = 30  # a launcher only sets variables before it starts a trainer
 STAND_INS = ("python", "python3", "torchrun", "deepspeed", "accelerate", "srun")
 
 
@@ -758,9 +759,13 @@ def read_launcher(launcher, overrides=()):
             stand_in.write_text(f"#!/bin/sh\nprintf '%s\\0' {name} \"$@\" >> {record}\nprintf '\\n\\0' >> {record}\n")
             stand_in.chmod(0o755)
         environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "BASH_ENV": str(functions)}
-        run = subprocess.run(
-            ["bash", str(launcher), *overrides], env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
-        )
+        command = ["bash", str(launcher), *overrides]
+        try:
+            run = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=READING_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"{launcher}: still busy after {READING_SECONDS} s, though every trainer in it was replaced") from None
         if run.returncode:
             raise ValueError(f"{launcher}: bash stopped with {run.returncode}: {run.stderr.strip()[-300:]}")
         calls = [call.split("\0")[:-1] for call in record.read_text().split("\n\0") if call]

@@ -576,6 +576,13 @@ def test_launchers_are_read_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_launcher_that_goes_on_for_ever_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "READING_SECONDS", 0.2)
+    (tmp_path / "mine.sh").write_text("while :; do :; done\n")
+    with pytest.raises(ValueError, match="still busy after 0.2 s"):
+        plan.read_launcher(tmp_path / "mine.sh")
+
+
 @pytest.mark.parametrize(
     "text, message", [("exit 3\n", "stopped with 3"), ("echo nothing\n", "starts neither"), (None, "no such launcher")]
 )
