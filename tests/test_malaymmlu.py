@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -379,6 +380,84 @@ def test_a_silent_engine_counts_as_hung_only_while_it_has_work(scheduler):
     engine.heard -= 101
     made.watch()
     assert not engine.alive and len(made.outputs[0].queue) == 12
+
+
+# ---- an engine process's loop, with a model that says what the test wants --------------------------------------------------------------
+
+
+class Scripted:
+    """vLLM's engine as far as `serve` uses it: answers every request at the next step with `reply(question, attempt)`."""
+
+    def __init__(self, reply, max_model_len=4096):
+        self.reply, self.requests, self.asked = reply, [], []
+        self.model_config = argparse.Namespace(max_model_len=max_model_len)
+        self.llm_engine = self
+
+    def add_request(self, name, prompt, params, lora_request=None):
+        self.requests.append((name, prompt, params))
+        self.asked.append((name, params))
+
+    def step(self):
+        results = []
+        for name, prompt, _ in self.requests:
+            text, reason = self.reply(name)
+            output = argparse.Namespace(text=text, finish_reason=reason, token_ids=[1, 2])
+            results.append(
+                argparse.Namespace(request_id=name, outputs=[output], prompt_token_ids=prompt["prompt_token_ids"], finished=True)
+            )
+        self.requests = []
+        return results
+
+
+def serve_scripted(tmp_path, reply, units, template=None, max_model_len=4096, **changed):
+    """Run `serve` over `units` -> (records by unit, what it refused or None, the engine)."""
+    from multiprocessing import Pipe
+
+    from conftest import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer(template) if template else tiny_tokenizer()
+    sampling = {"temperature": 1.0, "max_tokens": 64}
+    config = {"questions": load_questions(write_questions(tmp_path / "q.json", 4)), "sampling": sampling, "seed": 0, "retries": 0}
+    config |= {"protocol": "reasoning", "system_prompt": "Fikir.", "chat_template_kwargs": {}, **changed}
+    ours, theirs = Pipe()
+    engine = Scripted(reply, max_model_len)
+    loop = threading.Thread(target=malaymmlu.serve, args=(theirs, engine, None, tokenizer, config), daemon=True)
+    loop.start()
+    ours.send(units)
+    records, refused = {}, None
+    while len(records) < len(units) and refused is None:
+        assert ours.poll(60), "no word from serve"
+        kind, content = ours.recv()
+        refused = content if kind == "refused" else None
+        records |= {(r["index"], r["sample"]): r for r in content} if kind == "records" else {}
+    ours.send(None)
+    loop.join(60)
+    return records, refused, engine
+
+
+def test_an_unreadable_answer_is_asked_again_with_another_seed_as_often_as_retries_say(tmp_path):
+    readable = ("0-0-2", "1-0-0")  # question, sample, attempt
+    reply = lambda name: ("Jawapan: A" if name in readable else "Entahlah", "stop")  # noqa: E731
+    records, _, engine = serve_scripted(tmp_path, reply, [(0, 0), (1, 0), (2, 0)], retries=2)
+    assert [records[i, 0].get("attempts") for i in range(3)] == [3, None, 3]
+    assert [records[i, 0]["text"] for i in range(3)] == ["Jawapan: A", "Jawapan: A", "Entahlah"]
+    assert len(engine.asked) == 7 and len({params.seed for _, params in engine.asked}) == 7
+    records, _, engine = serve_scripted(tmp_path, reply, [(0, 0), (2, 0)])
+    assert len(engine.asked) == 2 and records[0, 0]["text"] == "Entahlah"
+
+
+def test_a_template_that_opens_the_reasoning_is_noted_and_its_marker_kept_in_the_text(tmp_path):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n<think>\n"
+    records, _, engine = serve_scripted(tmp_path, lambda name: ("Mungkin A", "length"), [(0, 0)], template=template)
+    assert records[0, 0]["thinking"] is True
+    assert engine.asked[0][1].skip_special_tokens is False  # <think> is special in this tokenizer, and reasoning ends at </think>
+    records, _, _ = serve_scripted(tmp_path, lambda name: ("A", "stop"), [(0, 0)])
+    assert "thinking" not in records[0, 0]
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_by_name(tmp_path):
+    _, refused, _ = serve_scripted(tmp_path, lambda name: ("A", "stop"), [(1, 2)], max_model_len=100)
+    assert refused.startswith("question 1 (id 101) has a prompt of") and "--max_model_len" in refused
 
 
 # ---- real engines ---------------------------------------------------------------------------------------------------------------------
