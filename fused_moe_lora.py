@@ -190,7 +190,8 @@ def grouped_gemm_kernel(
 
     A (rows, K), through row_token if GATHER; W (E, N, K) and L (E, N, R) with any strides. SEGMENTS = 2 does two products side by
     side (gate and up): segment i takes w{i}, l{i}, U + i * u_segment, columns of A from i * a_segment, and writes from out +
-    i * out_segment; JOINED does both in one tile, which must hold 2N columns. LORA: "no"; "own" adds the segment's U L^T; "both" adds U_0 L_0^T + U_1 L_1^T (dx, to which gate and up add).
+    i * out_segment; JOINED does both in one tile, which must hold 2N columns. LORA: "no"; "own" adds the segment's U L^T; "both" adds
+    U_0 L_0^T + U_1 L_1^T (for dx, to which gate and up both contribute).
     """
     column_tiles = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) // (column_tiles * SEGMENTS)

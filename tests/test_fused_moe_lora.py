@@ -1,0 +1,504 @@
+"""The experts block: reference, module and kernels.
+
+`pytest tests/test_fused_moe_lora.py` runs on a CPU, the kernels in Triton's interpreter (fp32, tiny shapes, in a process of its own);
+`pytest -m gpu tests/test_fused_moe_lora.py` runs them in bf16 on a GPU.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fused_moe_lora
+from conftest import tiny_config, tiny_model
+from fused_moe_lora import FusedMoELoRA, dora_norm, moe_lora, moe_lora_reference, squared_row_norms, wrap_experts
+
+ADAPTERS = [f"{name}_proj_lora_{part}" for name in ("gate", "up", "down") for part in "AB"]
+
+# name of the edge -> T, H, I, E, top_k, r, DoRA, mode, routing
+INTERPRETED = {
+    "plain": (24, 32, 16, 4, 2, 8, False, "fast", "random"),
+    "dora, nothing fits the tiles": (19, 40, 24, 5, 3, 6, True, "fast", "random"),
+    "one token": (1, 24, 20, 5, 2, 4, True, "frugal", "random"),
+    "experts without rows": (13, 32, 16, 9, 1, 4, False, "frugal", "random"),
+    "all rows to the same experts": (33, 32, 16, 6, 2, 4, True, "fast", "same"),
+    "every expert for every token, rank over one block": (10, 24, 16, 3, 3, 20, False, "fast", "random"),
+}
+ON_GPU = {
+    "hopper tiles": (700, 512, 256, 16, 4, 32, "random"),
+    "one token": (1, 256, 128, 8, 2, 32, "random"),
+    "all rows to the same experts": (500, 256, 128, 8, 2, 16, "same"),
+    "experts without rows, partial column tiles": (300, 1024, 1408, 8, 1, 64, "skewed"),
+    "nothing fits the tiles": (77, 200, 72, 6, 3, 12, "random"),
+    "every expert for every token, large rank": (129, 256, 128, 4, 4, 256, "random"),
+}
+
+
+def make_case(T, H, I, E, top_k, r, dora, routing, device="cpu", dtype=torch.float64, seed=0):  # noqa: E741
+    """Random inputs, B and scales non-zero: (leaves that get gradients, fixed tensors, upstream gradient)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, std=1.0):
+        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).to(device=device, dtype=dtype)
+
+    shapes = {"gate": (I, H), "up": (I, H), "down": (H, I)}
+    leaves = {
+        "hidden_states": normal(T, H),
+        "top_k_weights": torch.rand(T, top_k, generator=generator).to(device=device, dtype=torch.float32),
+    }
+    for name, (out_features, in_features) in shapes.items():
+        leaves[f"{name}_proj_lora_A"] = normal(E, r, in_features, std=in_features**-0.5)
+        leaves[f"{name}_proj_lora_B"] = normal(E, out_features, r, std=r**-0.5)
+    if dora:
+        for name, (out_features, _) in shapes.items():
+            leaves[f"{name}_scale"] = 1 + 0.3 * torch.randn(E, out_features, generator=generator).to(device)
+    scores = torch.rand(T, E, generator=generator)
+    if routing == "same":
+        scores += torch.arange(E)
+    if routing == "skewed":
+        scores[:, : E // 2] -= 0.9
+    fixed = {
+        "top_k_index": scores.topk(top_k, dim=-1).indices.to(device),
+        "gate_up_proj": normal(E, 2 * I, H, std=H**-0.5),
+        "down_proj": normal(E, H, I, std=I**-0.5),
+    }
+    return leaves, fixed, normal(T, H)
+
+
+def run(block, leaves, fixed, upstream, dtype=None, **options):
+    """Output and every gradient of `block`, in `dtype` if given."""
+
+    def cast(t):
+        return t if dtype is None or not t.is_floating_point() else t.to(dtype)
+
+    leaves = {name: cast(t).detach().clone().requires_grad_() for name, t in leaves.items()}
+    out = block(**leaves, **{name: cast(t) for name, t in fixed.items()}, scaling=0.7, **options)
+    out.backward(cast(upstream))
+    return {"out": out.detach(), **{name: t.grad for name, t in leaves.items()}}
+
+
+def relative_errors(got, truth):
+    return {name: ((got[name].double() - t.double()).norm() / t.double().norm().clamp_min(1e-30)).item() for name, t in truth.items()}
+
+
+def assert_three_way(case, dora, mode, routing, device, dtype, truth_dtype, slack):
+    """error(kernel) <= error(plain PyTorch) + slack, of output and gradients against a truth in more precision; two runs bit-identical."""
+    leaves, fixed, upstream = make_case(*case, dora, routing, device, dtype)
+    truth = run(moe_lora_reference, leaves, fixed, upstream, truth_dtype)
+    plain = relative_errors(run(moe_lora_reference, leaves, fixed, upstream), truth)
+    first, second = (run(moe_lora, leaves, fixed, upstream, mode=mode) for _ in range(2))
+    errors = relative_errors(first, truth)
+    wrong = {name: (error, plain[name]) for name, error in errors.items() if not error <= plain[name] * 1.1 + slack}
+    assert not wrong, f"(kernel's error, plain PyTorch's error): {wrong}"
+    assert all(torch.equal(first[name], second[name]) for name in first), "two runs differ"
+
+
+def run_interpreted():
+    for name, (*case, dora, mode, routing) in INTERPRETED.items():
+        assert_three_way(case, dora, mode, routing, "cpu", torch.float32, torch.float64, slack=1e-6)
+        print("ok", name, flush=True)
+
+
+def test_kernels_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", "import test_fused_moe_lora as t; t.run_interpreted()"]
+    result = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("ok ") == len(INTERPRETED)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Reference
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_reference_gradcheck(dora):
+    leaves, fixed, _ = make_case(4, 6, 5, 4, 2, 2, dora, "random")
+    names = list(leaves)
+    values = [t.double().requires_grad_() for t in leaves.values()]
+    assert torch.autograd.gradcheck(lambda *v: moe_lora_reference(**dict(zip(names, v, strict=True)), **fixed, scaling=0.7), values)
+
+
+def mixtral():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, initializer_range=0.1,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def family_model(family):
+    return mixtral() if family == "mixtral" else tiny_model(family)
+
+
+def randomise(experts, seed=0):
+    """Give every adapter parameter a random value, so that nothing is at its start (B = 0, magnitude = ||W||)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in experts.named_parameters():
+            if name.endswith("magnitude"):
+                parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+            elif "lora" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def merged_weight(weight, lora_A, lora_B, scaling, magnitude=None):
+    merged = weight + scaling * lora_B @ lora_A
+    return merged if magnitude is None else merged * (magnitude / merged.norm(dim=-1))[..., None]
+
+
+def merge(experts):
+    """gate_up_proj and down_proj with the adapters of a FusedMoELoRA merged in, by the definition of LoRA and DoRA."""
+    gate, up = experts.gate_up_proj.chunk(2, dim=1)
+    weights = {"gate": gate, "up": up, "down": experts.down_proj}
+    merged = {
+        name: merged_weight(
+            weight,
+            getattr(experts, f"{name}_proj_lora_A"),
+            getattr(experts, f"{name}_proj_lora_B"),
+            experts.scaling,
+            getattr(experts, f"{name}_proj_lora_magnitude", None),
+        )
+        for name, weight in weights.items()
+    }
+    return torch.cat([merged["gate"], merged["up"]], dim=1), merged["down"]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "qwen2_moe", "mixtral"])
+def test_wrapped_model_equals_transformers_with_merged_weights(family, dora):
+    model = family_model(family)
+    merged = copy.deepcopy(model)
+    tokens = torch.randint(5, 60, (2, 11), generator=torch.Generator().manual_seed(1))
+    before = model(tokens).logits
+    count = wrap_experts(model, r=4, lora_alpha=8, use_dora=dora)
+    assert count == sum(name.endswith("mlp.experts") for name, _ in merged.named_modules()) > 0
+    torch.testing.assert_close(model(tokens).logits, before, atol=2e-5, rtol=1e-4)  # the start changes nothing
+    for name, module in model.named_modules():
+        if isinstance(module, FusedMoELoRA):
+            randomise(module)
+            target = merged.get_submodule(name)
+            with torch.no_grad():
+                gate_up, down = merge(module)
+                target.gate_up_proj.copy_(gate_up)
+                target.down_proj.copy_(down)
+    after = model(tokens).logits
+    assert (after - before).abs().max() > 0.05
+    torch.testing.assert_close(after, merged(tokens).logits, atol=2e-4, rtol=1e-3)
+
+
+def test_dora_equals_peft_on_every_expert():
+    """One PEFT-adapted MLP per expert (nn.Linear with use_dora), same numbers: same output and the same gradient of every parameter."""
+    from peft import LoraConfig, get_peft_model
+
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(12, 8, bias=False), nn.Linear(12, 8, bias=False)
+            self.down_proj = nn.Linear(8, 12, bias=False)
+
+        def forward(self, x):
+            return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    torch.manual_seed(0)
+    experts = FusedMoELoRA(2, 12, 8, r=3, lora_alpha=6, use_dora=True)
+    with torch.no_grad():
+        experts.gate_up_proj.normal_()
+        experts.down_proj.normal_()
+    experts.reset_lora_parameters()
+    randomise(experts)
+    x, index, weights = torch.randn(7, 12), torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [1, 0]]), torch.rand(7, 2)
+    upstream = torch.randn(7, 12)
+    out = experts(x, index, weights)
+    out.backward(upstream)
+    expected = torch.zeros(7, 12)
+    for e in range(2):
+        mlp = MLP()
+        peft = get_peft_model(mlp, LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["gate_proj", "up_proj", "down_proj"]))
+        gate, up = experts.gate_up_proj[e].chunk(2)
+        for name, weight in (("gate", gate), ("up", up), ("down", experts.down_proj[e])):
+            layer = getattr(mlp, f"{name}_proj")
+            with torch.no_grad():
+                layer.base_layer.weight.copy_(weight)
+                layer.lora_A["default"].weight.copy_(getattr(experts, f"{name}_proj_lora_A")[e])
+                layer.lora_B["default"].weight.copy_(getattr(experts, f"{name}_proj_lora_B")[e])
+                layer.lora_magnitude_vector["default"].weight.copy_(getattr(experts, f"{name}_proj_lora_magnitude")[e])
+        weight_of_e = (weights * (index == e)).sum(dim=1, keepdim=True)
+        contribution = peft(x) * weight_of_e
+        contribution.backward(upstream)
+        expected += contribution.detach()
+        for name in ("gate", "up", "down"):
+            layer = getattr(mlp, f"{name}_proj")
+            for ours, theirs in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B), ("lora_magnitude", layer.lora_magnitude_vector)):
+                grad = getattr(experts, f"{name}_proj_{ours}").grad[e]
+                torch.testing.assert_close(grad, theirs["default"].weight.grad, atol=2e-5, rtol=2e-4)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Module
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_dora_norm_equals_the_norm_of_the_merged_weight():
+    torch.manual_seed(0)
+    weight, lora_A, lora_B = torch.randn(3, 10, 16), torch.randn(3, 4, 16), torch.randn(3, 10, 4)
+    direct = (weight.double() + 1.5 * lora_B.double() @ lora_A.double()).norm(dim=-1)
+    torch.testing.assert_close(dora_norm(weight, squared_row_norms(weight), lora_A, lora_B, 1.5).double(), direct, atol=1e-5, rtol=1e-5)
+
+
+def test_start_values_on_the_meta_device_and_after_loading():
+    reference_model = tiny_model("qwen3_moe")
+    with torch.device("meta"):
+        model = tiny_model("qwen3_moe")
+    assert wrap_experts(model, r=4, lora_alpha=8, use_dora=True) == 2
+    assert all(p.is_meta for p in model.parameters())
+    experts = model.model.layers[0].mlp.experts.to_empty(device="cpu")
+    with torch.no_grad():
+        for name in ("gate_up_proj", "down_proj"):
+            getattr(experts, name).copy_(getattr(reference_model.model.layers[0].mlp.experts, name))
+    torch.manual_seed(3)
+    experts.reset_lora_parameters()
+    for name, in_features in (("gate_proj", 64), ("up_proj", 64), ("down_proj", 32)):
+        lora_A = getattr(experts, f"{name}_lora_A")
+        bound = in_features**-0.5  # of the expert's own fan-in, whatever the number of experts
+        assert 0.95 * bound < lora_A.abs().max() <= bound
+        assert getattr(experts, f"{name}_lora_B").abs().max() == 0
+    gate, up = experts.gate_up_proj.chunk(2, dim=1)
+    torch.testing.assert_close(experts.up_proj_lora_magnitude.detach(), up.norm(dim=-1))
+    torch.testing.assert_close(experts.gate_proj_lora_magnitude.detach(), gate.norm(dim=-1))
+    trainable = {name for name, p in experts.named_parameters() if p.requires_grad}
+    assert trainable == {n for n, _ in experts.named_parameters()} - {"gate_up_proj", "down_proj"}
+    assert all(p.dtype == torch.float32 for n, p in experts.named_parameters() if n in trainable)
+
+
+def test_shared_A_is_one_parameter_whose_gradient_is_the_sum():
+    separate = FusedMoELoRA(4, 16, 8, r=2, lora_alpha=4)
+    with torch.no_grad():
+        separate.gate_up_proj.normal_(std=0.3)
+        separate.down_proj.normal_(std=0.3)
+    separate.reset_lora_parameters()
+    randomise(separate)
+    shared = FusedMoELoRA(4, 16, 8, r=2, lora_alpha=4, shared_A=True)
+    with torch.no_grad():
+        separate.up_proj_lora_A.copy_(separate.gate_proj_lora_A)
+    shared.load_state_dict(separate.state_dict())
+    assert len(list(shared.parameters())) == len(list(separate.parameters())) - 1
+    x, index, weights = torch.randn(9, 16), torch.randint(4, (9, 2)), torch.rand(9, 2)
+    for module in (separate, shared):
+        module(x, index, weights).square().sum().backward()
+    expected = separate.gate_proj_lora_A.grad + separate.up_proj_lora_A.grad
+    torch.testing.assert_close(shared.gate_proj_lora_A.grad, expected)
+
+
+def test_cached_norms_are_used_until_forgotten():
+    torch.manual_seed(0)
+    experts = FusedMoELoRA(3, 16, 8, r=2, lora_alpha=4, use_dora=True, cache_norms=True)
+    with torch.no_grad():
+        experts.gate_up_proj.normal_()
+        experts.down_proj.normal_()
+    experts.reset_lora_parameters()
+    inputs = torch.randn(9, 16), torch.randint(3, (9, 2)), torch.rand(9, 2)
+    experts(*inputs)
+    randomise(experts)
+    stale = experts(*inputs)
+    experts.forget_norms()
+    fresh = experts(*inputs)
+    gate_up, down = merge(experts)
+    zeros = [torch.zeros(3, *s) for s in ((2, 16), (8, 2), (2, 16), (8, 2), (2, 8), (16, 2))]
+    merged = moe_lora_reference(*inputs, gate_up, down, *zeros, 1.0)
+    torch.testing.assert_close(fresh, merged, atol=1e-4, rtol=1e-3)
+    assert (stale - fresh).abs().max() > 1e-2
+
+
+def test_refusals_say_what_differs():
+    import transformers
+
+    config = transformers.GptOssConfig(
+        hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_local_experts=4, vocab_size=64, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        gpt_oss = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="GptOssExperts.*transposed.*interleaved.*biases"):
+        wrap_experts(gpt_oss, 4, 8)
+    assert not any(isinstance(m, FusedMoELoRA) for m in gpt_oss.modules())
+    with pytest.raises(ValueError, match="no module named experts"):
+        wrap_experts(tiny_model("qwen3"), 4, 8)
+    with torch.device("meta"):
+        gelu = transformers.AutoModelForCausalLM.from_config(tiny_config("qwen3_moe", hidden_act="gelu"))
+    with pytest.raises(ValueError, match="not SiLU"):
+        wrap_experts(gelu, 4, 8)
+    with pytest.raises(ValueError, match="expected .fast. or .frugal."):
+        FusedMoELoRA(2, 8, 8, 2, 4, mode="slow")
+
+
+def test_fsdp2_shards_experts_and_trains_fp32_adapters(tmp_path):
+    """fully_shard with bf16 compute: start values do not depend on the sharding, gradients of the adapters arrive in fp32."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    def build():
+        torch.manual_seed(0)
+        module = FusedMoELoRA(4, 16, 8, r=2, lora_alpha=4, use_dora=True, dtype=torch.bfloat16)
+        with torch.no_grad():
+            module.gate_up_proj.normal_(std=0.3)
+            module.down_proj.normal_(std=0.3)
+        return module
+
+    plain, sharded = build(), build()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        fully_shard(sharded, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+        for module in (plain, sharded):
+            torch.manual_seed(5)
+            module.reset_lora_parameters()
+        for name, parameter in sharded.named_parameters():
+            torch.testing.assert_close(parameter.full_tensor(), dict(plain.named_parameters())[name])
+        x, index, weights = torch.randn(6, 16, dtype=torch.bfloat16), torch.randint(4, (6, 2)), torch.rand(6, 2)
+        sharded(x, index, weights).float().square().sum().backward()
+        grad = sharded.gate_proj_lora_B.grad
+        assert grad.dtype == torch.float32 and grad.full_tensor().abs().max() > 0
+        assert sharded.gate_up_proj.grad is None
+    finally:
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# On a GPU
+# ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["this GPU's", "portable"])
+@pytest.mark.parametrize("mode", ["fast", "frugal"])
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("edge", ON_GPU)
+def test_kernels_in_bf16(cuda, monkeypatch, edge, dora, mode, path):
+    if path == "portable":
+        monkeypatch.setattr(fused_moe_lora, "tiles_for", lambda device: fused_moe_lora.AMPERE)
+    *case, routing = ON_GPU[edge]
+    assert_three_way(case, dora, mode, routing, cuda, torch.bfloat16, torch.float32, slack=5e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dora", [False, True])
+def test_kernels_in_fp32_on_gpu(cuda, dora):
+    assert_three_way((100, 128, 96, 8, 2, 8), dora, "fast", "random", cuda, torch.float32, torch.float64, slack=1e-6)
+
+
+def gpu_step(cuda, dora=False, mode="fast", seed=0):
+    leaves, fixed, upstream = make_case(512, 512, 256, 16, 4, 32, dora, "random", cuda, torch.bfloat16, seed)
+    leaves = {name: t.requires_grad_() for name, t in leaves.items()}
+
+    def step():
+        for leaf in leaves.values():
+            leaf.grad = None
+        out = moe_lora(**leaves, **fixed, scaling=0.7, mode=mode)
+        out.backward(upstream)
+        return out
+
+    return step, leaves, fixed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["fast", "frugal"])
+def test_nothing_leaks_and_nothing_synchronises(cuda, mode):
+    step, _, _ = gpu_step(cuda, dora=True, mode=mode)
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.gpu
+def test_replays_in_a_cuda_graph_with_other_inputs_and_other_routing(cuda):
+    step, leaves, fixed = gpu_step(cuda)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    captured_grads = {name: leaf.grad for name, leaf in leaves.items()}
+    with torch.no_grad():
+        leaves["hidden_states"].normal_()
+        fixed["top_k_index"].copy_(torch.rand(512, 16, device=cuda).topk(4, dim=-1).indices)
+    graph.replay()
+    replayed, replayed_grads = captured.clone(), {name: grad.clone() for name, grad in captured_grads.items()}
+    assert torch.equal(step(), replayed)
+    assert all(torch.equal(leaf.grad, replayed_grads[name]) for name, leaf in leaves.items())
+
+
+@pytest.mark.gpu
+def test_a_second_backward_is_refused(cuda):
+    leaves, fixed, upstream = make_case(16, 128, 128, 4, 2, 16, False, "random", cuda, torch.bfloat16)
+    out = moe_lora(**{name: t.requires_grad_() for name, t in leaves.items()}, **fixed, scaling=0.7)
+    out.backward(upstream, retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward twice"):
+        out.backward(upstream)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits(cuda):
+    """S * H > 2^31 elements in DoRA's y: a sample of tokens equals what the reference makes of them alone."""
+    leaves, fixed, upstream = make_case(150_000, 2048, 128, 8, 8, 16, True, "random", cuda, torch.bfloat16)
+    got = run(moe_lora, leaves, fixed, upstream)
+    rows = torch.tensor([0, 1, 77_777, 149_998, 149_999], device=cuda)
+
+    def sample(tensors):
+        return {name: t[rows] if name in ("hidden_states", "top_k_weights", "top_k_index") else t for name, t in tensors.items()}
+
+    truth = run(moe_lora_reference, sample(leaves), sample(fixed), upstream[rows], torch.float32)
+    for name, values in (
+        ("out", got["out"][rows]),
+        ("hidden_states", got["hidden_states"][rows]),
+        ("top_k_weights", got["top_k_weights"][rows]),
+    ):
+        assert relative_errors({name: values}, {name: truth[name]})[name] < 1e-2, name
+
+
+@pytest.mark.gpu
+def test_module_on_gpu_equals_module_on_cpu(cuda):
+    torch.manual_seed(0)
+    experts = FusedMoELoRA(8, 256, 128, r=16, lora_alpha=32, use_dora=True)
+    with torch.no_grad():
+        experts.gate_up_proj.normal_(std=256**-0.5)
+        experts.down_proj.normal_(std=128**-0.5)
+    experts.reset_lora_parameters()
+    randomise(experts)
+    x, index, weights = torch.randn(50, 256), torch.rand(50, 8).topk(2).indices, torch.rand(50, 2)
+    on_gpu = copy.deepcopy(experts).to(cuda)
+    for module, inputs in ((experts, (x, index, weights)), (on_gpu, (x.cuda(), index.cuda(), weights.cuda()))):
+        module(*inputs).square().sum().backward()
+    for (name, ours), theirs in zip(on_gpu.named_parameters(), experts.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad.cpu(), theirs.grad, atol=1e-3, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
