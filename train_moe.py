@@ -950,10 +950,12 @@ def upcycle(dense_directory, out, num_experts=4, top_k=2, seed=0):
 
     Every expert is a copy of the dense MLP and the router's top_k weights add up to one, so it does not matter which are chosen; the
     family's shared expert has a zero down projection. The idea is sparse upcycling, arXiv 2212.05055.
-    Raises ValueError for a model that is not Llama's or has biases.
+    Raises ValueError for a directory that is not there and for a model that is not Llama's or has biases.
     """
     from transformers import Qwen2MoeConfig
 
+    if not os.path.isdir(dense_directory):
+        raise ValueError(f"{dense_directory}: no such directory")
     dense = AutoModelForCausalLM.from_pretrained(dense_directory, dtype="auto")
     old = dense.config
     if old.model_type != "llama" or old.attention_bias or old.mlp_bias or old.hidden_act != "silu":

@@ -1,7 +1,7 @@
 """How fast train_moe.load_weights reads a checkpoint, against plain reads of the same files, and how much host memory it takes.
 
     python3 benchmarks/bench_load.py [--gigabytes 4] [--directory DIR] [--repeats 3]
-    torchrun --nproc_per_node 8 benchmarks/bench_load.py ...        each rank reads the rows of its own shards
+    torchrun --nproc_per_node 8 -- benchmarks/bench_load.py ...        each rank reads the rows of its own shards
 
 Writes a Qwen3-MoE checkpoint of about the size asked for to DIR (a new temporary directory by default, removed at the end) in files of
 about 1 GB with per-expert tensors, as published ones are. Both readings are timed from the page cache and after the files were dropped

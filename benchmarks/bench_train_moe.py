@@ -1,7 +1,7 @@
 """A training step on a few layers of each real mixture of experts: checked, then timed; weights are random, made on the device.
 
     python3 benchmarks/bench_train_moe.py [--models qwen3-30b-a3b,glm-4.5-air,qwen3-235b-a22b] [--layers 4] [--tokens 16384] [--steps 5]
-    torchrun --nproc_per_node 2 benchmarks/bench_train_moe.py ...      the same, sharded by FSDP2
+    torchrun --nproc_per_node 2 -- benchmarks/bench_train_moe.py ...      the same, sharded by FSDP2
     python3 benchmarks/bench_train_moe.py --models tiny --tokens 256   anywhere, on a CPU too; leaves no record
 
 Per model: (1) two layers at 2,048 tokens: loss and every kind of gradient by the kernels against fp32, with PyTorch's own bf16 error as
