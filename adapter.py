@@ -560,7 +560,7 @@ class Adapter:
         self.manifest = self._read_manifest()
         self.checksums, self._checked = self.manifest.get("tensors", {}), set()
         self.used = Counter()
-        self.stacked = False
+        self.stacked, self._stacks = False, {}
         self.slots: dict[str, Slot] = {}
         modules = defaultdict(dict)
         for key, info in self.header.items():
@@ -658,12 +658,21 @@ class Adapter:
         slot = self.slots[name]
         if part == "lora_magnitude_vector":
             return self.tensor(slot.magnitude).float() if slot.magnitude else None
-        value = self.tensor(slot.A if part == "lora_A" else slot.B)
+        key = slot.A if part == "lora_A" else slot.B
+        value = self.tensor(key) if slot.expert is None else self._recent(key)
         if slot.expert is not None and part == "lora_A":
             value = value.unflatten(0, (-1, slot.stack_rank))[slot.expert, slot.ranks]
         elif slot.expert is not None:
             value = value.unflatten(1, (slot.stack_rank, -1))[slot.rows, slot.ranks, slot.expert]
         return value.float().contiguous()
+
+    def _recent(self, key) -> torch.Tensor:
+        """One of the last four stacks read: the experts of a layer are asked for one after another."""
+        if key not in self._stacks:
+            while len(self._stacks) >= 4:
+                del self._stacks[next(iter(self._stacks))]
+            self._stacks[key] = self.tensor(key)
+        return self._stacks[key]
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(A (r, in), B (out, r), magnitude (out,) or None) of one base weight in fp32."""
@@ -943,9 +952,7 @@ def local_base(name) -> Path | None:
 
 
 def _fingerprint(base_model, keys) -> dict[str, str]:
-    """Checksums of the first row of up to 16 adapted, unstacked base weights, to tell apart bases of the same shape; {} if they are not
-    here.
-    """
+    """Checksums of the first row of up to 16 adapted base weights, to tell apart bases of the same shape; {} if the base is not here."""
     directory = local_base(base_model)
     modules = sorted({DISK_NAME.match(key)["module"] for key in keys})
     modules = [module for module in modules if not EXPERT.match(module)]
@@ -966,9 +973,7 @@ def _row_checksums(directory, names) -> dict[str, str]:
 
 
 def norm_table(directory) -> str:
-    """Root mean square of lora_B per layer and projection (an expert layer: least, mean and most of its experts), times 1e4, as an aligned
-    table.
-    """
+    """A table of lora_B's root mean square times 1e4 per layer and projection (experts: the least, the mean and the most of a layer's)."""
     adapter = Adapter(directory)
     cells, columns = defaultdict(lambda: defaultdict(list)), {}
     for name in adapter.slots:
@@ -1083,8 +1088,9 @@ CHUNK = 1 << 24  # values merged at a time: 64 MiB in fp32, so that memory does 
 
 
 def merged_rows(weight, A, B, magnitude, scaling) -> torch.Tensor:
-    """Rows of W + s B A, or of DoRA's m (W + s B A) / ||W + s B A|| (norm per row), in fp32. weight (rows, in), B (rows, r), magnitude
-    (rows,).
+    """Rows of W + s B A, or of DoRA's m (W + s B A) / ||W + s B A||, the norm per row, in fp32.
+
+    weight (rows, in), A (r, in), B (rows, r), magnitude (rows,) or None.
     """
     merged = torch.addmm(weight.float(), B, A, alpha=scaling)
     if magnitude is not None:
@@ -1112,24 +1118,19 @@ def merge_tensor(adapter: Adapter, name: str, weight: torch.Tensor, dtype=None, 
 
 
 def unused_faults(adapter: Adapter, used: Counter) -> list[str]:
-    """Adapter modules that were not merged exactly once, as sentences."""
+    """Adapter modules that were not merged exactly once: a sentence for each kind, naming the first eight."""
     unused = sorted(set(adapter.slots) - set(used))
     twice = sorted(name for name, count in used.items() if count > 1)
     faults = []
     if unused:
-        faults.append(
-            f"{len(unused)} adapter modules match nothing in the base: {', '.join(unused[:8])}{' ...' if len(unused) > 8 else ''}"
-        )
+        faults.append(f"{len(unused)} adapter modules match nothing in the base: {', '.join(unused[:8])}")
     if twice:
-        faults.append(
-            f"{len(twice)} adapter modules match more than one base tensor: {', '.join(twice[:8])}{' ...' if len(twice) > 8 else ''}"
-        )
+        faults.append(f"{len(twice)} adapter modules match more than one base tensor: {', '.join(twice[:8])}")
     return faults
 
 
 def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool = False, log=print) -> None:
-    """Write base + adapter as an ordinary checkpoint to directory `out`: same shards, names and dtypes as the base, plus its configuration
-    files.
+    """Write base + adapter as an ordinary checkpoint to directory `out`: the base's shards, names and dtypes, and its configuration files.
 
     Each shard is streamed through `workers` processes (default: one per core, at most 8 and one per shard) in blocks of rows, so memory
     stays at a few hundred MB a process for any model. Run again after an interruption and finished shards are kept. Raises ValueError when
@@ -1335,9 +1336,7 @@ def register_vllm_loader() -> None:
 
 
 def model_card(directory, config: dict, scores: str | None = None) -> str:
-    """README.md of an adapter directory: base, data, hyper-parameters and commit from the run's args.json (beside or one level above),
-    scores if given.
-    """
+    """README.md of an adapter directory: base, data, hyper-parameters and commit from the run's args.json (beside or above), and scores."""
     directory, run = Path(directory), {}
     for path in (folder / "args.json" for folder in (directory, *directory.absolute().parents[:2])):
         if path.is_file():
