@@ -152,7 +152,7 @@ def say(*words):
 
 
 class LoraLinearFunction(torch.autograd.Function):
-    """y = x W^T + b + u B^T with u = s x A^T, for a frozen W: five matrix products backward and forward together with two of W's own.
+    """y = x W^T + b + u B^T with u = s x A^T, for a frozen W: forward and backward, two products with W and six of rank r.
 
     Computes in x's dtype. A and B are cast as they are used, so that no second copy of them lives from forward to backward.
     """
@@ -224,7 +224,8 @@ class SummedCrossEntropy(torch.autograd.Function):
         for h, t, out in zip(hidden.split(1024), targets.split(1024), gradient.split(1024), strict=True):
             nll, logits_gradient = chunk_loss(h @ weight.T, t)
             total += nll
-            torch.mm(logits_gradient, weight, out=out)
+            if ctx.needs_input_grad[0]:
+                torch.mm(logits_gradient, weight, out=out)
         ctx.save_for_backward(gradient)
         return total
 
@@ -281,7 +282,7 @@ class ModelWithLoss(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.router_aux_loss_coef = router_aux_loss_coef
-        self.chunk_loss = torch.compile(nll_and_gradient, dynamic=True) if compiled else nll_and_gradient
+        self.chunk_loss = torch.compile(nll_and_gradient) if compiled else nll_and_gradient
         self.router_load = RouterLoad(module for module in causal_lm.modules() if isinstance(module, FusedMoELoRA))
 
     def forward(self, batch):
@@ -357,7 +358,9 @@ def fuse_norms_and_rotary(causal_lm):
     Only these: attention and experts are kernels already, and small compiled functions have no graph to break. A norm is replaced
     if its source is that of transformers' LlamaRMSNorm, which most families copy; others stay as they are.
     """
-    compiled_norm = torch.compile(rms_norm, dynamic=True)
+    # One function serves norms of several shapes, with and without gradients. Numbers of tokens become symbols by themselves.
+    torch._dynamo.config.recompile_limit = 64
+    compiled_norm = torch.compile(rms_norm)
 
     def forward(self, hidden_states):
         return compiled_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -370,7 +373,7 @@ def fuse_norms_and_rotary(causal_lm):
     modeling = sys.modules[type(causal_lm).__module__]
     rotary = getattr(modeling, "apply_rotary_pos_emb", None)
     if isinstance(rotary, types.FunctionType) and not hasattr(rotary, "_torchdynamo_orig_callable"):
-        modeling.apply_rotary_pos_emb = torch.compile(rotary, dynamic=True)
+        modeling.apply_rotary_pos_emb = torch.compile(rotary)
 
 
 def warn_if_too_large(config, args, data_args, lora_args, device):

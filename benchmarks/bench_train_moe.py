@@ -101,8 +101,12 @@ def build(name, layers, args, dtype, device, mesh=None):
     return config, model
 
 
-def random_pack(tokens, vocabulary, generator, device):
-    """(batch on the device, sum of squared lengths): one pack of log-normal documents, four of five tokens supervised."""
+def random_pack(places, vocabulary, generator, device):
+    """(batch on the device, lengths): one pack of log-normal documents, as full as best fit leaves them, four of five tokens supervised.
+
+    Like real packs, no two have the same number of tokens; the median document is a fortieth of a pack.
+    """
+    tokens = places - int(torch.randint(0, max(1, places // 100), (), generator=generator))
     lengths = []
     while sum(lengths) < tokens:
         draw = torch.empty(1).log_normal_(math.log(tokens / 40), 1.0, generator=generator).item()
@@ -113,7 +117,7 @@ def random_pack(tokens, vocabulary, generator, device):
         labels = ids.clone()
         labels[: max(1, n // 5)] = multipack.IGNORE
         pack.append({"input_ids": ids, "labels": labels})
-    return train_moe.to_device(train_moe.to_batch(pack), device), sum(n * n for n in lengths)
+    return train_moe.to_device(train_moe.to_batch(pack), device), lengths
 
 
 def loss_and_backward(model, batch):
@@ -229,13 +233,15 @@ def time_steps(model, config, args, device):
     synchronize(device)
     seconds = (time.perf_counter() - started) / args.steps
     update_ms = milliseconds(update, device, 3)
-    flops = statistics.mean(plan.train_flops(config, args.tokens, squares, args.r, use_dora=args.use_dora) for _, squares in packs[2:])
+    tokens = statistics.mean(sum(lengths) for _, lengths in packs[2:])
+    squares = statistics.mean(sum(n * n for n in lengths) for _, lengths in packs[2:])
+    flops = plan.train_flops(config, tokens, squares, args.r, use_dora=args.use_dora)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     utilisation = plan.mfu(flops, seconds, 1, name)
     return {
         "pack_ms": round(1e3 * seconds, 2),
         "optimizer_ms": round(update_ms, 2),
-        "tokens_per_second_per_gpu": round(args.tokens / seconds, 1),
+        "tokens_per_second_per_gpu": round(tokens / seconds, 1),
         "mfu": None if utilisation is None else round(utilisation, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None,
     }
@@ -244,12 +250,13 @@ def time_steps(model, config, args, device):
 def time_parts(model, config, args, device):
     """{part: ms, forward and backward} of the last layer's parts and of the head, each with its own random input."""
     batch, _ = random_pack(args.tokens, config.vocab_size, torch.Generator().manual_seed(1), device)
+    tokens = batch["input_ids"].shape[1]
     causal_lm = model.causal_lm
     layer = causal_lm.base_model.layers[-1]
     dtype = layer.mlp.experts.gate_up_proj.dtype
 
     def hidden():
-        return torch.randn(1, args.tokens, config.hidden_size, dtype=dtype, device=device, requires_grad=True)
+        return torch.randn(1, tokens, config.hidden_size, dtype=dtype, device=device, requires_grad=True)
 
     x, flat = hidden(), hidden()[0].detach().requires_grad_()
     with torch.no_grad():
