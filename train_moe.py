@@ -839,9 +839,11 @@ class Checkpointer:
 def find_resume_checkpoint(args):
     """The newest checkpoint that a run can go on from, or None for a fresh run; refuses to write over an existing run."""
     found = sorted(Path(args.output_dir).glob("checkpoint-*/resume/position.json"), key=lambda p: int(p.parts[-3].split("-")[1]))
+    saved = [path.parent for path in Path(args.output_dir).glob(f"checkpoint-*/{adapter.CONFIG}") if path.parent.suffix != ".tmp"]
     if args.resume and not found:
-        raise ValueError(f"--resume: no checkpoint-*/resume under {args.output_dir}; start without --resume, or check --run_name")
-    if not args.resume and any(Path(args.output_dir).glob("checkpoint-*")):
+        rest = f"; it holds {saved[0].name}, saved without: remove it and start anew" if saved else "; check --run_name, or start anew"
+        raise ValueError(f"--resume: no checkpoint-*/resume under {args.output_dir}{rest}")
+    if not args.resume and saved:
         raise ValueError(f"{args.output_dir} holds checkpoints: pass --resume to go on, or another --run_name or --output_dir")
     return found[-1].parent.parent if found else None
 
