@@ -455,7 +455,8 @@ class Output:
 
     def append(self, records):
         """Append records durably. Raises RuntimeError if the disk is full; what was written before stays whole."""
-        data = memoryview(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
+        # ASCII: a text may hold characters (U+0085, U+2028) at which some readers would break a line
+        data = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
         whole = os.fstat(self.file).st_size
         try:
             while data:

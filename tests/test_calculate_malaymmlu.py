@@ -13,7 +13,7 @@ from scipy import stats
 import calculate_malaymmlu as scorer
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = [json.loads(line) for line in (ROOT / "tests/extraction_cases.jsonl").read_text(encoding="utf-8").splitlines()]
+CASES = [json.loads(line) for line in (ROOT / "tests/extraction_cases.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
 
 # The published block of Qwen3-32B at step 960: category, questions, acc1, acc3
 PUBLISHED = [
@@ -99,6 +99,12 @@ def test_a_bad_row_is_named(tmp_path, changed, message):
     path.write_text(json.dumps([raw(0), raw(1) | changed]))
     with pytest.raises(ValueError, match=f"row 1: {message}"):
         scorer.load_questions(path)
+
+
+def test_a_question_file_may_be_json_lines_with_any_character(tmp_path):
+    rows = [raw(0), raw(1) | {"prompt": "Satu\u2028dua\x85tiga?\nA. x\nB. y\nC. z\nD. w"}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert [asked["prompt"] for asked in scorer.load_questions(tmp_path / "q.jsonl")] == [row["prompt"] for row in rows]
 
 
 def test_the_sample_questions_load_and_their_prompts_hold_the_same_options():

@@ -174,6 +174,10 @@ def record(index, sample, text="Jawapan: A"):
     return {"index": index, "id": 100 + index, "sample": sample, "text": text, "finish_reason": "stop", "completion_tokens": 3}
 
 
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
 @pytest.fixture
 def output(tmp_path):
     """A function that opens the same output directory with some settings."""
@@ -206,6 +210,15 @@ def test_only_what_is_missing_is_queued_and_a_half_written_line_is_repaired(outp
     third = output()
     assert (3, 2) in third.queue and first.path.read_bytes().count(b"\n") == 2
     third.close()
+
+
+def test_no_character_of_an_answer_can_break_a_line(output):
+    first = output()
+    first.append([record(0, 0, "satu\u2028dua\x85tiga\nempat \ud800 ألف")])
+    assert len(first.path.read_text(encoding="utf-8").splitlines()) == 1
+    assert read(first.path)[0]["text"] == "satu\u2028dua\x85tiga\nempat \ud800 ألف"
+    first.close()
+    assert output().missing == 11
 
 
 def test_more_samples_continue_what_is_there(output):
@@ -549,7 +562,7 @@ def test_killed_and_hung_engines_and_a_killed_driver_lose_and_repeat_nothing(tin
     assert again.returncode == 0, again.stdout + again.stderr
     assert "cut off a half-written last line" in again.stdout and "leaked" not in again.stderr
     assert path.read_bytes().startswith(kept)
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = read(path)
     assert Counter((r["index"], r["sample"]) for r in records) == {(i, s): 1 for i in range(count) for s in range(3)}
     assert all(r["id"] == 100 + r["index"] and 1 <= r["completion_tokens"] <= 300 and r["prompt_tokens"] > 50 for r in records)
     # three samples of a question are three draws
@@ -589,7 +602,7 @@ def test_first_token_with_two_tensor_parallel_ranks_and_a_merged_adapter_equals_
     settings = json.loads((directory / "args.json").read_text())
     assert settings["names"] == ["run-checkpoint-7", "tiny-lora-8-7"] and settings["how"] == "merged while loading"
     assert settings["protocol"] == "first_token" and settings["engines"]["tensor_parallel"] == 2
-    records = {r["index"]: r for r in map(json.loads, (directory / "generations.jsonl").read_text().splitlines())}
+    records = {r["index"]: r for r in read(directory / "generations.jsonl")}
     assert sorted(records) == list(range(12))
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     model.eval()
