@@ -486,14 +486,15 @@ def read_answers(directory, questions, limited=False):
 def original_scores(answers, questions):
     """acc1 and acc3 as the original computes them -> {category: (acc1, acc3)}, categories in the file's order, then "average".
 
-    answers: int8 (Q, samples). acc1: the first sample that has an answer is right. acc3: any sample is right. Without an answer a question
+    answers: int8 (Q, samples). acc1: the first sample that has an answer is right. acc3: one of the first three that have. Without an answer a question
     is wrong. The average is the unweighted mean of the categories.
     """
     keys = np.array([LETTERS.index(question["key"]) for question in questions], np.int8)  # (Q,)
     answered = answers >= 0  # (Q, samples)
     first = np.take_along_axis(answers, answered.argmax(1)[:, None], 1)[:, 0]  # (Q,)
     right_first = answered.any(1) & (first == keys)
-    right_any = (answers == keys[:, None]).any(1)
+    first_three = answered & (answered.cumsum(1) <= 3)
+    right_any = (first_three & (answers == keys[:, None])).any(1)
     rows = {}
     for question in questions:
         rows.setdefault(question["category"], []).append(question["index"])

@@ -220,6 +220,8 @@ def test_measures_of_hand_made_answers():
     assert scorer.measure(answers, np.zeros(6, np.int8)) == pytest.approx(np.array(expected))
     original = scorer.original_scores(answers, [question(i) for i in range(6)])
     assert original["STEM"] == (3 / 6, 4 / 6)  # the first available answer: questions 0, 1 and 3
+    more = np.array([[B, scorer.NONE, B, B, A], [B, scorer.NONE, B, A, B]], np.int8)  # five samples: the first three answers count
+    assert scorer.original_scores(more, [question(0), question(1)])["STEM"] == (0.0, 1 / 2)
     assert scorer.count_outcomes(answers) == {"answered": 14, "none": 2, "ambiguous": 0, "truncated": 1, "missing": 1}
 
 
