@@ -36,6 +36,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+WORK_COUNTERS = 32  # for hopper_gemm_kernel's launches on one routing, 16 bytes apart
 H_SLICES = 4  # an (S, H) temporary exists one part of its columns at a time
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -103,6 +104,7 @@ def moe_lora_reference(
 #   offsets          (E+1,)   int32   first sorted row of an expert
 #   tile_expert      (tiles,) int32   expert of a row tile
 #   tile_row         (tiles,) int32   first sorted row of a row tile
+#   counters         (128,)   int32   work items drawn so far, every fourth for one launch of hopper_gemm_kernel
 # ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -133,8 +135,8 @@ def scan_kernel(counts_ptr, num_blocks, totals_ptr, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def tile_kernel(
-    totals_ptr, E, S, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, max_tiles,
-    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
+    totals_ptr, E, S, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, max_tiles, counters_ptr,
+    BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of BLOCK row tiles,): offsets, and the tile map: a tile belongs to the first expert whose tiles end after it."""
     experts = tl.arange(0, BLOCK_E)
@@ -153,6 +155,7 @@ def tile_kernel(
         tl.store(offsets_ptr + experts, starts, mask=experts < E)
         tl.store(offsets_ptr + E, S)
         tl.store(num_tiles_ptr, tl.sum(tiles, 0))
+        tl.store(counters_ptr + tl.arange(0, COUNTERS), 0)
 
 
 @triton.jit
@@ -483,7 +486,9 @@ def router_grad_kernel(dw_ptr, token_row_ptr, out_ptr, S, BLOCKS: tl.constexpr, 
 # ------------------------------------------------------------------------------------------------------------------------------
 # The same grouped GEMM for Hopper, in Gluon: tiles of 128 x 256, one program per multiprocessor. A producer warpgroup keeps a ring of
 # shared-memory stages full (bulk tensor copies for weights and plain A, cp.async for gathered A); two consumer warpgroups multiply 64
-# rows each by the common 256 columns and write their results out behind the next tile's products.
+# rows each by the common 256 columns and write their results out behind the next tile's products. The producer draws work items from a
+# counter, so that neighbouring items, which share weights, run at the same time: with a fixed assignment the programs drift apart and
+# the 235B block's GEMMs read three times as much from memory.
 # ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -505,14 +510,14 @@ def hopper_work(item, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, 
 @gluon.jit
 def hopper_producer(
     a_desc, a_ptr, stride_am, row_token_ptr, w_desc, w_rows, u_desc, l0_desc, l1_desc, l_rows,
-    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, full, empty, N, K, R, S,
+    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, counter_ptr, a_smem, w_smem, full, empty, work, announced, taken,
+    N, K, R, S,
     BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
     LORAS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = 256 // HALVES
     column_tiles = gl.cdiv(N, WIDTH)
     total = gl.load(num_tiles_ptr) * column_tiles
-    programs = gl.num_programs(0)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     lane = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     ks = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, layout)), 0)
@@ -524,11 +529,14 @@ def hopper_producer(
         token0 = gl.load(row_token_ptr + row + lane, mask=row + lane < last, other=0)
         token1 = gl.load(row_token_ptr + row + 64 + lane, mask=row + 64 + lane < last, other=0)
     step = 0
-    for item in range(gl.program_id(0), total, programs):
-        # the next item's coordinates are loaded while this one's copies are under way
-        next_item = gl.minimum(item + programs, total - 1)
+    count = 0
+    while item < total:
+        hopper_announce(item, count, work, announced, taken)
+        count += 1
+        # the next item is drawn, and its coordinates loaded, while this one's copies are under way
+        next_item = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
         next_expert, next_row, next_column, next_last = hopper_work(
-            next_item, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP
+            gl.minimum(next_item, total - 1), column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP
         )
         if GATHER:
             a0 = a_ptr + gl.expand_dims(token0.to(gl.int64) * stride_am, 1) + ks
@@ -585,7 +593,26 @@ def hopper_producer(
                 if GATHER:
                     async_copy.mbarrier_arrive(bar, increment_count=False)
                 step += 1
-        expert, row, column, last = next_expert, next_row, next_column, next_last
+        item, expert, row, column, last = next_item, next_expert, next_row, next_column, next_last
+    hopper_announce(item, count, work, announced, taken)  # past the end: the consumers stop
+
+
+@gluon.jit
+def hopper_announce(item, count, work, announced, taken):
+    """The producer tells the consumers which item comes next, up to two ahead."""
+    slot = count % 2
+    mbarrier.wait(taken.index(slot), ((count // 2) & 1) ^ 1)
+    work.index(slot).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    mbarrier.arrive(announced.index(slot), count=1)
+
+
+@gluon.jit
+def hopper_next(count, work, announced, taken):
+    slot = count % 2
+    mbarrier.wait(announced.index(slot), (count // 2) & 1)
+    item = gl.max(work.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
+    mbarrier.arrive(taken.index(slot), count=1)
+    return item
 
 
 @gluon.jit
@@ -611,7 +638,8 @@ def hopper_store(values, smem, desc, ptr, stride, row, column, last, limit):
 @gluon.jit
 def hopper_consumer(
     out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
-    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, N, K, R, WHO: gl.constexpr,
+    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, work, announced, taken,
+    N, K, R, WHO: gl.constexpr,
     BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
     LORAS: gl.constexpr, GROUP: gl.constexpr, DORA: gl.constexpr,
 ):  # fmt: skip
@@ -627,7 +655,9 @@ def hopper_consumer(
     steps = gl.cdiv(K, 64)
     lora_steps = LORAS * gl.cdiv(R, BLOCK_R)
     step = 0
-    for item in range(gl.program_id(0), total, gl.num_programs(0)):
+    count = 1
+    item = hopper_next(0, work, announced, taken)
+    while item < total:
         expert, row, column, last = hopper_work(item, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP)
         row += 64 * WHO
         if row >= last:
@@ -682,6 +712,8 @@ def hopper_consumer(
                 hopper_store(left1, o1, out_desc, out_ptr, stride_om, row, column + 64, last, N)
                 hopper_store(right0, o0, out_desc, out_ptr, stride_om, row, column + 128, last, N)
                 hopper_store(right1, o1, out_desc, out_ptr, stride_om, row, column + 192, last, N)
+        item = hopper_next(count, work, announced, taken)
+        count += 1
     tma.store_wait(0)
 
 
@@ -701,7 +733,7 @@ def hopper_swiglu(gate, up, gate_scale_ptr, up_scale_ptr, offset, DORA: gl.const
 def hopper_gemm_kernel(
     a_desc, a_ptr, stride_am, row_token_ptr, w_desc, w_rows, u_desc, l0_desc, l1_desc, l_rows,
     out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
-    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, N, K, R, S,
+    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, counter_ptr, N, K, R, S,
     BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
     LORAS: gl.constexpr, GROUP: gl.constexpr, DORA: gl.constexpr,
 ):  # fmt: skip
@@ -721,19 +753,28 @@ def hopper_gemm_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=129 if GATHER else 1)  # every producer thread reports its own cp.async copies
         mbarrier.init(empty.index(i), count=2)
+    work = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    announced = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(announced.index(i), count=1)
+        mbarrier.init(taken.index(i), count=2)
     fence_async_shared()
     gl.warp_specialize([
         (hopper_consumer, (
             out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
-            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, N, K, R, 0,
+            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, work, announced, taken,
+            N, K, R, 0,
             BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP, DORA)),
         (hopper_consumer, (
             out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
-            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, N, K, R, 1,
+            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, work, announced, taken,
+            N, K, R, 1,
             BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP, DORA)),
         (hopper_producer, (
             a_desc, a_ptr, stride_am, row_token_ptr, w_desc, w_rows, u_desc, l0_desc, l1_desc, l_rows,
-            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, full, empty, N, K, R, S,
+            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, counter_ptr, a_smem, w_smem, full, empty, work, announced, taken,
+            N, K, R, S,
             BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP)),
     ], [4, 4], [224, 64])  # fmt: skip
 
@@ -783,6 +824,7 @@ class Routing(NamedTuple):
     tile_expert: torch.Tensor
     tile_row: torch.Tensor
     num_tiles: torch.Tensor
+    counters: torch.Tensor
 
 
 def route(top_k_index, top_k_weights, num_experts, tiles):
@@ -791,19 +833,31 @@ def route(top_k_index, top_k_weights, num_experts, tiles):
     S, top_k, device = index.numel(), index.shape[1], index.device
     num_blocks, max_tiles = triton.cdiv(S, tiles.sort), S // tiles.block_m + num_experts
     block_e = triton.next_power_of_2(num_experts + 1)
-    ints = torch.empty(num_experts * (num_blocks + 2) + 2 * S + 2 * max_tiles + 2, dtype=torch.int32, device=device)
-    sizes = [num_experts * num_blocks, num_experts, num_experts + 1, S, S, max_tiles, max_tiles, 1]
-    counts, totals, offsets, token_row, row_token, tile_expert, tile_row, num_tiles = ints.split(sizes)
+    ints = torch.empty(num_experts * (num_blocks + 2) + 2 * S + 2 * max_tiles + 2 + 4 * WORK_COUNTERS, dtype=torch.int32, device=device)
+    sizes = [4 * WORK_COUNTERS, num_experts * num_blocks, num_experts, num_experts + 1, S, S, max_tiles, max_tiles, 1]
+    counters, counts, totals, offsets, token_row, row_token, tile_expert, tile_row, num_tiles = ints.split(sizes)
     row_weight = torch.empty(S, dtype=torch.float32, device=device)
     count_kernel[(num_blocks,)](index, S, counts, num_blocks, num_experts, BLOCK=tiles.sort, BLOCK_E=block_e)
     scan_kernel[(num_experts,)](counts, num_blocks, totals, BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)))
     tile_kernel[(triton.cdiv(max_tiles, 64),)](
-        totals, num_experts, S, offsets, tile_expert, tile_row, num_tiles, max_tiles, BLOCK_M=tiles.block_m, BLOCK=64, BLOCK_E=block_e
+        totals,
+        num_experts,
+        S,
+        offsets,
+        tile_expert,
+        tile_row,
+        num_tiles,
+        max_tiles,
+        counters,
+        BLOCK_M=tiles.block_m,
+        BLOCK=64,
+        BLOCK_E=block_e,
+        COUNTERS=4 * WORK_COUNTERS,
     )
     place_kernel[(num_blocks,)](
         index, weight, S, top_k, counts, num_blocks, offsets, token_row, row_token, row_weight, BLOCK=tiles.sort
     )  # fmt: skip
-    return Routing(index, weight, token_row, row_token, row_weight, offsets, tile_expert, tile_row, num_tiles)
+    return Routing(index, weight, token_row, row_token, row_weight, offsets, tile_expert, tile_row, num_tiles, counters)
 
 
 def precision_of(dtype):
@@ -848,11 +902,11 @@ def grouped_gemm(a, weights, out, routing, tiles, *, gather=False, lora=None, bo
     return out
 
 
-def hopper_gemm(a, weight, out, routing, tiles, *, gather=False, lora, act=None, scales=None):
+def hopper_gemm(a, weight, out, routing, tiles, *, launch, gather=False, lora, act=None, scales=None):
     """out (S, N) = A W_e^T + U L_e^T by hopper_gemm_kernel. weight, and each of lora's, an (E, N, K) view with K or N contiguous.
 
     act (S, N): weight is the whole gate_up_proj, out (S, 2N), lora has gate's and up's B, and act becomes silu(gate) up, after DoRA's
-    scales (gate's and up's (E, N)) if given.
+    scales (gate's and up's (E, N)) if given. launch: a number below WORK_COUNTERS, different for every launch on one routing.
     """
     u, loras = lora
     stages, group = tiles.hopper
@@ -881,7 +935,7 @@ def hopper_gemm(a, weight, out, routing, tiles, *, gather=False, lora, act=None,
         descriptor(a, [64, 64]), a, a.stride(0), routing.row_token, w_desc, w_rows,
         descriptor(u.view(-1, r), [64, block_r]), lora_descs[0][0], lora_descs[-1][0], lora_descs[0][1],
         out_desc, out, out.stride(0), act_desc, act, gate_scale, up_scale,
-        routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, N, K, r, out.shape[0],
+        routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, routing.counters[4 * launch :], N, K, r, out.shape[0],
         BLOCK_R=block_r, STAGES=stages, GATHER=gather, K_MAJOR=k_major, HALVES=halves, LORAS=len(loras), GROUP=group,
         DORA=scales is not None, num_warps=4,
     )  # fmt: skip
@@ -939,7 +993,7 @@ class Block(NamedTuple):
     scaling: float
 
 
-def compute_gate_up(x, p, routing, tiles):
+def compute_gate_up(x, p, routing, tiles, launch):
     """u (2, S, r) = s x A1^T; gate_up (S, 2I) = x W1^T + u B1^T, DoRA's scale not yet applied; a (S, I) = silu(gate) up."""
     S, r, I = routing.row_token.numel(), p.gate_A.shape[1], p.down.shape[2]  # noqa: E741
     u = grouped_gemm(x, [p.gate_A, p.up_A], x.new_empty(2, S, r), routing, tiles, gather=True, alpha=p.scaling)
@@ -947,7 +1001,7 @@ def compute_gate_up(x, p, routing, tiles):
     lora = (u, [p.gate_B, p.up_B])
     if on_hopper(x, p, tiles):
         scales = None if p.gate_scale is None else (p.gate_scale, p.up_scale)
-        hopper_gemm(x, p.gate_up, gate_up, routing, tiles, gather=True, lora=lora, act=a, scales=scales)
+        hopper_gemm(x, p.gate_up, gate_up, routing, tiles, launch=launch, gather=True, lora=lora, act=a, scales=scales)
     else:
         grouped_gemm(x, [p.gate_up[:, :I], p.gate_up[:, I:]], gate_up, routing, tiles, gather=True, lora=lora)
         dora, (block_i, warps) = p.gate_scale is not None, tiles.swiglu
@@ -959,12 +1013,12 @@ def compute_gate_up(x, p, routing, tiles):
     return u, gate_up, a
 
 
-def compute_down(a, v, p, routing, tiles, columns=slice(None)):
+def compute_down(a, v, p, routing, tiles, launch, columns=slice(None)):
     """y (S, columns of H) = a W2^T + v B2^T, DoRA's scale not yet applied."""
     weight, lora = p.down[:, columns], (v.unsqueeze(0), [p.down_B[:, columns]])
     y = a.new_empty(a.shape[0], weight.shape[1])
     if on_hopper(a, p, tiles):
-        return hopper_gemm(a, weight, y, routing, tiles, lora=lora)
+        return hopper_gemm(a, weight, y, routing, tiles, launch=launch, lora=lora)
     return grouped_gemm(a, [weight], y, routing, tiles, lora=lora)
 
 
@@ -1003,16 +1057,16 @@ class FusedExperts(torch.autograd.Function):
         scales = [None if t is None else t.float().contiguous() for t in (gate_scale, up_scale, down_scale)]
         p = Block(gate_up_proj, down_proj, *adapters, *scales, scaling)
         routing = route(top_k_index, top_k_weights, gate_up_proj.shape[0], tiles)
-        u, gate_up, a = compute_gate_up(x, p, routing, tiles)
+        u, gate_up, a = compute_gate_up(x, p, routing, tiles, launch=0)
         v = grouped_gemm(a, [p.down_A], x.new_empty(a.shape[0], p.down_A.shape[1]), routing, tiles, alpha=scaling)
         if mode == "frugal" or not any(ctx.needs_input_grad):
             gate_up = None
         out, y = torch.empty_like(x), None
         if p.down_scale is None:
-            for columns in column_slices(x.shape[1], H_SLICES):
-                combine(compute_down(a, v, p, routing, tiles, columns), routing, out[:, columns], weighted=True)
+            for i, columns in enumerate(column_slices(x.shape[1], H_SLICES)):
+                combine(compute_down(a, v, p, routing, tiles, 1 + i, columns), routing, out[:, columns], weighted=True)
         else:
-            y = compute_down(a, v, p, routing, tiles)
+            y = compute_down(a, v, p, routing, tiles, launch=1)
             combine(y, routing, out, weighted=True, scale=p.down_scale)
         del a
         ctx.save_for_backward(x, u, v, gate_up, None if mode == "frugal" else y, *routing, *p[:-1])
@@ -1025,7 +1079,7 @@ class FusedExperts(torch.autograd.Function):
             raise RuntimeError("FusedMoELoRA's backward overwrites what it saved: backward twice through one forward is not supported")
         ctx.spent = True
         x, u, v, gate_up, y, *rest = ctx.saved_tensors
-        routing, p = Routing(*rest[:9]), Block(*rest[9:], ctx.scaling)
+        routing, p = Routing(*rest[:10]), Block(*rest[10:], ctx.scaling)
         tiles, dout = tiles_for(x.device), dout.contiguous()
         E, H, I = p.down.shape  # noqa: E741
         S, r = v.shape
@@ -1035,8 +1089,8 @@ class FusedExperts(torch.autograd.Function):
         dscales = [torch.empty_like(scale) for scale in p[8:11]] if dora else [None, None, None]
 
         if gate_up is None:
-            _, gate_up, a = compute_gate_up(x, p, routing, tiles)
-            y = compute_down(a, v, p, routing, tiles) if dora else None
+            _, gate_up, a = compute_gate_up(x, p, routing, tiles, launch=10)
+            y = compute_down(a, v, p, routing, tiles, launch=11) if dora else None
             del a
 
         # down: dB2 = dy^T v; dv = s dy B2; da = dy W2 + dv A2, the last two per unit of router weight, dy read through row_token
@@ -1050,7 +1104,7 @@ class FusedExperts(torch.autograd.Function):
         lora = (dv.unsqueeze(0), [p.down_A.transpose(1, 2)])
         da = x.new_empty(S, I)
         if on_hopper(x, p, tiles):
-            hopper_gemm(dy, p.down.transpose(1, 2), da, routing, tiles, gather=gather, lora=lora)
+            hopper_gemm(dy, p.down.transpose(1, 2), da, routing, tiles, launch=12, gather=gather, lora=lora)
         else:
             grouped_gemm(dy, [p.down.transpose(1, 2)], da, routing, tiles, gather=gather, lora=lora)
         del dy, y
@@ -1075,12 +1129,12 @@ class FusedExperts(torch.autograd.Function):
         du = grouped_gemm(gate_up, lora_B, x.new_empty(2, S, r), routing, tiles, alpha=p.scaling)
         lora_grad(x, du, [dgate_A.transpose(1, 2), dup_A.transpose(1, 2)], routing, tiles)
         dx = torch.empty_like(x)
-        for columns in column_slices(H, H_SLICES):
+        for i, columns in enumerate(column_slices(H, H_SLICES)):
             lora = (du, [p.gate_A[:, :, columns].transpose(1, 2), p.up_A[:, :, columns].transpose(1, 2)])
             weight = p.gate_up[:, :, columns].transpose(1, 2)
             part = x.new_empty(S, weight.shape[1])
             if on_hopper(x, p, tiles):
-                hopper_gemm(gate_up, weight, part, routing, tiles, lora=lora)
+                hopper_gemm(gate_up, weight, part, routing, tiles, launch=13 + i, lora=lora)
             else:
                 grouped_gemm(gate_up, [weight], part, routing, tiles, lora=lora, both=True)
             combine(part, routing, dx[:, columns], weighted=False)

@@ -42,6 +42,7 @@ class Arguments:
     routings: str = "random,skewed"
     modes: str = "fast,frugal"
     tokens: str = "16384"
+    settings: str = ""  # instead of all combinations: model:adapter:routing:mode:tokens, comma-separated
     implementations: str = "fused_moe_lora,torch_grouped_mm,transformers_peft"
     output: str = "results/fused_moe_lora.json"
     commit: str = ""  # taken from git if empty
@@ -400,6 +401,9 @@ def worker(implementation, settings, arguments):
 def settings_of(implementation, arguments):
     """(model, adapter, routing, mode, tokens) to run: peers know neither DoRA nor modes."""
     ours = implementation == "fused_moe_lora"
+    if arguments.settings:
+        listed = [tuple(setting.split(":")) for setting in arguments.settings.split(",")]
+        return [(*names, int(tokens)) for *names, tokens in listed if ours or names[1::2] == ["lora", "fast"]]
     return [
         (model, adapter, routing, mode, int(tokens))
         for model in arguments.models.split(",")
@@ -435,15 +439,19 @@ def print_table(records):
 
 
 def main():
-    from transformers import HfArgumentParser
-
     if len(sys.argv) == 3 and sys.argv[1] == "--worker":
         job = json.loads(sys.argv[2])
         return worker(job["implementation"], job["settings"], Arguments(**job["arguments"]))
+    from transformers import HfArgumentParser
+
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     if not torch.cuda.is_available():
         sys.exit("error: this benchmark needs a CUDA device; on a CPU only the reference runs")
-    unknown = [m for m in arguments.models.split(",") if m not in MODELS]
+    listed = [setting.split(":") for setting in arguments.settings.split(",") if setting]
+    malformed = [":".join(setting) for setting in listed if len(setting) != 5 or not setting[4].isdecimal()]
+    if malformed:
+        sys.exit(f"error: --settings {malformed[0]}: expected model:adapter:routing:mode:tokens, e.g. qwen3-30b-a3b:lora:random:fast:16384")
+    unknown = [m for m in arguments.models.split(",") + [setting[0] for setting in listed] if m not in MODELS]
     unknown += [i for i in arguments.implementations.split(",") if i not in IMPLEMENTATIONS]
     if unknown:
         sys.exit(f"error: unknown {', '.join(unknown)}; models: {', '.join(MODELS)}; implementations: {', '.join(IMPLEMENTATIONS)}")
