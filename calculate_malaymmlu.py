@@ -486,8 +486,8 @@ def read_answers(directory, questions, limited=False):
 def original_scores(answers, questions):
     """acc1 and acc3 as the original computes them -> {category: (acc1, acc3)}, categories in the file's order, then "average".
 
-    answers: int8 (Q, samples). acc1: the first sample that has an answer is right. acc3: one of the first three that have. Without an answer a question
-    is wrong. The average is the unweighted mean of the categories.
+    answers: int8 (Q, samples). acc1: the first sample that has an answer is right. acc3: one of the first three that have is right.
+    Without an answer a question is wrong. The average is the unweighted mean of the categories.
     """
     keys = np.array([LETTERS.index(question["key"]) for question in questions], np.int8)  # (Q,)
     answered = answers >= 0  # (Q, samples)
