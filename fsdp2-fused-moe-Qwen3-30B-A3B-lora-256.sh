@@ -16,6 +16,7 @@ ARGS=(
     --warmup_steps 50
     --num_train_epochs 3
     --activations selective
+    --memory_mode fast
 )
 
 # Tokenise and pack once, in one process: the ranks then only memory-map the result.

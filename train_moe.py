@@ -76,9 +76,13 @@ class TrainingArguments:
     activations: Literal["none", "selective", "full"] = field(
         default="full",
         metadata={
-            "help": "what the backward recomputes: nothing; attention, norms and the experts' up-projection; or whole layers. "
+            "help": "what the backward recomputes: nothing; attention and norms (and see memory_mode); or whole layers. "
             "The less, the faster, and the more memory"
         },
+    )
+    memory_mode: Literal["fast", "frugal"] | None = field(
+        default=None,
+        metadata={"help": "experts keep gate and up for the backward, or recompute them. Default: frugal with selective, else fast"},
     )
     compile: bool | None = field(default=None, metadata={"help": "fuse norms, rotary and the loss with torch.compile. Default: on GPUs"})
     shard_nodes: int = field(
@@ -312,7 +316,7 @@ def build_model(config, args, lora_args):
             r=lora_args.expert_rank(config),
             lora_alpha=lora_args.expert_alpha(config),
             use_dora=lora_args.use_dora,
-            mode="frugal" if args.activations == "selective" else "fast",
+            mode=args.memory_mode or ("frugal" if args.activations == "selective" else "fast"),
             cache_norms=lora_args.use_dora,
         )
         peft_model = adapter.apply_lora(causal_lm, lora_args)
@@ -395,6 +399,7 @@ def warn_if_too_large(config, args, data_args, lora_args, device):
                 expert_r=lora_args.expert_r,
                 use_dora=lora_args.use_dora,
                 activation_policy=args.activations,
+                memory_mode=args.memory_mode,
                 reduce_every_micro_batch=args.reduce_every_micro_batch,
                 cpu_offload=args.cpu_offload,
                 shard_nodes=args.shard_nodes,

@@ -60,6 +60,7 @@ class Arguments:
     tokens: int = field(default=16384, metadata={"help": "of a pack"})
     steps: int = field(default=5, metadata={"help": "timed packs, after two that are not"})
     activations: str = field(default="none", metadata={"help": "none, selective or full"})
+    memory_mode: str | None = field(default=None, metadata={"help": "fast or frugal; default as train_moe.py's"})
     use_dora: bool = field(default=False, metadata={"help": "DoRA in place of LoRA"})
     r: int = field(default=256, metadata={"help": "rank"})
     compile: bool | None = field(default=None, metadata={"help": "fuse norms, rotary and the loss by torch.compile; default: on GPUs"})
@@ -80,6 +81,7 @@ def build(name, layers, args, dtype, device, mesh=None):
     flags = ["--model_name_or_path", name, "--dtype", dtype, "--activations", args.activations, "--r", str(args.r)]
     flags += ["--use_dora", str(args.use_dora)]
     run, _, lora_args = train_moe.parse(flags)
+    run.memory_mode = args.memory_mode
     run.compile = args.compile if args.compile is not None else device.type == "cuda"
     _, model = train_moe.build_model(config, run, lora_args)
     if mesh is not None:
@@ -335,6 +337,7 @@ def measure(name, args):
         "commit": train_moe.git_commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+    record["mode"] = args.memory_mode or ("frugal" if args.activations == "selective" else "fast")
     if args.check and world == 1:
         record["worst_relative_error"] = check(name, args, device)
         if device.type == "cuda":
