@@ -166,13 +166,10 @@ def measure(directory, args, device):
         speeds[f"{state}_raw_gb_per_second"] = round(total / 1e9 / statistics.median(raw), 3) if raw else None
     gc.collect()
     forget_peak()
-    before = resident_gib()
     _, _, model = load_once(directory, config, device)
-    extra = resident_gib(peak=True) - before
-    if device.type == "cpu":  # the model itself is in host memory
-        extra -= sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in model.parameters()) / 2**30
+    extra = resident_gib(peak=True) - resident_gib()  # what was needed to load and is free again
     check(directory, model)
-    return {"gigabytes": round(total / 1e9, 2), **speeds, "host_gib_beyond_the_model": round(extra, 3)}
+    return {"gigabytes": round(total / 1e9, 2), **speeds, "host_gib_while_loading": round(extra, 3)}
 
 
 def main():
