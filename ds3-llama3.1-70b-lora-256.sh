@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Llama-3.1-70B-Instruct, LoRA rank 256 on every linear layer: one node of 8 GPUs of 80 GB, 32 packs x 16,384 = 524,288 token places a step.
 # Several nodes: run it on each with NNODES, NODE_RANK and MASTER_ADDR set. Any flag of train_dense.py may follow.
+# Measured time: not yet. Measured memory: not yet.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -10,7 +11,7 @@ ARGS=(
     --dataset Scicom-intl/Malaysian-Instructions
     --max_seq_length 16384
     --global_batch_size 32
-    --lora_r 256
+    --r 256
     --learning_rate 1e-4
     --warmup_steps 50
     --num_train_epochs 3
@@ -20,10 +21,11 @@ ARGS=(
 # Tokenise and pack once, in one process: the ranks then only memory-map the result.
 python3 train_dense.py "${ARGS[@]}" --prepare_only True "$@"
 
-torchrun \
+# "--" keeps torchrun from reading --r as a flag of its own. Without a GPU the NUM_GPUS processes run on the CPU.
+exec torchrun \
     --nproc_per_node "${NUM_GPUS:-8}" \
     --nnodes "${NNODES:-1}" \
     --node_rank "${NODE_RANK:-0}" \
     --master_addr "${MASTER_ADDR:-127.0.0.1}" \
     --master_port "${MASTER_PORT:-29500}" \
-    train_dense.py "${ARGS[@]}" "$@"
+    -- train_dense.py "${ARGS[@]}" "$@"

@@ -168,6 +168,11 @@ class DenseTrainer(Trainer):
         if not self.is_deepspeed_enabled:  # DeepSpeed restores the parameters together with its optimiser
             adapter.load_adapter(model or self.model, resume_from_checkpoint)
 
+    def autocast_smart_context_manager(self, cache_enabled=True):
+        """bf16 arithmetic on fp32 adapters under DeepSpeed too, which by itself would run fp32 adapters in fp32."""
+        enabled = self.args.bf16 and self.is_deepspeed_enabled  # without DeepSpeed accelerate wraps the model's forward
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache_enabled)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """On a GPU Liger's fused linear cross entropy; on a CPU the head and the loss on supervised positions only.
 

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 import adapter
 import multipack
 import train_dense
+import train_moe
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = sorted([*ROOT.glob("ds3-*.sh"), *ROOT.glob("fsdp2-*.sh")])
@@ -31,11 +32,10 @@ def calls_of(launcher, tmp_path, *flags, **environment):
 
 def parser_of(script):
     if script == "train_dense.py":
-        groups = (train_dense.ModelArguments, multipack.DataArguments, adapter.LoraArguments, train_dense.DenseTrainingArguments)
-        return HfArgumentParser(groups)
-    import train_moe
-
-    return train_moe.argument_parser()
+        groups = (train_dense.ModelArguments, train_dense.DenseTrainingArguments)
+    else:
+        groups = (train_moe.TrainingArguments,)
+    return HfArgumentParser((*groups, multipack.DataArguments, adapter.LoraArguments))
 
 
 def test_all_of_them_are_here():
@@ -78,7 +78,7 @@ def test_a_launcher_runs_on_two_cpu_processes(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"input": "Ali makan nasi.", "output": "Nasi dimakan oleh Ali."}\n' * 5)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"}
     flags = f"""--model_name_or_path {tmp_path}/model --dataset {tmp_path}/train.jsonl --data_cache {tmp_path}/cache --max_seq_length 128
-        --output_dir {tmp_path}/run --global_batch_size 2 --lora_r 4 --num_train_epochs 1 --report_to none""".split()
+        --output_dir {tmp_path}/run --global_batch_size 2 --r 4 --num_train_epochs 1 --report_to none""".split()
     done = subprocess.run(["bash", str(ROOT / "ds3-qwen3-32b-lora-256.sh"), *flags], env=env, capture_output=True, text=True, timeout=300)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert adapter.verify_adapter(checkpoint, tmp_path / "model") == [], done.stderr[-3000:]
