@@ -11,6 +11,7 @@ so that one that does not fit leaves the others be. Prints a table and one JSON 
 results/train_moe.json. The figures are those of the slice: head, loss and embedding weigh more in it than in the whole model.
 """
 
+import gc
 import importlib.metadata
 import json
 import math
@@ -340,6 +341,7 @@ def measure(name, args):
     record["mode"] = args.memory_mode or ("frugal" if args.activations == "selective" else "fast")
     if args.check and world == 1:
         record["worst_relative_error"] = check(name, args, device)
+        gc.collect()  # modules and their hooks refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
     mesh = train_moe.make_mesh(device, 1) if world > 1 else None
