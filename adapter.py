@@ -197,9 +197,9 @@ def _gathered(parameters, write=False):
     """The parameters whole: a ZeRO-3 gather where DeepSpeed partitioned them, otherwise nothing to do."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return contextlib.nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters(parameters, modifier_rank=0 if write else None)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------
