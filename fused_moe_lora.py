@@ -9,14 +9,19 @@ On a GPU (Ampere or newer) the Triton kernels run, on a CPU the reference: plain
 Tests: `pytest tests/test_fused_moe_lora.py`; benchmark: `python benchmarks/bench_fused_moe_lora.py`.
 
 Letters: T tokens; E experts; top_k experts a token; S = T * top_k routed rows, sorted by expert; H hidden; I expert intermediate;
-r LoRA rank. With s = scaling, and per routed row x (its token) and w (its router weight):
+r LoRA rank; s = scaling. Per routed row, with x its token's hidden state, w its router weight and dout its token's upstream gradient:
 
-    u = s x A1^T               for gate and up each
-    g = x W1^T + u B1^T        gate and up; DoRA multiplies each output row by magnitude / ||W + sBA||
-    a = silu(g_gate) g_up
-    v = s a A2^T
-    y = a W2^T + v B2^T        DoRA as above
-    out = sum over a token's top_k rows of w y
+    forward                                       backward, da and dv per unit of router weight
+    1  u = s x A1^T        gate and up each       6  dB2 = (w dout)^T v
+    2  gate_up = x W1^T + u B1^T                  7  dv = s dout B2
+       a = silu(gate) up                          8  da = dout W2 + dv A2;  dw = <a, da>, so that y need not be kept
+    3  v = s a A2^T                                  d(gate_up) from w da;  9  dB1 = d(gate_up)^T u;  10  dA2 = (w dv)^T a
+    4  y = a W2^T + v B2^T                        11 du = s d(gate_up) B1
+    5  out = sum over the token's rows of w y     12 dA1 = du^T x
+                                                  13 dx = sum over the token's rows of d(gate_up) W1 + du A1
+
+There is no dW: the base is frozen. DoRA multiplies the outputs of 2 and 4 by magnitude / ||W + s B A||, row by row of W; then y is
+kept, and dout is multiplied by the scale before 7 and 8. The reference, the kernels and the launches below keep these numbers' order.
 """
 
 import inspect
@@ -840,20 +845,9 @@ def route(top_k_index, top_k_weights, num_experts, tiles):
     count_kernel[(num_blocks,)](index, S, counts, num_blocks, num_experts, BLOCK=tiles.sort, BLOCK_E=block_e)
     scan_kernel[(num_experts,)](counts, num_blocks, totals, BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)))
     tile_kernel[(triton.cdiv(max_tiles, 64),)](
-        totals,
-        num_experts,
-        S,
-        offsets,
-        tile_expert,
-        tile_row,
-        num_tiles,
-        max_tiles,
-        counters,
-        BLOCK_M=tiles.block_m,
-        BLOCK=64,
-        BLOCK_E=block_e,
-        COUNTERS=4 * WORK_COUNTERS,
-    )
+        totals, num_experts, S, offsets, tile_expert, tile_row, num_tiles, max_tiles, counters,
+        BLOCK_M=tiles.block_m, BLOCK=64, BLOCK_E=block_e, COUNTERS=4 * WORK_COUNTERS,
+    )  # fmt: skip
     place_kernel[(num_blocks,)](
         index, weight, S, top_k, counts, num_blocks, offsets, token_row, row_token, row_weight, BLOCK=tiles.sort
     )  # fmt: skip
@@ -994,7 +988,7 @@ class Block(NamedTuple):
 
 
 def compute_gate_up(x, p, routing, tiles, launch):
-    """u (2, S, r) = s x A1^T; gate_up (S, 2I) = x W1^T + u B1^T, DoRA's scale not yet applied; a (S, I) = silu(gate) up."""
+    """1 and 2: u (2, S, r); gate_up (S, 2I), DoRA's scale not yet applied; a (S, I) = silu(gate) up, applied."""
     S, r, I = routing.row_token.numel(), p.gate_A.shape[1], p.down.shape[2]  # noqa: E741
     u = grouped_gemm(x, [p.gate_A, p.up_A], x.new_empty(2, S, r), routing, tiles, gather=True, alpha=p.scaling)
     gate_up, a = x.new_empty(S, 2 * I), x.new_empty(S, I)
@@ -1014,7 +1008,7 @@ def compute_gate_up(x, p, routing, tiles, launch):
 
 
 def compute_down(a, v, p, routing, tiles, launch, columns=slice(None)):
-    """y (S, columns of H) = a W2^T + v B2^T, DoRA's scale not yet applied."""
+    """4: y (S, columns of H), DoRA's scale not yet applied."""
     weight, lora = p.down[:, columns], (v.unsqueeze(0), [p.down_B[:, columns]])
     y = a.new_empty(a.shape[0], weight.shape[1])
     if on_hopper(a, p, tiles):
@@ -1093,7 +1087,7 @@ class FusedExperts(torch.autograd.Function):
             y = compute_down(a, v, p, routing, tiles, launch=11) if dora else None
             del a
 
-        # down: dB2 = dy^T v; dv = s dy B2; da = dy W2 + dv A2, the last two per unit of router weight, dy read through row_token
+        # 6 to 8, dout read through row_token
         if dora:
             dora_down(dout, v, y, p.down_scale, ddown_B, dscales[2], routing, tiles)
             dy, gather = y, False
@@ -1109,7 +1103,7 @@ class FusedExperts(torch.autograd.Function):
             grouped_gemm(dy, [p.down.transpose(1, 2)], da, routing, tiles, gather=gather, lora=lora)
         del dy, y
 
-        # SwiGLU: d(gate_up) over gate_up, dB1, dA2, the router weights' gradient
+        # 9 and 10 with SwiGLU's backward, d(gate_up) over gate_up
         block_s, block_i, warps, stages = tiles.swiglu_backward
         block_i = columns_beside(r, block_i)
         blocks = triton.cdiv(I, block_i)
@@ -1124,7 +1118,7 @@ class FusedExperts(torch.autograd.Function):
         dweights = torch.empty_like(routing.weight)
         router_grad_kernel[(triton.cdiv(S, 1024),)](dw_parts, routing.token_row, dweights, S, BLOCKS=blocks, BLOCK=1024)
 
-        # gate and up: du = s d(gate_up) B1; dA1 = du^T x; dx = d(gate_up) W1 + du A1
+        # 11 to 13
         lora_B = [p.gate_B.transpose(1, 2), p.up_B.transpose(1, 2)]
         du = grouped_gemm(gate_up, lora_B, x.new_empty(2, S, r), routing, tiles, alpha=p.scaling)
         lora_grad(x, du, [dgate_A.transpose(1, 2), dup_A.transpose(1, 2)], routing, tiles)

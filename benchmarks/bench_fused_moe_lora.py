@@ -144,6 +144,30 @@ def torch_grouped_mm(leaves, fixed, mode):
     index, top_k = fixed["index"], fixed["index"].shape[1]
     experts = torch.arange(fixed["down"].shape[0], device=index.device)
 
+    class Gather(torch.autograd.Function):
+        """x (T, H) -> rows in sorted order (S, H); the gradient is summed by reading, not by atomics."""
+
+        @staticmethod
+        def forward(ctx, x, order, position):
+            ctx.position = position
+            return x[order // top_k]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad[ctx.position].view(-1, top_k, grad.shape[1]).sum(1), None, None
+
+    class Unsort(torch.autograd.Function):
+        """Sorted rows -> token order, a permutation."""
+
+        @staticmethod
+        def forward(ctx, y, order, position):
+            ctx.order = order
+            return y[position]
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad[ctx.order], None, None
+
     def forward():
         chosen, order = index.reshape(-1).sort(stable=True)
         position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
@@ -152,7 +176,7 @@ def torch_grouped_mm(leaves, fixed, mode):
         def mm(a, b):
             return F.grouped_mm(a, b.transpose(1, 2), offs=ends)
 
-        x = leaves["x"][order // top_k]
+        x = Gather.apply(leaves["x"], order, position)
         gate, up = (
             mm(x, weight).add_(mm(mm(x, leaves[f"{name}_A"]), leaves[f"{name}_B"]), alpha=SCALING)
             for name, weight in zip(("gate", "up"), fixed["gate_up"].chunk(2, dim=1), strict=True)
@@ -160,7 +184,7 @@ def torch_grouped_mm(leaves, fixed, mode):
         a = swiglu(gate, up)
         y = mm(a, fixed["down"]).add_(mm(mm(a, leaves["down_A"]), leaves["down_B"]), alpha=SCALING)
         weights = leaves["top_k_weights"].to(y.dtype)
-        return torch.bmm(weights.unsqueeze(1), y[position].view(*index.shape, -1)).squeeze(1)
+        return torch.bmm(weights.unsqueeze(1), Unsort.apply(y, order, position).view(*index.shape, -1)).squeeze(1)
 
     return forward, {name: lambda leaf=leaf: leaf.grad for name, leaf in leaves.items()}
 
@@ -182,10 +206,11 @@ def transformers_peft(leaves, fixed, mode):
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     lora = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=[], target_parameters=targets)
     peft = get_peft_model(host, lora, autocast_adapter_dtype=False)
-    parameters = {n: p for n, p in peft.named_parameters() if "lora_" in n}
-    # PEFT nests the two: the outer layer is the parameter wrapped last. A is (E r, in), experts outermost; B (out, r E), experts innermost
-    by_shape = {tuple(p.shape): p for p in parameters.values()}
-    gate_up_A, gate_up_B, down_A, down_B = (by_shape[s] for s in ((E * RANK, H), (2 * I, RANK * E), (E * RANK, I), (H, RANK * E)))
+    # one wrapper per parameter. A is (E r, in), experts outermost; B (out, r E), experts innermost
+    wrappers = {module.parameter_name: module for module in peft.modules() if hasattr(module, "parameter_name")}
+    (gate_up_A, gate_up_B), (down_A, down_B) = (
+        [getattr(wrappers[name], lora)["default"].weight for lora in ("lora_A", "lora_B")] for name in ("gate_up_proj", "down_proj")
+    )
 
     def flat_B(B):
         return B.permute(1, 2, 0).reshape(B.shape[1], -1)
