@@ -113,7 +113,7 @@ def moe_lora_reference(
 # ------------------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "num_blocks"])
 def count_kernel(index_ptr, S, counts_ptr, num_blocks, E, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
     """Grid (blocks of BLOCK routed rows,): counts (E, blocks) = rows of each expert in each block."""
     block = tl.program_id(0)
@@ -124,7 +124,7 @@ def count_kernel(index_ptr, S, counts_ptr, num_blocks, E, BLOCK: tl.constexpr, B
     tl.store(counts_ptr + experts * num_blocks + block, counts, mask=experts < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def scan_kernel(counts_ptr, num_blocks, totals_ptr, BLOCK_B: tl.constexpr):
     """Grid (E,): turn an expert's counts per block into the rows it has in earlier blocks; totals (E,) = all its rows."""
     expert = tl.program_id(0)
@@ -138,7 +138,7 @@ def scan_kernel(counts_ptr, num_blocks, totals_ptr, BLOCK_B: tl.constexpr):
     tl.store(totals_ptr + expert, running)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "max_tiles"])
 def tile_kernel(
     totals_ptr, E, S, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, max_tiles, counters_ptr,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, COUNTERS: tl.constexpr,
@@ -163,7 +163,7 @@ def tile_kernel(
         tl.store(counters_ptr + tl.arange(0, COUNTERS), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "num_blocks"])
 def place_kernel(
     index_ptr, weight_ptr, S, top_k, counts_ptr, num_blocks, offsets_ptr, token_row_ptr, row_token_ptr, row_weight_ptr,
     BLOCK: tl.constexpr,
@@ -290,7 +290,7 @@ def swiglu_kernel(
     tl.store(a_ptr + rows * INTERMEDIATE + columns[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def swiglu_backward_kernel(
     da_ptr, gate_up_ptr, gate_scale_ptr, up_scale_ptr, row_weight_ptr, u_ptr, u_segment, dv_ptr, offsets_ptr,
     dB_gate_ptr, dB_up_ptr, dA_down_ptr, dw_ptr, dgate_scale_ptr, dup_scale_ptr, S, INTERMEDIATE, R,
@@ -477,7 +477,7 @@ def combine_kernel(
     tl.store(out_ptr + token * stride_ot + columns, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def router_grad_kernel(dw_ptr, token_row_ptr, out_ptr, S, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (blocks of BLOCK,): gradient of the top-k weights, (T, top_k): the column blocks' parts added up, in token order."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -734,7 +734,7 @@ def hopper_swiglu(gate, up, gate_scale_ptr, up_scale_ptr, offset, DORA: gl.const
     return (gate / (1.0 + gl.exp(-gate)) * up).to(gl.bfloat16)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["S"])
 def hopper_gemm_kernel(
     a_desc, a_ptr, stride_am, row_token_ptr, w_desc, w_rows, u_desc, l0_desc, l1_desc, l_rows,
     out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
@@ -838,9 +838,12 @@ def route(top_k_index, top_k_weights, num_experts, tiles):
     S, top_k, device = index.numel(), index.shape[1], index.device
     num_blocks, max_tiles = triton.cdiv(S, tiles.sort), S // tiles.block_m + num_experts
     block_e = triton.next_power_of_2(num_experts + 1)
-    ints = torch.empty(num_experts * (num_blocks + 2) + 2 * S + 2 * max_tiles + 2 + 4 * WORK_COUNTERS, dtype=torch.int32, device=device)
     sizes = [4 * WORK_COUNTERS, num_experts * num_blocks, num_experts, num_experts + 1, S, S, max_tiles, max_tiles, 1]
-    counters, counts, totals, offsets, token_row, row_token, tile_expert, tile_row, num_tiles = ints.split(sizes)
+    # every array begins at a multiple of 16 bytes whatever T is: Triton compiles a kernel anew for each mix of aligned pointers
+    room = [triton.cdiv(size, 4) * 4 for size in sizes]
+    ints = torch.empty(sum(room), dtype=torch.int32, device=device)
+    arrays = [part[:size] for part, size in zip(ints.split(room), sizes, strict=True)]
+    counters, counts, totals, offsets, token_row, row_token, tile_expert, tile_row, num_tiles = arrays
     row_weight = torch.empty(S, dtype=torch.float32, device=device)
     count_kernel[(num_blocks,)](index, S, counts, num_blocks, num_experts, BLOCK=tiles.sort, BLOCK_E=block_e)
     scan_kernel[(num_experts,)](counts, num_blocks, totals, BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)))
