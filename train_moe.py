@@ -974,7 +974,7 @@ def upcycle(dense_directory, out, num_experts=4, top_k=2, seed=0):
     same += " max_position_embeddings rope_parameters tie_word_embeddings bos_token_id eos_token_id pad_token_id initializer_range"
     config = Qwen2MoeConfig(
         **{name: getattr(old, name) for name in same.split()},
-        qkv_bias=False,
+        qkv_bias=True,  # zeros: vLLM gives the family biases whatever its config says, and leaves them unset if they are not there
         num_experts=num_experts,
         num_experts_per_tok=top_k,
         norm_topk_prob=True,
@@ -992,7 +992,7 @@ def upcycle(dense_directory, out, num_experts=4, top_k=2, seed=0):
             value.copy_(torch.cat([weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]]))  # to every expert
         elif name.endswith("experts.down_proj"):
             value.copy_(weights[f"{name.removesuffix('experts.down_proj')}down_proj.weight"])
-        elif name.endswith("shared_expert.down_proj.weight"):
+        elif name.endswith(("shared_expert.down_proj.weight", "_proj.bias")):
             value.zero_()
     moe.generation_config = dense.generation_config
     moe.save_pretrained(out)
