@@ -311,7 +311,7 @@ def print_batch_arithmetic(training_args, packs, max_seq_length):
 
 def main():
     parser = HfArgumentParser((ModelArguments, multipack.DataArguments, adapter.LoraArguments, DenseTrainingArguments))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.cuda.is_available():
+    if "RANK" in os.environ and not torch.cuda.is_available():
         import deepspeed
 
         deepspeed.init_distributed("gloo")  # before TrainingArguments, which would pick its own backend

@@ -71,14 +71,14 @@ def test_launcher(launcher, tmp_path):
 
 
 def test_a_launcher_runs_on_two_cpu_processes(tmp_path):
-    """The real thing in small: a launcher with its model, data and sizes overridden, through ZeRO-3 on two processes."""
+    """The real thing in small: a launcher with model, data and sizes overridden: DoRA in bf16 through ZeRO-3 on two processes."""
     from conftest import save_tiny_checkpoint
 
     save_tiny_checkpoint(tmp_path / "model", "qwen3")
     (tmp_path / "train.jsonl").write_text('{"input": "Ali makan nasi.", "output": "Nasi dimakan oleh Ali."}\n' * 5)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"}
     flags = f"""--model_name_or_path {tmp_path}/model --dataset {tmp_path}/train.jsonl --data_cache {tmp_path}/cache --max_seq_length 128
-        --output_dir {tmp_path}/run --global_batch_size 2 --r 4 --num_train_epochs 1 --report_to none""".split()
+        --output_dir {tmp_path}/run --global_batch_size 2 --r 4 --use_dora True --num_train_epochs 1 --report_to none""".split()
     done = subprocess.run(["bash", str(ROOT / "ds3-qwen3-32b-lora-256.sh"), *flags], env=env, capture_output=True, text=True, timeout=300)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert adapter.verify_adapter(checkpoint, tmp_path / "model") == [], done.stderr[-3000:]
