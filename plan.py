@@ -816,6 +816,7 @@ PLAN_FLAGS = {
     "per_device_train_batch_size": (int, "micro_batch"),
     "gradient_checkpointing": (bool, "activation_policy"),
     "activations": (str, "activation_policy"),
+    "memory_mode": (str, "memory_mode"),
     "reduce_every_micro_batch": (bool, "reduce_every_micro_batch"),
     "cpu_offload": (bool, "cpu_offload"),
     "shard_nodes": (int, "shard_nodes"),
