@@ -69,9 +69,9 @@ python3 malaymmlu.py --pattern "$RUN-*" --questions $QUESTIONS --max_tokens 160
 
 say "score"
 python3 calculate_malaymmlu.py --pattern "malaymmlu-SmolLM2-135M-Instruct,malaymmlu-$RUN-*" --questions $QUESTIONS \
-    --json outputs/$RUN/scores.json --plot outputs/$RUN/accuracy.png
+    --json outputs/$RUN/scores.json --plot outputs/$RUN/accuracy.png --html outputs/$RUN/report.html
 
-say "done: outputs/$RUN/scores.json, outputs/$RUN/accuracy.png"
+say "done: scores.json, accuracy.png and report.html (questions and answers to browse) in outputs/$RUN"
 cat <<NOTE
 This shows the pipeline working, from data to score, on a 135M-parameter model and a sample of a few dozen questions written for
 this repository. It is not a benchmark result: for those, see the launchers and results/.
