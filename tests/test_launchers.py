@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 import adapter
@@ -82,3 +83,5 @@ def test_a_launcher_runs_on_two_cpu_processes(tmp_path):
     done = subprocess.run(["bash", str(ROOT / "ds3-qwen3-32b-lora-256.sh"), *flags], env=env, capture_output=True, text=True, timeout=300)
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert adapter.verify_adapter(checkpoint, tmp_path / "model") == [], done.stderr[-3000:]
+    saved = {name: t for name, t in load_file(checkpoint / "adapter_model.safetensors").items() if "lora_B" in name}
+    assert all((t.bfloat16().float() != t).any() for t in saved.values()), "fp32 is trained and saved, not a bf16 copy"

@@ -138,6 +138,36 @@ def test_equals_a_plain_loop_without_packing(unbroken, plain_loop):
     assert_same_adapter(adapters[STEPS], tensors, rtol=2e-3, atol=2e-4)
 
 
+WITH_LIGER = """
+import sys, train_dense
+post_init = train_dense.DenseTrainingArguments.__post_init__
+
+def with_liger(self):  # on a CPU its kernels run only in Triton's interpreter, and of them only this one
+    post_init(self)
+    self.use_liger_kernel = True
+    off = dict.fromkeys(("rope", "rms_norm", "swiglu", "cross_entropy"), False)
+    self.liger_kernel_config = {**off, "fused_linear_cross_entropy": True}
+
+train_dense.DenseTrainingArguments.__post_init__ = with_liger
+train_dense.main()
+"""
+
+
+def test_ligers_loss_equals_the_plain_loop(workspace, plain_loop):
+    losses, norms, _ = plain_loop
+    script = workspace / "with_liger.py"
+    script.write_text(WITH_LIGER)
+    arguments = command(workspace, "liger", "--max_steps", "3")
+    arguments[arguments.index(str(ROOT / "train_dense.py"))] = str(script)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=300)
+    log = read_log(workspace / "outputs/liger")
+    assert log.keys() == {1, 2, 3}, done.stderr[-3000:]
+    for step in log:
+        assert log[step]["loss"] == pytest.approx(losses[step], rel=2e-4), step
+        assert log[step]["grad_norm"] == pytest.approx(norms[step], rel=2e-3), step
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dora", [False, True])
