@@ -142,7 +142,8 @@ class DenseTrainer(Trainer):
 
     def save_model(self, output_dir=None, _internal_call=False):
         directory = output_dir or self.args.output_dir
-        adapter.save_adapter(self.model, directory, self.base_model, self.processing_class, self.lora_args)
+        untrained = self.state.global_step < 2  # the schedule's first step has learning rate 0, so B is still zero
+        adapter.save_adapter(self.model, directory, self.base_model, self.processing_class, self.lora_args, allow_zero=untrained)
 
     def _get_output_dir(self, trial):
         return getattr(self, "staging", None) or super()._get_output_dir(trial)
