@@ -501,6 +501,11 @@ def test_copies_of_the_model_on_two_nodes_equal_one_process(one_process, tmp_pat
     assert len(losses(tmp_path / "alone")) == 3
 
 
+def unchanged(lines):
+    """`lines` but for the last bits: matrix products on a CPU may round differently where memory happens to be aligned differently."""
+    return [pytest.approx(line, rel=1e-5) for line in lines]
+
+
 def test_killed_in_a_step_and_resumed(one_process, two_processes, tmp_path):
     """Rank 1 dies by kill -9 between the backward and the update of step 4; the resumed run's losses are those of the unbroken one."""
     patch = """
@@ -520,7 +525,7 @@ train_moe.clip_gradients = dying
     shutil.copytree(tmp_path, tmp_path / "copy")
     code, output = run_processes(2, [*argv, "--resume", "True"])
     assert "resuming from" in output
-    assert losses(out) == losses(two_processes), output
+    assert losses(out) == unchanged(losses(two_processes)), output
     # and on another number of processes
     train_moe.main(moved(argv, tmp_path / "copy" / "run", "--resume", True))
     assert losses(tmp_path / "copy" / "run") == [pytest.approx(line, rel=1e-4) for line in losses(one_process[1])]
@@ -541,7 +546,7 @@ train_moe.os = type("os", (), {**vars(os), "replace": staticmethod(dying)})
     code, output = run_processes(1, argv, patch)
     assert code == -signal.SIGKILL and (out / "checkpoint-1/resume/position.json").exists(), output
     train_moe.main([*argv, "--resume", "True"])
-    assert losses(out) == losses(one_process[1])
+    assert losses(out) == unchanged(losses(one_process[1]))
 
 
 def test_sigterm_saves_and_exits(one_process, tmp_path, monkeypatch):
@@ -560,7 +565,7 @@ def test_sigterm_saves_and_exits(one_process, tmp_path, monkeypatch):
     train_moe.main(argv)
     assert len(losses(tmp_path / "run")) == 2 and (tmp_path / "run" / "checkpoint-2" / "resume").is_dir()
     train_moe.main([*argv, "--resume", "True"])
-    assert losses(tmp_path / "run") == losses(one_process[1])
+    assert losses(tmp_path / "run") == unchanged(losses(one_process[1]))
 
 
 def test_validation_loss_is_that_of_the_held_out_documents(one_process, checkpoints, tmp_path, process_group):
