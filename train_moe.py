@@ -286,7 +286,7 @@ class ModelWithLoss(nn.Module):
         super().__init__()
         self.causal_lm = causal_lm
         self.router_aux_loss_coef = router_aux_loss_coef
-        self.chunk_loss = torch.compile(nll_and_gradient) if compiled else nll_and_gradient
+        self.chunk_loss = compiled_for_any_length(nll_and_gradient, [0, 0]) if compiled else nll_and_gradient
         self.router_load = RouterLoad(module for module in causal_lm.modules() if isinstance(module, FusedMoELoRA))
 
     def forward(self, batch):
@@ -350,24 +350,40 @@ def recomputed(forward):
     return checkpointed
 
 
-def rms_norm(x, weight, eps):
-    """transformers' RMSNorm as a function, for torch.compile."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+def rms_norm(rows, weight, eps):
+    """transformers' RMSNorm of rows (n, width), as a function for torch.compile."""
+    wide = rows.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(rows.dtype)
+
+
+def compiled_for_any_length(function, length_dims):
+    """torch.compile(function), told that argument i's dimension length_dims[i] is a number of tokens.
+
+    No two packs have the same number, and torch.compile left to itself compiles for the first one, then again for others.
+    """
+    compiled = torch.compile(function)
+
+    def call(*args, **options):
+        for tensor, dim in zip(args, length_dims, strict=False):
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return compiled(*args, **options)
+
+    return call
 
 
 def fuse_norms_and_rotary(causal_lm):
     """Compile the two chains of small operations that cost more, run one by one, than the experts: RMSNorm and rotary.
 
     Only these: attention and experts are kernels already, and small compiled functions have no graph to break. A norm is replaced
-    if its source is that of transformers' LlamaRMSNorm, which most families copy; others stay as they are.
+    if its source is that of transformers' LlamaRMSNorm, which most families copy, rotary if it is a function of (q, k, cos, sin);
+    others stay as they are.
     """
-    # One function serves norms of several shapes, with and without gradients. Numbers of tokens become symbols by themselves.
-    torch._dynamo.config.recompile_limit = 64
-    compiled_norm = torch.compile(rms_norm)
+    torch._dynamo.config.recompile_limit = 64  # one function serves norms of several widths, with and without gradients
+    compiled_norm = compiled_for_any_length(rms_norm, [0])
 
     def forward(self, hidden_states):
-        return compiled_norm(hidden_states, self.weight, self.variance_epsilon)
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return compiled_norm(rows, self.weight, self.variance_epsilon).view(hidden_states.shape)
 
     ordinary = inspect.getsource(LlamaRMSNorm.forward)
     for module in causal_lm.modules():
@@ -376,8 +392,8 @@ def fuse_norms_and_rotary(causal_lm):
             module.forward = types.MethodType(recomputed(forward) if recompute else forward, module)
     modeling = sys.modules[type(causal_lm).__module__]
     rotary = getattr(modeling, "apply_rotary_pos_emb", None)
-    if isinstance(rotary, types.FunctionType) and not hasattr(rotary, "_torchdynamo_orig_callable"):
-        modeling.apply_rotary_pos_emb = torch.compile(rotary)
+    if isinstance(rotary, types.FunctionType) and list(inspect.signature(rotary).parameters)[:4] == ["q", "k", "cos", "sin"]:
+        modeling.apply_rotary_pos_emb = compiled_for_any_length(rotary, [2, 2, 1, 1])
 
 
 def warn_if_too_large(config, args, data_args, lora_args, device):

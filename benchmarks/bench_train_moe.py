@@ -229,20 +229,24 @@ def time_steps(model, config, args, device):
         torch.cuda.reset_peak_memory_stats()
     for experts in model.router_load.experts:
         experts.forget_norms()  # DoRA's row norms are computed once a step
-    synchronize(device)
-    started = time.perf_counter()
+    times = []
     for batch, _ in packs[2:]:  # as in a step of several micro-batches
+        synchronize(device)
+        started = time.perf_counter()
         loss_and_backward(model, batch)
-    synchronize(device)
-    seconds = (time.perf_counter() - started) / args.steps
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median_high(times)
     update_ms = milliseconds(update, device, 3)
-    tokens = statistics.mean(sum(lengths) for _, lengths in packs[2:])
-    squares = statistics.mean(sum(n * n for n in lengths) for _, lengths in packs[2:])
+    middle = sorted(range(len(times)), key=times.__getitem__)[len(times) // 2]  # the pack whose time is the median
+    lengths = packs[2 + middle][1]
+    tokens, squares = sum(lengths), sum(n * n for n in lengths)
     flops = plan.train_flops(config, tokens, squares, args.r, use_dora=args.use_dora)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     utilisation = plan.mfu(flops, seconds, 1, name)
     return {
         "pack_ms": round(1e3 * seconds, 2),
+        "pack_ms_fastest_slowest": [round(1e3 * min(times), 2), round(1e3 * max(times), 2)],
         "optimizer_ms": round(update_ms, 2),
         "tokens_per_second_per_gpu": round(tokens / seconds, 1),
         "mfu": None if utilisation is None else round(utilisation, 4),

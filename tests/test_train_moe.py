@@ -240,6 +240,25 @@ def test_fused_norms_equal_transformers_and_others_are_left_alone(checkpoints, p
     assert "forward" not in vars(fused.causal_lm.model.norm)
 
 
+def test_packs_of_other_lengths_compile_nothing_again(checkpoints, process_group, monkeypatch):
+    compiled_graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=backend))
+    torch._dynamo.reset()
+    _, model = build(checkpoints["qwen3_moe"], "--compile", True)
+    seen = []
+    for lengths in ((30, 20), (41, 22), (16, 16), (64, 33, 7)):
+        loss, _ = model(train_moe.to_batch(random_pack(*lengths)))
+        loss.backward()
+        seen.append(len(compiled_graphs))
+    torch._dynamo.reset()
+    assert seen[0] > 0 and seen[1:] == seen[:1] * 3, seen
+
+
 def test_summed_cross_entropy():
     def ours(hidden, weight, targets):
         return train_moe.SummedCrossEntropy.apply(hidden, weight, targets, train_moe.nll_and_gradient)
