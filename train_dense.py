@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -43,6 +42,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import adapter
 import multipack
 import plan
+from record import git_commit, wandb_mode
 
 
 @dataclass
@@ -96,17 +96,9 @@ class DenseTrainingArguments(TrainingArguments):
         if world_size == 1 and torch.cuda.device_count() > 1 and not self.prepare_only:
             raise ValueError("one process sees several GPUs: start with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES")
         if self.report_to == "wandb":
-            wandb_without_login()
+            os.environ["WANDB_MODE"] = wandb_mode()
             os.environ.setdefault("WANDB_PROJECT", self.project)
         super().__post_init__()
-
-
-def wandb_without_login():
-    """Keep wandb offline where it has no key, so that a run never waits at a login prompt."""
-    netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text())
-    if not has_key:
-        os.environ.setdefault("WANDB_MODE", "offline")
 
 
 class EvenPacks(Dataset):
@@ -238,16 +230,6 @@ class StopOnSignal(TrainerCallback):
             dist.all_reduce(stop, dist.ReduceOp.MAX)  # signals reach ranks at different times; they must stop at one step
         if stop.item():
             control.should_save = control.should_training_stop = True
-
-
-def git_commit():
-    """The commit of the code that runs, with "+" when the tree differs from it; None outside a git checkout."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if commit.returncode:
-        return None
-    dirty = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True).stdout.strip()
-    return commit.stdout.strip() + ("+" if dirty else "")
 
 
 def build_model(model_args, lora_args, training_args):

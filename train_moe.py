@@ -24,7 +24,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -53,6 +52,7 @@ import adapter
 import multipack
 import plan
 from fused_moe_lora import FusedMoELoRA, dora_norm, local_part, local_tensor, squared_row_norms, wrap_experts
+from record import git_commit, wandb_mode
 
 
 @dataclass
@@ -874,16 +874,6 @@ def find_resume_checkpoint(args):
 # ------------------------------------------------------------------------------------------------------------------------------
 
 
-def git_commit():
-    """The commit of the code that runs, with "+" when the tree differs from it; None outside a git checkout."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__))]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if commit.returncode:
-        return None
-    dirty = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True).stdout.strip()
-    return commit.stdout.strip() + ("+" if dirty else "")
-
-
 def write_arguments(args, data_args, lora_args, fingerprint):
     """outputs/<run>/args.json: what another person needs to repeat the run; returns the record."""
     arguments = {key: value for group in (args, data_args, lora_args) for key, value in dataclasses.asdict(group).items()}
@@ -920,9 +910,7 @@ class Log:
                 raise ValueError(f"--report_to {args.report_to}: not installed; install it or pass --report_to none") from None
             options = {"project": args.project, "name": args.run_name, "config": config}
             if args.report_to == "wandb":
-                netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-                has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text())
-                options |= {"dir": args.output_dir, "mode": os.environ.get("WANDB_MODE", "online" if has_key else "offline")}
+                options |= {"dir": args.output_dir, "mode": wandb_mode()}
             self.tracker.init(**options)
 
     def write(self, record):

@@ -37,6 +37,7 @@ import fused_moe_lora  # noqa: E402
 import multipack  # noqa: E402
 import plan  # noqa: E402
 import train_moe  # noqa: E402
+from record import git_commit  # noqa: E402
 
 QWEN3 = dict(vocab_size=151936, head_dim=128, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True)
 QWEN3 |= dict(rms_norm_eps=1e-6, max_position_embeddings=262144, tie_word_embeddings=False, mlp_only_layers=[], decoder_sparse_step=1)
@@ -339,7 +340,7 @@ def measure(name, args):
         "attention": multipack.attention_backend(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "versions": {package: version(package) for package in ("torch", "triton", "transformers", "peft", "flash-attn-4")},
-        "commit": train_moe.git_commit(),
+        "commit": git_commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
     record["mode"] = args.memory_mode or ("frugal" if args.activations == "selective" else "fast")
