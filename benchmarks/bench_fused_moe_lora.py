@@ -2,6 +2,7 @@
 
     python benchmarks/bench_fused_moe_lora.py                                  # every model, adapter, routing and implementation
     python benchmarks/bench_fused_moe_lora.py --models qwen3-30b-a3b --implementations fused_moe_lora --per_op true
+    python benchmarks/bench_fused_moe_lora.py --implementations axolotl_scattermoe,unsloth_zoo,sonic_moe --routings random
 
 Appends records to results/fused_moe_lora.json (--output), prints a table and ends in one JSON line. Needs a CUDA device.
 
@@ -9,8 +10,12 @@ How: one process per implementation, each checked against fp32 at every setting 
 of every gradient, compared with plain PyTorch in bf16 on the same inputs); times are medians of CUDA-graph replays where the
 implementation can be captured and of back-to-back runs where not, `idle_start_ms` that of single runs from an idle device; a dense
 8192^3 product per process tells how fast the device ran. saved_mib is the memory kept for the backward beyond input and output.
-Peers are measured if they are installed: torch's grouped_mm with LoRA by grouped_mm, and transformers with PEFT's target_parameters
-(which has one lora_A for gate and up, so slightly less to do).
+`back_to_back_ms` is there for all, since not every peer can be captured.
+
+The peers are in moe_lora_peers.py and measured if they are installed: torch's grouped_mm with LoRA by grouped_mm, transformers with PEFT's
+target_parameters, axolotl's scattermoe_lora, unsloth_zoo, sonic-moe. Records with shared_A are of peers with one lora_A for gate and up, so
+slightly less to do. --per_op adds to our records the four big products beside dense cuBLAS products of the same size. The largest setting
+(235B, T = 65,536) needs about 35 GiB for the check and less for the timing.
 """
 
 import json
@@ -24,11 +29,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from moe_lora_peers import NEEDS, PEERS, SHARED_A
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fused_moe_lora import moe_lora, moe_lora_reference  # noqa: E402
+from fused_moe_lora import H_SLICES, column_slices, moe_lora, moe_lora_reference  # noqa: E402
 
 # hidden, intermediate, experts, experts per token
 MODELS = {"qwen3-30b-a3b": (2048, 768, 128, 8), "qwen3-235b-a22b": (4096, 1536, 128, 8), "glm-4.5-air": (4096, 1408, 128, 8)}
@@ -43,10 +48,11 @@ class Arguments:
     modes: str = "fast,frugal"
     tokens: str = "16384"
     settings: str = ""  # instead of all combinations: model:adapter:routing:mode:tokens, comma-separated
-    implementations: str = "fused_moe_lora,torch_grouped_mm,transformers_peft"
+    implementations: str = ",".join(["fused_moe_lora", *PEERS])
     output: str = "results/fused_moe_lora.json"
     commit: str = ""  # taken from git if empty
-    per_op: bool = False  # also print every kernel's time, ours only
+    per_op: bool = False  # also print every kernel's time and record the four big products beside cuBLAS, ours only
+    autotune: str = "short"  # how far peers search: "short" | "full", see moe_lora_peers.py
     seed: int = 1
 
 
@@ -122,126 +128,12 @@ def relative_errors(got, truth):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
-# Implementations: name -> function(leaves, fixed, mode) that returns (forward, {name of a gradient: function that reads it})
+# Ours; the peers have the same interface: function(leaves, fixed, ...) -> (forward, {name of a gradient: function that reads it})
 # ------------------------------------------------------------------------------------------------------------------------------
 
 
 def fused(leaves, fixed, mode):
     return lambda: call(moe_lora, leaves, fixed, mode=mode), {name: lambda leaf=leaf: leaf.grad for name, leaf in leaves.items()}
-
-
-def torch_grouped_mm(leaves, fixed, mode):
-    """Base and LoRA by torch's grouped_mm, nothing synchronised, LoRA added in place; Liger's SwiGLU kernel if it is installed."""
-    try:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-        swiglu = LigerSiLUMulFunction.apply
-    except ImportError:
-
-        def swiglu(gate, up):
-            return F.silu(gate) * up
-
-    index, top_k = fixed["index"], fixed["index"].shape[1]
-    experts = torch.arange(fixed["down"].shape[0], device=index.device)
-
-    class Gather(torch.autograd.Function):
-        """x (T, H) -> rows in sorted order (S, H); the gradient is summed by reading, not by atomics."""
-
-        @staticmethod
-        def forward(ctx, x, order, position):
-            ctx.position = position
-            return x[order // top_k]
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad[ctx.position].view(-1, top_k, grad.shape[1]).sum(1), None, None
-
-    class Unsort(torch.autograd.Function):
-        """Sorted rows -> token order, a permutation."""
-
-        @staticmethod
-        def forward(ctx, y, order, position):
-            ctx.order = order
-            return y[position]
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad[ctx.order], None, None
-
-    def forward():
-        chosen, order = index.reshape(-1).sort(stable=True)
-        position = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        ends = torch.searchsorted(chosen, experts, right=True).to(torch.int32)
-
-        def mm(a, b):
-            return F.grouped_mm(a, b.transpose(1, 2), offs=ends)
-
-        x = Gather.apply(leaves["x"], order, position)
-        gate, up = (
-            mm(x, weight).add_(mm(mm(x, leaves[f"{name}_A"]), leaves[f"{name}_B"]), alpha=SCALING)
-            for name, weight in zip(("gate", "up"), fixed["gate_up"].chunk(2, dim=1), strict=True)
-        )
-        a = swiglu(gate, up)
-        y = mm(a, fixed["down"]).add_(mm(mm(a, leaves["down_A"]), leaves["down_B"]), alpha=SCALING)
-        weights = leaves["top_k_weights"].to(y.dtype)
-        return torch.bmm(weights.unsqueeze(1), Unsort.apply(y, order, position).view(*index.shape, -1)).squeeze(1)
-
-    return forward, {name: lambda leaf=leaf: leaf.grad for name, leaf in leaves.items()}
-
-
-def transformers_peft(leaves, fixed, mode):
-    """transformers' experts module (grouped_mm) under PEFT's LoRA on parameters, which forms W + s B A in every forward."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import Qwen3MoeConfig
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-    E, H, I = fixed["down"].shape  # noqa: E741
-    config = Qwen3MoeConfig(hidden_size=H, moe_intermediate_size=I, num_experts=E, hidden_act="silu")
-    config._experts_implementation = "grouped_mm"
-    with torch.device("meta"):
-        host = torch.nn.Module()
-        host.experts = Qwen3MoeExperts(config)
-    host.experts.gate_up_proj = torch.nn.Parameter(fixed["gate_up"], requires_grad=False)
-    host.experts.down_proj = torch.nn.Parameter(fixed["down"], requires_grad=False)
-    targets = ["experts.gate_up_proj", "experts.down_proj"]
-    lora = LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=[], target_parameters=targets)
-    peft = get_peft_model(host, lora, autocast_adapter_dtype=False)
-    # one wrapper per parameter. A is (E r, in), experts outermost; B (out, r E), experts innermost
-    wrappers = {module.parameter_name: module for module in peft.modules() if hasattr(module, "parameter_name")}
-    (gate_up_A, gate_up_B), (down_A, down_B) = (
-        [getattr(wrappers[name], lora)["default"].weight for lora in ("lora_A", "lora_B")] for name in ("gate_up_proj", "down_proj")
-    )
-
-    def flat_B(B):
-        return B.permute(1, 2, 0).reshape(B.shape[1], -1)
-
-    def stacked_B(grad):
-        return grad.view(grad.shape[0], RANK, E).permute(2, 0, 1)
-
-    with torch.no_grad():
-        for parameter, value in (
-            (gate_up_A, leaves["gate_A"].reshape(E * RANK, H)),
-            (gate_up_B, flat_B(torch.cat([leaves["gate_B"], leaves["up_B"]], dim=1))),
-            (down_A, leaves["down_A"].reshape(E * RANK, I)),
-            (down_B, flat_B(leaves["down_B"])),
-        ):
-            parameter.data = value.to(fixed["down"]).contiguous()
-            parameter.requires_grad_()
-    leaves.update({"peft_gate_up_A": gate_up_A, "peft_gate_up_B": gate_up_B, "peft_down_A": down_A, "peft_down_B": down_B})
-    reads = {
-        "x": lambda: leaves["x"].grad,
-        "top_k_weights": lambda: leaves["top_k_weights"].grad,
-        "gate_A+up_A": lambda: gate_up_A.grad.view(E, RANK, H),
-        "gate_B": lambda: stacked_B(gate_up_B.grad)[:, :I],
-        "up_B": lambda: stacked_B(gate_up_B.grad)[:, I:],
-        "down_A": lambda: down_A.grad.view(E, RANK, I),
-        "down_B": lambda: stacked_B(down_B.grad),
-    }
-    experts = peft.base_model.model.experts
-    return lambda: experts(leaves["x"], fixed["index"], leaves["top_k_weights"]), reads
-
-
-IMPLEMENTATIONS = {"fused_moe_lora": fused, "torch_grouped_mm": torch_grouped_mm, "transformers_peft": transformers_peft}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -323,7 +215,7 @@ def measure(forward, leaves, dout, can_capture):
         both()
     fwd_single, bwd_single = time_single(forward, leaves, dout)
     total, spread = time_runs(both)
-    fwd, timing = fwd_single, "back-to-back"
+    back_to_back, fwd, timing = total, fwd_single, "back-to-back"
     graphs = [capture(forward_only), capture(both)] if can_capture else [None]
     if None not in graphs:
         timing = "graph"
@@ -343,7 +235,8 @@ def measure(forward, leaves, dout, can_capture):
     peak = torch.cuda.max_memory_allocated() - base
     del out
     clear(leaves)
-    times = {"fwd_ms": fwd, "bwd_ms": total - fwd, "total_ms": total, "spread": spread, "idle_start_ms": fwd_single + bwd_single}
+    times = {"fwd_ms": fwd, "bwd_ms": total - fwd, "total_ms": total, "spread": spread}
+    times.update(back_to_back_ms=back_to_back, idle_start_ms=fwd_single + bwd_single)
     return {**{k: round(v, 4) for k, v in times.items()}, "timing": timing, "saved_mib": saved >> 20, "peak_mib": peak >> 20}
 
 
@@ -355,24 +248,64 @@ def dense_tflops():
     return 2 * 8192**3 / time_runs(lambda: a @ b)[0] / 1e9
 
 
-def useful_flops(model, tokens):
+def useful_flops(model, tokens, shared_A):
+    """Forward and backward of one block: 4 a frozen weight and row, 6 an adapter weight and row."""
     H, I, _, top_k = MODELS[model]  # noqa: E741
-    base, lora = 6 * H * I, 2 * RANK * (2 * H + 2 * I + I + H)
-    return tokens * top_k * (2 * base + 3 * lora)
+    base, lora = 3 * H * I, RANK * ((1 if shared_A else 2) * H + 2 * I + I + H)
+    return tokens * top_k * (4 * base + 6 * lora)
 
 
-def print_kernels(forward, leaves, dout):
-    """Every kernel of one forward and backward, in order, with its time."""
+def kernel_times(forward, leaves, dout, repeats=5):
+    """(name, us) of every kernel of one forward and backward, in order: medians of runs that follow each other."""
     from torch.profiler import ProfilerActivity, profile
 
-    clear(leaves)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    def both():
+        clear(leaves)
         forward().backward(dout)
+
+    both()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(repeats):
+            both()
         torch.cuda.synchronize()
     kernels = sorted((e for e in profiler.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
-    for event in kernels:
-        print(f"    {event.time_range.elapsed_us():9.1f} us  {event.name[:100]}")
-    print(f"    {sum(e.time_range.elapsed_us() for e in kernels):9.1f} us  all kernels", flush=True)
+    per_run = len(kernels) // repeats
+    return [(kernels[i].name, statistics.median(e.time_range.elapsed_us() for e in kernels[i::per_run])) for i in range(per_run)]
+
+
+def per_op(forward, leaves, dout, setting):
+    """The four big products of our block beside dense cuBLAS products of the same size: a list for the record. Prints every kernel.
+
+    TFLOP/s of the frozen weights' FLOPs alone, while the time includes gathering, LoRA and SwiGLU where the kernel does them. Empty on
+    GPUs before Hopper, where the big products share their kernel with the small ones.
+    """
+    model, adapter, _, mode, tokens = setting
+    H, I, _, top_k = MODELS[model]  # noqa: E741
+    S = tokens * top_k
+    kernels = kernel_times(forward, leaves, dout)
+    for name, us in kernels:
+        print(f"    {us:9.1f} us  {name[:100]}")
+    print(f"    {sum(us for _, us in kernels):9.1f} us  all kernels", flush=True)
+    gemms = [us for name, us in kernels if "hopper_gemm_kernel" in name]
+    slices = len(column_slices(H, H_SLICES))
+    recomputed = (2 if adapter == "dora" else 1) if mode == "frugal" else 0
+    launches = {"gate_up": 1, "down": 1 if adapter == "dora" else slices, "recomputed": recomputed, "da": 1, "dx": slices}
+    if len(gemms) != sum(launches.values()):
+        return []
+    rows = []
+    for name, count in launches.items():
+        us, gemms = sum(gemms[:count]), gemms[count:]
+        if name == "recomputed":
+            continue
+        K, N = {"gate_up": (H, 2 * I), "down": (I, H), "da": (H, I), "dx": (2 * I, H)}[name]
+        a, b = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((S, K), (K, N)))
+        flops = 2 * S * K * N
+        a @ b
+        dense = time_runs(lambda a=a, b=b: a @ b)[0] * 1e3
+        del a, b
+        rows.append({"name": name, "us": round(us, 1), "tflops": round(flops / us / 1e6, 1), "dense_tflops": round(flops / dense / 1e6, 1)})
+        print("    {name:8} {us:9.1f} us  {tflops:6.1f} TFLOP/s, dense {dense_tflops:6.1f}".format(**rows[-1]), flush=True)
+    return rows
 
 
 def worker(implementation, settings, arguments):
@@ -380,10 +313,12 @@ def worker(implementation, settings, arguments):
     torch.backends.cuda.matmul.allow_tf32 = False
     sentinel = dense_tflops()
     for model, adapter, routing, mode, tokens in settings:
-        shared_A = implementation == "transformers_peft"
+        shared_A = implementation in SHARED_A
         leaves, fixed = make_inputs(model, adapter, routing, tokens, arguments.seed, shared_A)
         record = {"model": model, "adapter": adapter, "routing": routing, "mode": mode, "tokens": tokens, "implementation": implementation}
         load = torch.bincount(fixed["index"].reshape(-1), minlength=MODELS[model][2]).float()
+        if implementation in NEEDS:
+            record["autotune"] = arguments.autotune
         record.update(
             rank=RANK, shared_A=shared_A, max_over_mean_load=round((load.max() / load.mean()).item(), 2), min_load=int(load.min())
         )
@@ -391,7 +326,10 @@ def worker(implementation, settings, arguments):
             truth = reference(leaves, fixed, torch.float32)
             plain = relative_errors(reference(leaves, fixed, torch.bfloat16), truth)
             leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-            forward, reads = IMPLEMENTATIONS[implementation](leaves, fixed, mode)
+            if implementation == "fused_moe_lora":
+                forward, reads = fused(leaves, fixed, mode)
+            else:
+                forward, reads = PEERS[implementation](leaves, fixed, SCALING, arguments.autotune)
             out = forward()
             out.backward(fixed["dout"])
             if "gate_A+up_A" in reads:
@@ -406,10 +344,10 @@ def worker(implementation, settings, arguments):
             if wrong:
                 record["failed"] = f"wrong: {wrong}"
             else:
-                record.update(measure(forward, leaves, fixed["dout"], can_capture=implementation != "transformers_peft"))
-                record["tflops"] = round(useful_flops(model, tokens) / record["total_ms"] / 1e9, 1)
+                record.update(measure(forward, leaves, fixed["dout"], implementation in ("fused_moe_lora", "torch_grouped_mm")))
+                record["tflops"] = round(useful_flops(model, tokens, shared_A) / record["total_ms"] / 1e9, 1)
                 if arguments.per_op and implementation == "fused_moe_lora":
-                    print_kernels(forward, leaves, fixed["dout"])
+                    record["per_op"] = per_op(forward, leaves, fixed["dout"], (model, adapter, routing, mode, tokens))
         except torch.OutOfMemoryError:
             record["failed"] = "out of memory"
         record["dense_8192_tflops"] = round(sentinel, 1)
@@ -441,7 +379,7 @@ def settings_of(implementation, arguments):
 
 def versions():
     found = {"torch": torch.__version__}
-    for name in ("triton", "transformers", "peft", "liger-kernel"):
+    for name in ("triton", "transformers", "peft", "liger-kernel", "axolotl", "unsloth_zoo", *NEEDS["sonic_moe"]):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -454,9 +392,15 @@ def git_commit():
     return result.stdout.strip()
 
 
+def store(record, output):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    previous = json.loads(output.read_text()) if output.exists() else []
+    output.write_text(json.dumps([*previous, record], indent=1) + "\n")
+
+
 def print_table(records):
-    columns = ("model", "tokens", "adapter", "routing", "mode", "implementation", "fwd_ms", "bwd_ms", "total_ms", "idle_start_ms", "tflops",
-               "saved_mib", "peak_mib", "max_error")  # fmt: skip
+    columns = "model tokens adapter routing mode implementation fwd_ms bwd_ms total_ms back_to_back_ms idle_start_ms tflops".split()
+    columns += ["saved_mib", "peak_mib", "max_error"]
     rows = [[str(r.get(c, r.get("failed", "")[:14] if c == "total_ms" else "")) for c in columns] for r in records]
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:
@@ -477,9 +421,12 @@ def main():
     if malformed:
         sys.exit(f"error: --settings {malformed[0]}: expected model:adapter:routing:mode:tokens, e.g. qwen3-30b-a3b:lora:random:fast:16384")
     unknown = [m for m in arguments.models.split(",") + [setting[0] for setting in listed] if m not in MODELS]
-    unknown += [i for i in arguments.implementations.split(",") if i not in IMPLEMENTATIONS]
+    known = ["fused_moe_lora", *PEERS]
+    unknown += [i for i in arguments.implementations.split(",") if i not in known]
     if unknown:
-        sys.exit(f"error: unknown {', '.join(unknown)}; models: {', '.join(MODELS)}; implementations: {', '.join(IMPLEMENTATIONS)}")
+        sys.exit(f"error: unknown {', '.join(unknown)}; models: {', '.join(MODELS)}; implementations: {', '.join(known)}")
+    if arguments.autotune not in ("short", "full"):
+        sys.exit(f"error: --autotune {arguments.autotune}: expected short or full")
 
     common = {
         "device": torch.cuda.get_device_name(),
@@ -489,22 +436,26 @@ def main():
     }
     records = []
     for implementation in arguments.implementations.split(","):
-        if implementation == "transformers_peft" and "peft" not in common["versions"]:
-            print(f"{implementation}: skipped, peft is not installed", flush=True)
+        missing = [name for name in NEEDS.get(implementation, ()) if name not in common["versions"]]
+        if missing:
+            print(f"{implementation}: skipped, not installed: {', '.join(missing)}", flush=True)
             continue
-        job = {"implementation": implementation, "settings": settings_of(implementation, arguments), "arguments": asdict(arguments)}
-        process = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(job)], stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if line.startswith("RECORD "):
-                records.append({**json.loads(line.removeprefix("RECORD ")), **common})
-                output = Path(arguments.output)
-                output.parent.mkdir(parents=True, exist_ok=True)
-                previous = json.loads(output.read_text()) if output.exists() else []
-                output.write_text(json.dumps([*previous, records[-1]], indent=1) + "\n")
-            else:
-                print(line, end="", flush=True)
-        if process.wait() != 0:
-            print(f"{implementation}: ended with exit code {process.returncode}", flush=True)
+        settings = settings_of(implementation, arguments)
+        while settings:
+            job = {"implementation": implementation, "settings": settings, "arguments": asdict(arguments)}
+            process = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(job)], stdout=subprocess.PIPE, text=True)
+            for line in process.stdout:
+                if line.startswith("RECORD "):
+                    records.append({**json.loads(line.removeprefix("RECORD ")), **common})
+                    settings = settings[1:]
+                    store(records[-1], Path(arguments.output))
+                else:
+                    print(line, end="", flush=True)
+            if process.wait() == 0:
+                break
+            # the setting it died in is lost, the others get a new process
+            print(f"{implementation}: exit code {process.returncode} at {settings[:1]}", flush=True)
+            settings = settings[1:]
     print_table(records)
     ours = {
         (r["model"], r["tokens"], r["adapter"], r["routing"], r["mode"]): r["total_ms"]
