@@ -14,8 +14,8 @@ implementation can be captured and of back-to-back runs where not, `idle_start_m
 
 The peers are in moe_lora_peers.py and measured if they are installed: torch's grouped_mm with LoRA by grouped_mm, transformers with PEFT's
 target_parameters, axolotl's scattermoe_lora, unsloth_zoo, sonic-moe. Records with shared_A are of peers with one lora_A for gate and up, so
-slightly less to do. --per_op adds to our records the four big products beside dense cuBLAS products of the same size. The largest setting
-(235B, T = 65,536) needs about 35 GiB for the check and less for the timing.
+slightly less to do. --per_op adds to our records the four big products beside dense cuBLAS products of the same size. Checking the largest
+setting (235B, T = 65,536) should take 30 to 40 GiB (an estimate; check_peak_mib of each record says).
 """
 
 import json
@@ -323,7 +323,9 @@ def worker(implementation, settings, arguments):
             rank=RANK, shared_A=shared_A, max_over_mean_load=round((load.max() / load.mean()).item(), 2), min_load=int(load.min())
         )
         try:
+            torch.cuda.reset_peak_memory_stats()
             truth = reference(leaves, fixed, torch.float32)
+            record["check_peak_mib"] = torch.cuda.max_memory_allocated() >> 20
             plain = relative_errors(reference(leaves, fixed, torch.bfloat16), truth)
             leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
             if implementation == "fused_moe_lora":
@@ -453,9 +455,11 @@ def main():
                     print(line, end="", flush=True)
             if process.wait() == 0:
                 break
-            # the setting it died in is lost, the others get a new process
-            print(f"{implementation}: exit code {process.returncode} at {settings[:1]}", flush=True)
-            settings = settings[1:]
+            if settings:  # the one it died in is a failure, the others get a new process
+                names = dict(zip(("model", "adapter", "routing", "mode", "tokens"), settings[0], strict=True))
+                records.append({**names, "implementation": implementation, "failed": f"exit code {process.returncode}", **common})
+                store(records[-1], Path(arguments.output))
+                settings = settings[1:]
     print_table(records)
     ours = {
         (r["model"], r["tokens"], r["adapter"], r["routing"], r["mode"]): r["total_ms"]
