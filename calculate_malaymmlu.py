@@ -27,9 +27,12 @@ import numpy as np
 
 HUB_DATASET = "UMxYTLAILabs/MalayMMLU"
 HUB_FILE = "MalayMMLU_0shot.json"
-# What the published file holds: a file with other counts is not the benchmark. Its commit on the hub could not be looked up when this was
-# written, so none is pinned here; the commit and the checksum that were read go into args.json, runs with others are not mixed, and
-# malaymmlu.py --questions_revision and --questions_sha256 pin both.
+# The release of October 2024 and its checksum, as the hub's page of that file states them: the data of the official leaderboard. In August
+# 2025 about a dozen questions were repaired; `--questions_revision main` takes what the hub holds now, and a lock file holds on to it.
+HUB_REVISION = "e765ce2227db84be0084f4a02b3408f562b94f99"
+HUB_SHA256 = "70b67e845e2199ba39be7905cbcf933d155dcb17a678c978385c6b8a10a29464"
+HUB_LOCK = "malaymmlu.lock.json"
+# What every release holds: a file with other counts is not the benchmark.
 HUB_COUNTS = {"STEM": 2443, "Language": 6288, "Social science": 6918, "Others": 4169, "Humanities": 4395}
 LETTERS = "ABCDEF"
 
@@ -41,7 +44,7 @@ OUTCOMES = {"none": NONE, "ambiguous": AMBIGUOUS, "truncated": TRUNCATED}
 # ---- questions ------------------------------------------------------------------------------------------------------------------------
 
 
-def download_questions(revision=None):
+def download_questions(revision):
     """Fetch the benchmark's file from the hub; returns (path, the commit it came from). Raises ValueError if it cannot be had."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -56,24 +59,59 @@ def download_questions(revision=None):
     return path, commit
 
 
-def benchmark_questions(path, revision=None):
-    """Questions from `path`, or without one from the hub, whose counts are then checked -> (questions, facts for args.json)."""
-    source, commit = path or f"{HUB_DATASET}/{HUB_FILE}", None
-    if path is None:
-        path, commit = download_questions(revision)
-    questions = load_questions(path)
+def benchmark_questions(path, revision=None, root=None):
+    """Questions from `path`, or without one from the hub -> (questions, facts for args.json: source, revision, sha256, rows).
+
+    A file from the hub is verified: the default revision against the commit and the checksum above. For another one (a branch, a tag, a
+    commit) the first reading writes what it got to `<root>/malaymmlu.lock.json`; from then on that commit is fetched and both are verified
+    (without a root nothing is written). Raises ValueError naming what differs.
+    """
+    if path is not None:
+        questions = load_questions(path)
+        return questions, {"source": str(path), "revision": None, "sha256": checksum(path), "rows": len(questions)}
+    source, asked = f"{HUB_DATASET}/{HUB_FILE}", revision or HUB_REVISION
+    lock = Path(root, HUB_LOCK) if root is not None else None
+    known = {HUB_REVISION: {"revision": HUB_REVISION, "sha256": HUB_SHA256}} | (read_lock(lock) if lock else {})
+    wanted = known.get(asked)
+    path, commit = download_questions(wanted["revision"] if wanted else asked)
+    found = {"revision": commit, "sha256": checksum(path)}
+    for name in ("revision", "sha256") if wanted else ():
+        if found[name] != wanted[name]:
+            where = lock if asked != HUB_REVISION else "the program"
+            raise ValueError(f"{source} at {asked} has {name} {found[name]}, but {where} says {wanted[name]}; the data is not the same")
+    questions = load_questions(path, published=True)
     counts = {name: len(index) for name, index in strata(questions).items()}
-    if source != path and counts != HUB_COUNTS:
+    if counts != HUB_COUNTS:
         raise ValueError(f"{source} holds {counts}, not MalayMMLU's {HUB_COUNTS}; pick another --questions_revision")
-    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return questions, {"source": str(source), "revision": commit, "sha256": sha256, "rows": len(questions)}
+    if lock and not wanted:
+        temporary = lock.with_suffix(".tmp")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(read_lock(lock) | {asked: found}, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, lock)
+    return questions, {"source": source, **found, "rows": len(questions)}
 
 
-def load_questions(path):
+def checksum(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_lock(lock):
+    """The lock file as {revision asked for: {"revision", "sha256"}}, {} without one. Raises ValueError if it is damaged."""
+    if not lock.exists():
+        return {}
+    try:
+        known = json.loads(lock.read_text(encoding="utf-8"))
+        return {asked: {"revision": entry["revision"], "sha256": entry["sha256"]} for asked, entry in known.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{lock} is damaged ({error!r}); expected {{asked: {{revision, sha256}}}}; restore or delete it") from error
+
+
+def load_questions(path, published=False):
     """Read a question file in MalayMMLU's format (a JSON list, or JSON lines) and check it row by row.
 
     Returns a list of dicts: `index` (position), `id`, `prompt`, `key` (a letter), `letters` (those on offer, e.g. "ABCD"), `options`
     (letter -> text, without the letter), `subject`, `category`, `level`. Raises ValueError naming the file, the row and the field.
+    published: the benchmark's own file, whose slips in the options are noted and read as the official program reads them, not refused.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -88,10 +126,10 @@ def load_questions(path):
         raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg}); expected MalayMMLU's list of questions") from error
     if not rows:
         raise ValueError(f"{path} holds no question")
-    return [check_question(row, index, path) for index, row in enumerate(rows)]
+    return [check_question(row, index, path, published) for index, row in enumerate(rows)]
 
 
-def check_question(row, index, path):
+def check_question(row, index, path, published=False):
     """One raw row -> the dict of `load_questions`. Raises ValueError naming the row and the field."""
 
     def fail(what):
@@ -102,13 +140,18 @@ def check_question(row, index, path):
     for name in ("prompt", "key", "category"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             fail(f"`{name}` is missing or is not a non-empty string (found {row.get(name)!r})")
-    options = parse_options(row.get("options"), row["prompt"])
+    options, listed = parse_options(row.get("options"), row["prompt"]), bool(row.get("options"))
     count = row.get("num_options")
     count = len(options) if count is None else count
     if isinstance(count, bool) or not isinstance(count, (int, float)) or int(count) != count or not 2 <= count <= len(LETTERS):
         fail(f"`num_options` must be 2 to {len(LETTERS)}, found {count!r}")
-    letters = LETTERS[: int(count)]
+    if listed and len(options) != count and not published:
+        fail(f"`num_options` is {int(count)}, but `options` has {len(options)}")
+    letters = "".join(options) if listed else LETTERS[: int(count)]
     key = row["key"].strip().upper()
+    if published and len(key) == 1 and key in LETTERS and key not in letters:
+        print(f"note: {path}, row {index}: the key {key} is not among the options {letters}; it counts as on offer", file=sys.stderr)
+        letters = "".join(sorted(letters + key))
     if key not in letters or len(key) != 1:
         fail(f"`key` must be one of the letters on offer ({', '.join(letters)}), found {row['key']!r}")
     return {
@@ -129,12 +172,18 @@ OPTION_LINE = re.compile(r"\s*\(?([A-F])(?:\s*[.):\-–]\s*|\s+)(\S.*?)\s*")
 
 
 def parse_options(options, prompt):
-    """The options as letter -> text, from the row's list (or newline-joined string) or, without one, from the prompt's lines."""
+    """The options as letter -> text, from the row's list (or newline-joined string) or, without one, from the prompt's lines.
+
+    Options that all carry a letter, in order, keep theirs, even if the first is missing ("B. x", "C. y"); others are counted from A.
+    """
     if isinstance(options, str):
         options = [line for line in options.splitlines() if line.strip()]
     found = {}
     if isinstance(options, list) and options:
-        for letter, option in zip(LETTERS, options, strict=False):
+        own = [match.group(1) for match in (OPTION_LINE.fullmatch(str(option)) for option in options) if match]
+        if len(own) < len(options) or own != sorted(set(own)):
+            own = LETTERS
+        for letter, option in zip(own, options, strict=False):
             match = OPTION_LINE.fullmatch(str(option))
             found[letter] = match.group(2) if match and match.group(1) == letter else str(option).strip()
         return found
@@ -448,10 +497,11 @@ def read_generations(path):
                 print(f"note: {path}: the last line is half written and is passed over; malaymmlu.py repairs it", file=sys.stderr)
 
 
-def read_answers(directory, questions, limited=False):
+def read_answers(directory, questions, limited=False, samples=1):
     """Extract every response of a directory -> int8 (questions, samples): a letter's number, or NONE, AMBIGUOUS, TRUNCATED, MISSING.
 
-    limited: `questions` is only the beginning of the file, so records beyond it are passed over instead of refused.
+    limited: `questions` is only the beginning of the file, so records beyond it are passed over instead of refused. samples: how many were
+    asked for; what a run that has not finished lacks is MISSING.
     """
     path = Path(directory) / "generations.jsonl"
     codes = {}
@@ -473,7 +523,7 @@ def read_answers(directory, questions, limited=False):
             continue  # the first one written counts
         outcome, letter = extract(text, question, record.get("finish_reason"), record.get("thinking", False))
         codes[index, sample] = LETTERS.index(letter) if letter else OUTCOMES[outcome]
-    width = max([sample for _, sample in codes], default=0) + 1
+    width = max([samples - 1, *(sample for _, sample in codes)]) + 1
     answers = np.full((len(questions), width), MISSING, np.int8)  # (Q, samples)
     for (index, sample), code in codes.items():
         answers[index, sample] = code
@@ -899,6 +949,11 @@ def notes(report, rows):
     """What a reader must know beside the numbers."""
     lines = ["chance: " + ", ".join(f"{100 * value:.2f} % for {name}" for name, value in report["chance"].items())]
     for row in report["checkpoints"]:
+        if row["answers"]["missing"]:
+            lines.append(
+                f"{row['name']}: NOT FINISHED, {row['answers']['missing']:,} of {sum(row['answers'].values()):,} samples are missing and "
+                "count as wrong; malaymmlu.py makes them, or --limit scores a beginning"
+            )
         if row["protocol"] == "first_token":
             lines.append(
                 f"{row['name']}: first-token protocol, whose official score weighs every question: {percent(row['micro']['acc@1'])}"
@@ -1169,7 +1224,9 @@ def audit(rows, questions, count, seed=0):
 class Arguments:
     pattern: str = field(metadata={"help": "directories to score: comma-separated globs"})
     questions: str | None = field(default=None, metadata={"help": "question file; default: MalayMMLU from the hub"})
-    questions_revision: str | None = field(default=None, metadata={"help": "the hub's revision of the question file"})
+    questions_revision: str | None = field(
+        default=None, metadata={"help": "the hub's revision of the question file; default: the one that was generated from"}
+    )
     limit: int | None = field(default=None, metadata={"help": "score the first N questions only, as malaymmlu.py --limit asks them"})
     compare: str = field(default="all", metadata={"help": "paired comparisons: all, none, or NAME:NAME,NAME:NAME"})
     resamples: int = field(default=2000, metadata={"help": "bootstrap resamples"})
@@ -1191,11 +1248,16 @@ def main():
         found = [(name, path, read_args(path)) for name, path in find_directories(args.pattern)]
         # without a revision, the one that the first of them was generated from
         questions, facts = benchmark_questions(args.questions, args.questions_revision or found[0][2].get("questions_revision"))
+        for name, _, made in found:
+            if made.get("questions_sha256") not in (None, facts["sha256"]):
+                what = f"{name} was generated from questions with sha256 {made['questions_sha256']}, these have {facts['sha256']}"
+                if not args.questions:
+                    raise ValueError(f"{what}; score it apart, or against one file with --questions FILE")
+                print(f"note: {what}", file=sys.stderr)
         questions = questions[: args.limit]
-        rows = [Row(name, path, made, read_answers(path, questions, bool(args.limit))) for name, path, made in found]
-        for row in rows:
-            if row.args.get("questions_sha256") not in (None, facts["sha256"]):
-                print(f"note: {row.name} was generated from a question file with another checksum", file=sys.stderr)
+        rows = [
+            Row(name, path, made, read_answers(path, questions, bool(args.limit), made.get("samples", 1))) for name, path, made in found
+        ]
         print_original([row.name for row in rows], [row.answers for row in rows], questions)
         report = score(rows, questions, args.resamples, args.seed, args.compare)
         if args.contamination:

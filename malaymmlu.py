@@ -10,7 +10,9 @@ beside them. calculate_malaymmlu.py scores them. Stopping it in any way loses no
 How it works. One driver (this process) owns the files and one queue of (question, sample) per checkpoint. `num_gpus / gpu_partition`
 engines, each a process group of its own with its own GPUs, hold a vLLM engine each; the driver keeps every one topped up with small
 batches, so none idles while work remains, and writes what comes back, with fsync. An engine that dies or hangs gives its questions back to
-the queue and is restarted. An engine with nothing left to do for one checkpoint loads the next while the others finish.
+the queue and is restarted. A slot with nothing left to do for one checkpoint loads the next while the others finish. And when the last
+questions of a checkpoint have been given out, a slot that still writes starts the process for the next one beside it: it loads the model at
+once where memory has room for two, else it imports vLLM and waits for the slot.
 """
 
 import fcntl
@@ -19,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,11 +34,14 @@ from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import connection, get_context
 from pathlib import Path
 
-from calculate_malaymmlu import benchmark_questions, extract, natural, read_args
+from calculate_malaymmlu import HUB_REVISION, benchmark_questions, extract, natural, read_args
+from record import git_commit
 
 SYSTEM_PROMPT = r"First, you try to think step-by-step in malay, after that, put your final answer within $\boxed{}$."
 FIRST_TOKEN_PROMPT = "Berikut adalah soalan aneka pilihan tentang {subject}. Sila berikan jawapan sahaja.\n\n{prompt}"
 FIRST_TOKEN_PREFIX = "\nJawapan:"
+CPU_CACHE_GIB = 2  # vLLM's cache of keys and values on a CPU
+LEAST_DISK = 4096  # bytes; with less an engine cannot even log
 # settings that change what is generated: output made with other values is not continued
 FIXED = (
     "model_fingerprint",
@@ -70,7 +76,10 @@ class Arguments:
     num_gpus: int | None = field(default=None, metadata={"help": "GPUs in all (default: all); without a GPU: engine slots (default 1)"})
     gpu_partition: int = field(default=1, metadata={"help": "GPUs of one engine (tensor parallel size)"})
     questions: str | None = field(default=None, metadata={"help": "question file; default: MalayMMLU from the hub"})
-    questions_revision: str | None = field(default=None, metadata={"help": "the hub's revision of the question file"})
+    questions_revision: str = field(
+        default=HUB_REVISION,
+        metadata={"help": "MalayMMLU's revision on the hub; the default is checked against a known checksum, others against a lock file"},
+    )
     questions_sha256: str | None = field(default=None, metadata={"help": "refuse a question file with another checksum"})
     limit: int | None = field(default=None, metadata={"help": "ask the first N questions only"})
     protocol: str = field(default="reasoning", metadata={"choices": ["reasoning", "first_token"], "help": "see the README"})
@@ -111,7 +120,7 @@ def main():
     outputs = []
     try:
         check_arguments(args)
-        questions, facts = benchmark_questions(args.questions, args.questions_revision)
+        questions, facts = benchmark_questions(args.questions, args.questions_revision, args.output_root)
         if args.questions_sha256 and args.questions_sha256 != facts["sha256"]:
             raise ValueError(f"{facts['source']} has sha256 {facts['sha256']}, not {args.questions_sha256} (--questions_sha256)")
         plan = plan_engines(args)
@@ -273,6 +282,8 @@ def visible_gpus():
 def plan_engines(args):
     """Split the machine into engines. Raises ValueError if the GPUs asked for are not there or do not divide."""
     gpus = visible_gpus()
+    if not gpus and args.batch_invariant:
+        raise ValueError("--batch_invariant needs a GPU: vLLM's batch-invariant kernels exist for GPUs only")
     if not gpus:
         engines = args.num_gpus or 1
         # a CPU "GPU" is an engine slot; with tensor parallel 2 on one slot the two ranks share the cores
@@ -359,15 +370,6 @@ def versions():
         except PackageNotFoundError:
             continue
     return found
-
-
-def git_commit():
-    """The commit of this program, None outside a checkout."""
-    try:
-        shown = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return shown.stdout.strip() or None
 
 
 # ---- output: append-only, never twice -------------------------------------------------------------------------------------------------
@@ -493,23 +495,35 @@ class Engine:
         self.units = set()
         self.deaths = 0
         self.not_before = 0.0
+        self.held = False  # started for the next checkpoint, and told to wait with loading until this slot's memory is free
+        self.next = None  # an engine for the next checkpoint, started in the same slot while this one still writes
 
     @property
     def alive(self):
         return self.process is not None
 
-    def start(self, output, config):
-        """Start the process for one checkpoint; it reports ("ready",) when the model is loaded."""
+    def start(self, output, config, held=False):
+        """Start the process for one checkpoint; it reports ("ready",) when the model is loaded. held: it loads only after `release`."""
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         life, self.life = context.Pipe(duplex=False)  # nothing is ever sent: its end of file tells the engine that the driver died
         self.log = output.directory / f"engine-{self.slot}.log"
-        self.process = context.Process(target=engine_main, args=(theirs, life, str(self.log), self.gpus, config))
+        self.process = context.Process(target=engine_main, args=(theirs, life, str(self.log), self.gpus, config, held))
         self.process.start()
         theirs.close()
         life.close()
-        self.output, self.ready, self.heard, self.units = output, False, time.monotonic(), set()
-        print(f"{output.directory}: engine {self.slot} loads, log {self.log}", flush=True)
+        self.output, self.ready, self.heard, self.units, self.held = output, False, time.monotonic(), set(), held
+        doing = "starts and waits for memory" if held else "loads"
+        print(f"{output.directory}: engine {self.slot} {doing}, log {self.log}", flush=True)
+
+    def release(self):
+        """Let an engine that was told to wait load its model."""
+        if self.held:
+            self.held, self.heard = False, time.monotonic()
+            try:
+                self.pipe.send("load")
+            except OSError:
+                pass  # it died while it waited, which the driver sees at its pipe
 
     def stop(self, grace=0.0):
         """End the engine and everything it started."""
@@ -538,6 +552,14 @@ class Engine:
         return "\n".join(lines[-12:])
 
 
+def available_memory():
+    """Bytes of main memory that programs can still take."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 class Scheduler:
     """Runs all rows over all engines; see the module docstring."""
 
@@ -548,6 +570,11 @@ class Scheduler:
         self.capacity = plan.max_num_seqs + self.batch
         self.logged = time.monotonic()
         self.first_missing = {output.directory: output.missing for output in outputs}
+        self.ahead = True  # until an engine that was started ahead of its turn fails
+
+    def everyone(self):
+        """Every engine that has a process, also those for the next checkpoint."""
+        return [one for engine in self.engines for one in (engine, engine.next) if one is not None and one.alive]
 
     def run(self):
         """Until every sample of every row is on disk. Raises RuntimeError when an engine keeps failing or the disk is full."""
@@ -560,25 +587,53 @@ class Scheduler:
                 self.collect()
                 self.watch()
                 self.progress()
-            for engine in self.engines:
+            for engine in self.everyone():
                 engine.stop(grace=10.0)
         finally:
-            for engine in self.engines:
+            for engine in self.everyone():
                 engine.stop()
 
     def assign(self):
-        """Give every free slot to the first row with unclaimed work; a slot that only waits moves on to the next row."""
+        """Give every free slot to the first row with unclaimed work; a slot that only waits moves on, one that finishes prepares to."""
         row = next((output for output in self.outputs if output.queue), None)
-        if row is None:
-            return
-        for engine in self.engines:
-            if engine.alive and engine.ready and not engine.units and engine.output is not row and not engine.output.queue:
+        for slot, engine in enumerate(self.engines):
+            following = engine.next
+            if following and not (following.alive and (following.units or following.output.queue)):
+                following.stop()  # it failed, or others have taken its row's last questions
+                following = engine.next = None
+            if row is None and following is None:
+                continue
+            finished = engine.alive and engine.ready and engine.output is not row and not engine.output.queue
+            if finished and engine.units:
+                if following is None and self.ahead and self.needed(row):
+                    engine.next = type(engine)(engine.slot, engine.gpus)
+                    engine.next.start(row, self.engine_config(row), held=not self.room_for_two(row))
+                continue
+            if finished:
+                if following and not (following.held or following.ready):
+                    continue  # it loads beside this one; memory that is freed meanwhile would upset vLLM's measurement of it
                 engine.stop(grace=10.0)
                 engine.deaths = 0
-            if not engine.alive and time.monotonic() >= engine.not_before:
-                # no more engines than there are questions for
-                if sum(other.alive and other.output is row for other in self.engines) < len(row.queue):
-                    engine.start(row, self.engine_config(row))
+            if engine.alive:
+                continue
+            if following and (finished or following.output is row):
+                self.engines[slot], engine.next = following, None
+                following.release()
+            elif row and time.monotonic() >= engine.not_before and self.needed(row):
+                engine.start(row, self.engine_config(row))
+
+    def needed(self, row):
+        """Whether one more engine has something to do: no more engines than there are questions for."""
+        return sum(other.output is row for other in self.everyone()) < len(row.queue)
+
+    def room_for_two(self, row):
+        """Whether an engine for `row` fits beside the one in its slot: by --gpu_memory_utilization, on a CPU by the memory available."""
+        if self.plan.device == "cuda":
+            return 2 * self.args.gpu_memory_utilization <= 0.97
+        weights = sum(path.stat().st_size for path in Path(row.job.model).glob("*.safetensors"))
+        cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)) << 30
+        # twice the weights: loading may hold a tensor in fp32 and as it is stored; 2 GiB: vLLM itself
+        return available_memory() > len(self.engines) * (2 * weights + cache + (2 << 30))
 
     def engine_config(self, output):
         """Everything an engine needs, as plain values."""
@@ -600,11 +655,11 @@ class Scheduler:
 
     def dispatch(self):
         """Top up the engines with small batches, each with its fair share of what is left."""
-        for engine in self.engines:
-            if not (engine.alive and engine.ready):
+        for engine in self.everyone():
+            if not engine.ready:
                 continue
             output = engine.output
-            team = [other for other in self.engines if other.alive and other.output is output]
+            team = [other for other in self.everyone() if other.output is output and not other.held]
             left = len(output.queue) + sum(len(other.units) for other in team)
             target = min(self.capacity, -(-left // len(team)))
             room = target - len(engine.units)
@@ -621,7 +676,7 @@ class Scheduler:
 
     def collect(self):
         """Write what came back."""
-        pipes = {engine.pipe: engine for engine in self.engines if engine.alive}
+        pipes = {engine.pipe: engine for engine in self.everyone()}
         if not pipes:
             time.sleep(0.2)
             return
@@ -647,8 +702,8 @@ class Scheduler:
 
     def watch(self):
         """Notice engines that are silent for too long."""
-        for engine in self.engines:
-            if not engine.alive:
+        for engine in self.everyone():
+            if engine.held:
                 continue
             silent = time.monotonic() - engine.heard
             limit = self.args.hang_timeout if engine.ready else self.args.start_timeout
@@ -660,9 +715,17 @@ class Scheduler:
         output, tail = engine.output, engine.log_tail()
         output.queue.extendleft(sorted(engine.units, reverse=True))
         engine.units = set()
+        if any(engine is other.next for other in self.engines):
+            engine.stop()
+            self.ahead = False  # assign forgets it; its row gets an engine when the slot is free, and that one's restarts are counted
+            print(f"{output.directory}: engine {engine.slot}, started ahead of its turn, failed ({why}); trying again in turn", flush=True)
+            return
         engine.stop()
         engine.deaths += 1
         safe = f"{output.total - output.missing} of {output.total} samples are safe"
+        free = shutil.disk_usage(output.directory).free
+        if free < LEAST_DISK:
+            raise RuntimeError(f"no space left on the disk of {output.directory}; {safe}; make room and run the same command again")
         if engine.deaths > self.args.restarts:
             raise RuntimeError(
                 f"engine {engine.slot} failed {engine.deaths} times on {output.job.name}, last: {why}\n{tail}\n"
@@ -693,8 +756,8 @@ class Scheduler:
 # ---- the engine process ---------------------------------------------------------------------------------------------------------------
 
 
-def engine_main(pipe, life, log, gpus, config):
-    """An engine process: load the model, answer what comes through `pipe` until None comes. Dies with the driver."""
+def engine_main(pipe, life, log, gpus, config, held):
+    """An engine process: load the model (held: when told to), answer what comes through `pipe` until None comes. Dies with the driver."""
     began = time.monotonic()
     os.setsid()  # a process group of its own, so that the driver can end everything vLLM starts
     threading.Thread(target=die_with_driver, args=(life,), daemon=True).start()
@@ -703,6 +766,14 @@ def engine_main(pipe, life, log, gpus, config):
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
     engine_environment(gpus, config)
+    if held:
+        import vllm  # noqa: F401 (what takes the time, and no memory of the GPU)
+
+        try:
+            if pipe.recv() is None:
+                return
+        except EOFError:
+            return
     try:
         llm, lora = build_llm(config)
         tokenizer = llm.get_tokenizer()
@@ -730,18 +801,24 @@ def engine_environment(gpus, config):
     else:
         threads = max(1, len(os.sched_getaffinity(0)) // (config["engines"] * config["tensor_parallel"]))
         # one process is enough on a CPU, and starts sooner; binding would put two engines onto the same cores
-        defaults |= {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+        defaults |= {"VLLM_CPU_KVCACHE_SPACE": str(CPU_CACHE_GIB), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
         defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    if config["batch_invariant"]:
-        defaults["VLLM_BATCH_INVARIANT"] = "1"
+    os.environ["VLLM_BATCH_INVARIANT"] = str(int(config["batch_invariant"]))  # never what a shell left behind: args.json has the flag
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 
 def build_llm(config):
     """Load the model, merged with its adapter unless that is served -> (LLM, LoRARequest or None). Raises ValueError if vLLM refuses it."""
-    from transformers import AutoConfig
     from vllm import LLM
+
+    options, lora = llm_options(config)
+    return LLM(**options), lora
+
+
+def llm_options(config):
+    """What vLLM is started with -> (keyword arguments of vllm.LLM, LoRARequest or None)."""
+    from transformers import AutoConfig
 
     most = getattr(AutoConfig.from_pretrained(config["model"]).get_text_config(), "max_position_embeddings", None)
     length = config["max_model_len"] or config["sampling"]["max_tokens"] + 4096
@@ -772,7 +849,7 @@ def build_llm(config):
 
         adapter.register_vllm_loader()
         options |= {"load_format": "merge_adapter", "model_loader_extra_config": {"adapter": config["adapter"]}}
-    return LLM(**options), lora
+    return options, lora
 
 
 def served_lora(directory, options):

@@ -300,9 +300,9 @@ class StandIn(malaymmlu.Engine):
     def alive(self):
         return self.output is not None
 
-    def start(self, output, config):
-        self.output, self.ready, self.units, self.heard = output, True, set(), time.monotonic()
-        self.pipe = argparse.Namespace(send=lambda units: None)
+    def start(self, output, config, held=False):
+        self.output, self.ready, self.units, self.heard, self.held = output, not held, set(), time.monotonic(), held
+        self.pipe, self.sent = argparse.Namespace(send=lambda sent: self.sent.append(sent)), []
 
     def stop(self, grace=0.0):
         self.output = None
@@ -341,8 +341,9 @@ def test_work_is_shared_fairly_and_kept_within_the_engines_capacity(scheduler):
     assert len(small.engines[0].units) == 3  # two being written and one waiting
 
 
-def test_an_idle_engine_loads_the_next_row_while_others_finish(scheduler):
+def test_an_idle_engine_loads_the_next_row_while_others_finish(scheduler, monkeypatch):
     made = scheduler(2)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: False)
     made.assign()
     made.dispatch()
     first, second = made.outputs
@@ -351,6 +352,117 @@ def test_an_idle_engine_loads_the_next_row_while_others_finish(scheduler):
     made.dispatch()
     assert [engine.output for engine in made.engines] == [first, second]
     assert len(made.engines[0].units) == 6 and len(made.engines[1].units) == 12
+
+
+def finish(engine, keep=0):
+    """All but `keep` of what an engine works on comes back."""
+    for unit in sorted(engine.units)[keep:]:
+        engine.output.append([record(*unit)])
+        engine.units.discard(unit)
+
+
+def test_one_slot_prepares_the_next_row_at_the_tail_and_loads_it_when_memory_is_free(scheduler, monkeypatch):
+    made = scheduler(1)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: False)
+    made.assign()
+    assert made.engines[0].next is None
+    made.dispatch()
+    made.assign()  # the queue is empty, the engine still writes
+    first, second = made.outputs
+    old, ahead = made.engines[0], made.engines[0].next
+    assert (old.output, ahead.output, ahead.held) == (first, second, True)
+    made.dispatch()
+    made.assign()
+    assert not ahead.units and made.engines[0].next is ahead and ahead.sent == []
+    finish(old)
+    made.assign()
+    assert made.engines == [ahead] and not old.alive and not ahead.held and ahead.sent == ["load"]
+    ahead.ready = True
+    made.dispatch()
+    assert len(ahead.units) == 12
+
+
+def test_with_room_for_two_the_next_row_loads_and_begins_while_the_last_answers_are_written(scheduler, monkeypatch):
+    made = scheduler(1)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: True)
+    made.assign()
+    made.dispatch()
+    made.assign()
+    old, ahead = made.engines[0], made.engines[0].next
+    assert not ahead.held
+    ahead.ready = False  # it still loads
+    finish(old)
+    made.assign()
+    assert old.alive and made.engines == [old]  # nothing is freed under vLLM's measurement of the memory
+    ahead.ready = True
+    made.dispatch()
+    assert len(ahead.units) == 12
+    made.assign()
+    assert made.engines == [ahead] and len(ahead.units) == 12 and not old.alive
+    finish(ahead)
+    made.assign()
+    assert all(output.missing == 0 for output in made.outputs)
+
+
+def test_an_engine_that_fails_ahead_of_its_turn_costs_no_restart_and_is_not_tried_again(scheduler, monkeypatch):
+    made = scheduler(1, restarts=0)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: True)
+    made.assign()
+    made.dispatch()
+    made.assign()
+    old, second = made.engines[0], made.outputs[1]
+    made.dispatch()
+    assert len(old.next.units) == 12
+    made.died(old.next, "out of memory")
+    assert len(second.queue) == 12 and old.alive
+    made.assign()
+    assert old.next is None
+    finish(old)
+    made.assign()
+    assert made.engines[0].output is second and made.engines[0].deaths == 0
+
+
+def test_an_engine_ahead_whose_row_others_have_finished_is_ended(scheduler, monkeypatch):
+    made = scheduler(2, max_num_seqs=64)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: False)
+    made.assign()
+    made.dispatch()
+    made.assign()
+    slow, quick = made.engines
+    assert slow.next.held and quick.next.held
+    finish(quick)
+    made.assign()
+    taken = made.engines[1]
+    taken.ready = True
+    made.dispatch()
+    assert len(taken.units) == 12 and not made.outputs[1].queue
+    waiting = slow.next
+    made.assign()
+    assert slow.next is None and not waiting.alive and len(slow.units) == 6
+
+
+def test_room_for_two_engines_is_counted(scheduler, monkeypatch):
+    made = scheduler(1, gpu_memory_utilization=0.92)
+    row = made.outputs[0]
+    made.plan.device = "cuda"
+    assert not made.room_for_two(row)
+    made.args.gpu_memory_utilization = 0.45
+    assert made.room_for_two(row)
+    made.plan.device = "cpu"
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setattr(malaymmlu, "available_memory", lambda: 4 << 30)
+    assert made.room_for_two(row)
+    monkeypatch.setattr(malaymmlu, "available_memory", lambda: 2 << 30)
+    assert not made.room_for_two(row)
+
+
+def test_a_dead_engine_on_a_full_disk_ends_the_run_at_once(scheduler, monkeypatch):
+    made = scheduler(1, restarts=3)
+    made.assign()
+    made.dispatch()
+    monkeypatch.setattr(malaymmlu.shutil, "disk_usage", lambda path: argparse.Namespace(free=0))
+    with pytest.raises(RuntimeError, match="no space left on the disk of .*0 of 12 samples are safe; make room"):
+        made.died(made.engines[0], "gone")
 
 
 def test_a_dead_engines_questions_go_back_and_restarts_are_bounded(scheduler):
@@ -471,6 +583,48 @@ def test_a_template_that_opens_the_reasoning_is_noted_and_its_marker_kept_in_the
 def test_a_prompt_that_leaves_no_room_is_refused_by_name(tmp_path):
     _, refused, _ = serve_scripted(tmp_path, lambda name: ("A", "stop"), [(1, 2)], max_model_len=100)
     assert refused.startswith("question 1 (id 101) has a prompt of") and "--max_model_len" in refused
+
+
+# ---- what vLLM is asked for ------------------------------------------------------------------------------------------------------------
+
+
+def engine_config(model, **changed):
+    config = {"model": model, "adapter": None, "serve_lora": False, "device": "cuda", "engines": 4, "tensor_parallel": 2, "seed": 0}
+    config |= {"max_num_seqs": 256, "enforce_eager": False, "gpu_memory_utilization": 0.92, "max_model_len": None, "dtype": "auto"}
+    return config | {"batch_invariant": True, "sampling": {"temperature": 1.0, "max_tokens": 4096}} | changed
+
+
+@pytest.mark.parametrize("serve_lora", [None, True, False])
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_vllm_takes_the_arguments_of_every_kind_of_engine(tiny, tmp_path, device, serve_lora):
+    """The engines of a GPU cannot run here, but vLLM's own EngineArgs is what checks their arguments."""
+    from vllm import EngineArgs
+
+    adapter = None
+    if serve_lora is not None:
+        write_adapter(tmp_path / "checkpoint-1", tiny, 256)
+        adapter = str(tmp_path / "checkpoint-1")
+    options, lora = malaymmlu.llm_options(engine_config(tiny, device=device, adapter=adapter, serve_lora=bool(serve_lora)))
+    made = EngineArgs(**options)
+    assert (made.tensor_parallel_size, made.max_num_seqs, made.enable_prefix_caching) == (2, 256, True)
+    assert made.load_format == ("merge_adapter" if serve_lora is False else "auto")
+    assert (made.enable_lora, made.max_lora_rank, lora is not None) == ((True, 256, True) if serve_lora else (False, 16, False))
+
+
+def test_batch_invariance_is_what_the_flag_says_and_vllm_reads_it(monkeypatch):
+    import vllm.envs
+
+    for left_behind in ("0", "1"):
+        for flag in (True, False):
+            monkeypatch.setenv("VLLM_BATCH_INVARIANT", left_behind)
+            for name in ("CUDA_VISIBLE_DEVICES", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "TOKENIZERS_PARALLELISM"):
+                monkeypatch.setenv(name, os.environ.get(name, "1"))  # so that it is put back afterwards
+            malaymmlu.engine_environment(["0", "1"], engine_config("m", batch_invariant=flag))
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+            assert vllm.envs.environment_variables["VLLM_BATCH_INVARIANT"]() is flag
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="--batch_invariant needs a GPU"):
+        malaymmlu.plan_engines(arguments(batch_invariant=True))
 
 
 # ---- real engines ---------------------------------------------------------------------------------------------------------------------
@@ -623,3 +777,42 @@ def test_first_token_with_two_tensor_parallel_ranks_and_a_merged_adapter_equals_
         picks.add(found["text"])
         assert base is not None
     assert len(picks) > 1, "a test that always sees the same letter proves little"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 48 KiB and a function that makes it larger; skips where mounting is not permitted (RLIMIT_FSIZE stands in above)."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", where], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small tmpfs is not permitted: {mounted.stderr.strip()}")
+    yield where, lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", where], check=True)
+    subprocess.run(["umount", where], check=True)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_the_next_row_starts_before_the_last_answers(tiny, tmp_path, small_disk):
+    """Two base models, one slot, 48 KiB: the run stops, whole lines stay. With room, exactly the rest is made, and the rows overlap."""
+    disk, enlarge = small_disk
+    other = tmp_path / "other"
+    other.symlink_to(tiny)
+    count = 16
+    flags = ["--base", f"{tiny},{other}", "--questions", write_questions(tmp_path / "q.json", count), "--max_tokens", 200]
+    flags += ["--output_root", disk, "--max_num_seqs", 4, "--dtype", "float32"]
+    full = subprocess.run(command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    path, second = disk / "malaymmlu-tiny/generations.jsonl", disk / "malaymmlu-other/generations.jsonl"
+    kept, safe = path.read_bytes(), lines(path)
+    error = full.stderr.strip().splitlines()[-1]
+    assert full.returncode == 1 and error.startswith("error: ") and "Traceback" not in full.stderr, full.stderr
+    assert "o space left on" in error and f"{safe} of {3 * count} samples are safe; make room" in error
+    assert kept.endswith(b"\n") and 0 < safe < 3 * count
+    enlarge("8m")
+    again = subprocess.run(command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"{safe} of {3 * count} samples there, {3 * count - safe} to make" in again.stdout
+    assert path.read_bytes().startswith(kept)
+    for one in (path, second):
+        assert Counter((r["index"], r["sample"]) for r in read(one)) == {(i, s): 1 for i in range(count) for s in range(3)}
+    said = again.stdout
+    started = max(said.find(f"{second.parent}: engine 0 {doing}") for doing in ("loads", "starts and waits for memory"))
+    assert 0 <= started < said.index(f"{path.parent}: {3 * count}/{3 * count} samples"), said
