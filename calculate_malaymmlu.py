@@ -209,12 +209,13 @@ LETTER_AND_TEXT = re.compile(r"[(\[]?([A-F])(?:[)\]]?\s*[.):,=]\s*|[)\]]?\s*[\-�
 LONE_LETTERS = re.compile(r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)")
 WORD = re.compile(r"\w+")
 OPENS_WITH_LETTER = re.compile(r"[\s*_$`\"'“‘(\[#>-]*(?:\\\w+\{)?[A-Fa-f](?!\w)")
+NAMES_OPTION = re.compile(r"^\W*(?:pilihan|opsyen|option|choice)\b\W*", re.I)
 LONE_ANY = re.compile(r"(?<!\w)[A-Fa-f](?!\w)")
 SEVERAL = re.compile(
     r"\s*[)\]*_.]*\s*(?:,|/|&|\bdan\b|\batau\b|\band\b|\bor\b|\bserta\b)\s*" + WRAP + rf"(?:{NAMED}\s*)?([A-F])(?!\w|['’]\w)"
 )
 FORWARD = re.compile(
-    rf"\b(?:jawap(?:an)?(?:nya)?|jwpn|answers?|pilihan|opsyen|option|choice|kesimpulan(?:nya)?|pilih|memilih|choose|select|pick)\b"
+    rf"\b(?:jawap(?:an)?(?:nya)?|jwpn|answers?|(?P<mention>pilihan|opsyen|option|choice)|kesimpulan(?:nya)?|pilih|memilih|choose|select|pick)\b"
     rf"(?P<middle>[^.\n:=?]{{0,60}}?)"
     rf"(?:\s*(?:\b(?:ialah|adalah|iaitu|yaitu|merupakan|is|are|be|would be)\b|[:=]|->|→|-|–)\s*|\s+|(?=[*(\[$\"'“‘]))+?"
     rf"{WRAP}(?:\b{NAMED}\b\s*)?{WRAP}(?:(?P<upper>[A-F])(?![\w-]|['’]\w)|(?P<lower>[a-f])(?=[)\].*_$\"”’}}]*\s*(?:\.|\)|$|\n)))",
@@ -224,6 +225,22 @@ BACKWARD = re.compile(
     rf"(?:\b{NAMED}\s+)?{WRAP}(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)[)\].*_$\"”’}}]*\s*(?:\([^()\n]{{0,80}}\)\s*)?"
     r"(?:ialah|adalah|merupakan|is)\s+"
     r"(?:the\s+|pilihan\s+|jawapan\s+|option\s+|yang\s+)*(?P<verdict>jawapan|pilihan|answer|correct|betul|benar|tepat|right)\b"
+)
+# "pilihan A" only names an option, unless something links the two ("pilihan yang tepat: A") or what follows affirms it
+LINKED = re.compile(
+    r"[:=>→]|\b(?:ialah|adalah|iaitu|yaitu|merupakan|is|are|be|saya|kami|akhir|final|my)\b|\b(?:betul|benar|tepat|sesuai|correct|right|best)\b",
+    re.I,
+)
+CLOSED = r"[)\].*_$\"”’}}]*[^\S\n]*(?:\([^()\n]{0,80}\)[^\S\n]*)?"  # what may stand between a letter and the rest of its sentence
+AFFIRMED = re.compile(
+    CLOSED + r"(?:[.!]*[^\S\n]*(?:\n|$)|,?\s*(?:(?:yang|ialah|adalah|merupakan|is|the|paling|most|memang|sebagai|as)\s+)*"
+    r"(?:betul|benar|tepat|sesuai|correct|right|best|dipilih|jawapan(?:nya)?|answer)\b)",
+    re.I,
+)
+REJECTED = re.compile(
+    CLOSED + r"(?:(?:ialah|adalah|is|pula|juga|jelas|boleh|perlu|dan [A-F]|and [A-F])\s+)*"
+    r"(?:salah|silap|tidak|tak|bukan|kurang|not|wrong|incorrect|di(?:tolak|singkirkan))\b",
+    re.I,
 )
 # a text without any of these holds no statement
 STEMS = ("jawap", "jwpn", "answer", "pilih", "milih", "opsyen", "opti", "choice", "choose", "kesimpulan", "select", "pick")
@@ -340,7 +357,7 @@ def scan_statements(text, question):
     lower = text.lower()
     if not any(stem in lower for stem in STEMS):
         return None
-    found = []
+    found, mentions = [], []
     lone = LONE_ANY.search(text)  # without one, only an option's text can be the answer
     for match in FORWARD.finditer(text) if lone else ():
         letter = match.group("upper") or match.group("lower")
@@ -349,6 +366,14 @@ def scan_statements(text, question):
             continue
         if NEGATION.search(match.group("middle")) or lists_options(match, letter.upper(), text):
             continue
+        letter_at = match.start("upper" if match.group("upper") else "lower")
+        if not LINKED.search(text, match.start(), letter_at):
+            if REJECTED.match(text, letter_at + 1):
+                continue
+            if match.group("mention"):
+                if AFFIRMED.match(text, letter_at + 1):
+                    mentions.append((match.start(), match.end(), letter.upper()))
+                continue
         found.append((match.start(), match.end(), letter.upper()))
     for match in BACKWARD.finditer(text) if lone else ():
         found.append((match.start(), match.end(1), match.group(1)))
@@ -356,9 +381,11 @@ def scan_statements(text, question):
         same = by_text(match.group("rest"), question)
         if len(same) == 1:
             found.append((match.start(), match.start("rest"), same[0]))
-    found = [item for item in found if item[2] in question["letters"]]
+    found = [item for item in found or mentions if item[2] in question["letters"]]
     if not found:
         return None
+    if found[0] in mentions and len({letter for *_, letter in found}) > 1:
+        return "ambiguous"
     _, end, letter = max(found, key=lambda item: item[1])
     several = SEVERAL.match(text[end : end + 40])
     if several and several.group(1) in question["letters"] and several.group(1) != letter:
@@ -382,6 +409,7 @@ def read_lines(text, question):
         return None
     opened = {}
     for line in lines:
+        line = NAMES_OPTION.sub("", line)
         if not OPENS_WITH_LETTER.match(line):
             continue
         match = OPTION_LINE.fullmatch(clean(line)) or ONE_LETTER.fullmatch(clean(line))
@@ -404,7 +432,8 @@ def extract(text, question, finish_reason="stop", thinking=False):
     ("truncated", None), ("none", None).
 
     What is inside the reasoning block is never the answer. Then in order: the last balanced box that says something; the last explicit
-    statement ("Jawapan: B", "the answer is B", "B ialah jawapan yang betul"); a lone letter or an option's text on the last line, else on
+    statement ("Jawapan: B", "the answer is B", "B ialah jawapan yang betul"; a mere "pilihan B" is one only where nothing stronger is said
+    and no other option is affirmed); a lone letter or an option's text on the last line, else on
     the first. Only letters on offer count. Of a response that was cut off the line rule is left out, because its last line is arbitrary.
     """
     cut = finish_reason == "length"
