@@ -15,8 +15,6 @@ ARGS=(
     --learning_rate 1e-4
     --warmup_steps 50
     --num_train_epochs 3
-    --activations selective
-    --memory_mode fast
 )
 
 # Tokenise and pack once, in one process: the ranks then only memory-map the result.

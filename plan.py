@@ -3,7 +3,7 @@
     python3 plan.py fsdp2-fused-moe-Qwen3-30B-A3B-lora-256.sh --gpus 8 --gpu_memory 80
 
 prints the plan to stdout and exits 1 when nothing fits. The trainers call the same functions (`train_flops`, `mfu`, `plan_run`,
-`check_fits`), so a log line's MFU, a launcher's default and this command can't disagree.
+`settle`), so a log line's MFU, a trainer's choice of what to recompute and this command can't disagree.
 
 How parameters are counted. The architecture is built by transformers on the meta device (shapes only, well under a second), and
 every weight is read off it: no formula per model family that could be wrong for the next one.
@@ -31,6 +31,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -229,8 +230,14 @@ def mfu(flops, seconds, gpus, device_name):
 # Memory
 # ----------------------------------------------------------------------------------------------------------------------------------
 
-# What each trainer offers: (activation policy, memory mode of the experts block), the least recomputation first.
-CHOICES = {"dense": (("none", "fast"), ("full", "fast")), "moe": (("none", "fast"), ("selective", "frugal"), ("full", "fast"))}
+# What each trainer offers: activation policies, the least recomputation first, each with the memory modes of the experts block that are
+# worth having with it, the trainer's default first.
+CHOICES = {
+    "dense": {"none": ("fast",), "full": ("fast",)},
+    "moe": {"none": ("fast", "frugal"), "selective": ("frugal", "fast"), "full": ("fast",)},
+}
+MODES = {"dense": ("fast",), "moe": ("fast", "frugal")}
+SPARE = 0.1  # of a GPU's memory: how far a plan may be off (tests hold it to that), so what fits with this to spare is chosen first
 FULL_TOKENS = 16384  # tokens of a micro-batch from which a larger one gains nothing: 1,024 rows for each of 128 experts at top-8
 
 
@@ -315,8 +322,9 @@ def loss_bytes(config, kind, tokens):
 def gpu_bytes(config, plan):
     """Peak bytes of one GPU by term, when the last layer's backward begins; `plan` is plan_run's dict before the bytes are in it.
 
-    dense: DeepSpeed ZeRO-3 over all ranks. bf16 base and adapter, fp32 master adapter, gradient and two Adam moments are all sharded;
-    whole parameters live up to DeepSpeed's stage3_max_live_parameters (1e9) or one layer, whichever is more, and its prefetch.
+    dense: DeepSpeed ZeRO-3 over all ranks; without it, as on one. bf16 base and adapter, fp32 master adapter, gradient and two Adam
+    moments are all sharded; whole parameters live up to DeepSpeed's stage3_max_live_parameters (1e9) or one layer, whichever is more, and
+    its prefetch.
     moe: FSDP2 over the GPUs of shard_nodes nodes, copies beyond. bf16 base, fp32 adapter and Adam moments are sharded (with cpu_offload:
     on the host). One layer is whole in use, with its gather's buffer and the next one's; embedding and head through the step; what is
     gathered is bf16, DoRA's adapter fp32. Over several micro-batches the adapter's fp32 gradient stays whole until the last one, unless
@@ -338,7 +346,7 @@ def gpu_bytes(config, plan):
         saved.append(kept)
         working.append(everything - kept + layer_working_bytes(config, layer, tokens, mode, dora))
     if kind == "dense":
-        shard = plan["gpus"] * plan["nodes"]
+        shard = plan["gpus"] * plan["nodes"] if plan["zero3"] else 1
         bucket = config.hidden_size**2  # the size "auto" stands for in ds3.json
         live = min(max(10**9, layer_base + layer_adapter) + bucket, base + adapter)
         terms = {
@@ -412,6 +420,7 @@ def plan_run(
     reduce_every_micro_batch=False,
     cpu_offload=False,
     shard_nodes=1,
+    zero3=True,
     document_length=1900.0,
 ):
     """The bytes and FLOPs of one way to run, as a dict that `print_plan` prints and `check_fits` judges.
@@ -419,6 +428,7 @@ def plan_run(
     kind: "dense" (train_dense.py, DeepSpeed ZeRO-3) or "moe" (train_moe.py, FSDP2). gpus is per node. micro_batch is packs of
     max_seq_length tokens per GPU and forward (train_moe.py: 1); global_batch_size packs per optimiser step. activation_policy: none,
     selective (moe) or full; memory_mode of the experts block: fast or frugal, by default what the trainer couples with the policy.
+    zero3: False for a dense model without DeepSpeed, whole on every GPU.
     reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation. document_length: mean length of the document that a
     token is in (sum of squared lengths / sum of lengths), for attention. The rest as train_moe.py's flags of that name.
 
@@ -426,14 +436,14 @@ def plan_run(
     limit_bytes, fits; host_bytes and disk_bytes by term; flops_per_token (useful), recompute_per_token. Raises ValueError for a batch
     that the GPUs don't divide, an unknown kind, policy or mode, or a config without the kind's layers.
     """
-    modes = dict(CHOICES.get(kind, ()))
+    policies = CHOICES.get(kind, {})
     for name, value, known in (
-        ("kind", kind, tuple(CHOICES)),
-        ("activation_policy", activation_policy, tuple(modes)),
-        ("memory_mode", memory_mode or modes.get(activation_policy), tuple(dict.fromkeys(modes.values()))),
+        ("kind", kind, CHOICES),
+        ("activation_policy", activation_policy, policies),
+        ("memory_mode", memory_mode, (None, *MODES.get(kind, ()))),
     ):
         if value not in known:
-            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}")
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(filter(None, known))}")
     plan = {
         "model_type": config.model_type,
         "kind": kind,
@@ -448,10 +458,11 @@ def plan_run(
         "expert_r": expert_rank(config, r, expert_r) if kind == "moe" else None,
         "use_dora": use_dora,
         "activation_policy": activation_policy,
-        "memory_mode": memory_mode or modes[activation_policy],
+        "memory_mode": memory_mode or policies[activation_policy][0],
         "reduce_every_micro_batch": reduce_every_micro_batch,
         "cpu_offload": cpu_offload,
         "shard_nodes": shard_nodes,
+        "zero3": zero3,
         "document_length": document_length,
         "parameters": count_parameters(config, r, expert_r, use_dora),
     }
@@ -497,31 +508,35 @@ def disk_bytes(plan):
     return {"base checkpoint, bf16": 2 * base, "adapter of every checkpoint, fp32": 4 * adapter, state: 12 * adapter}
 
 
-def options(config, *, kind, gpus, nodes=1, global_batch_size=32, **arguments):
-    """A plan for every way a trainer can run: activation policy with its memory mode, and micro-batch (dense) or whether every
+def options(config, *, kind, gpus, nodes=1, global_batch_size=32, activation_policy=None, memory_mode=None, **arguments):
+    """A plan for every way a trainer can run: activation policy with its memory modes, and micro-batch (dense) or whether every
     micro-batch reduces gradients and how many nodes share a copy (moe); best first. An argument that is given (as for plan_run) stays.
 
-    Best: fits, gathers weights inside a node, recomputes least, reduces least often, fills the GPU (FULL_TOKENS tokens in a
-    micro-batch, then the smallest such).
-    What doesn't fit follows, the nearest to fitting first.
+    Best: fits, gathers weights inside a node, leaves SPARE of the memory, recomputes least, reduces least often, fills the GPU
+    (FULL_TOKENS tokens in a micro-batch, then the smallest such). What doesn't fit follows, the nearest to fitting first.
     """
     per_gpu = max(global_batch_size // (gpus * nodes), 1)
+    policies = CHOICES.get(kind, {}) if activation_policy is None else {activation_policy: CHOICES.get(kind, {}).get(activation_policy, ())}
+    pairs = [(p, mode) for p, modes in policies.items() for mode in ([memory_mode] if memory_mode else modes or [None])]
     ways = {
-        "activation_policy": [policy for policy, _ in CHOICES.get(kind, (("full", None),))],
         "micro_batch": [n for n in range(1, per_gpu + 1) if per_gpu % n == 0] if kind == "dense" else [1],
         "reduce_every_micro_batch": [False, True] if kind == "moe" and per_gpu > 1 else [False],
         "shard_nodes": [n for n in range(1, nodes + 1) if nodes % n == 0] if kind == "moe" else [1],
     }
     ways |= {name: [arguments.pop(name)] for name in ways.keys() & arguments.keys()}
     fixed = dict(kind=kind, gpus=gpus, nodes=nodes, global_batch_size=global_batch_size, **arguments)
-    plans = [plan_run(config, **fixed, **dict(zip(ways, values, strict=True))) for values in itertools.product(*ways.values())]
+    plans = [
+        plan_run(config, **fixed, activation_policy=policy, memory_mode=mode, **dict(zip(ways, values, strict=True)))
+        for (policy, mode), *values in itertools.product(pairs or [("full", None)], *ways.values())
+    ]
 
     def order(p):
         if not p["fits"]:
             return True, p["peak_bytes"]
         tokens = p["micro_batch"] * p["max_seq_length"]
         small = max(FULL_TOKENS - tokens, 0)
-        return False, p["shard_nodes"], p["recompute_per_token"], p["reduce_every_micro_batch"], small, p["micro_batch"]
+        tight = p["peak_bytes"] > (1 - SPARE) * p["limit_bytes"]
+        return False, p["shard_nodes"], tight, p["recompute_per_token"], p["reduce_every_micro_batch"], small, p["micro_batch"]
 
     return sorted(plans, key=order)
 
@@ -530,9 +545,9 @@ def trainer_flags(plan):
     """The trainer's flags that make it run as `plan` says."""
     if plan["kind"] == "dense":
         return f"--gradient_checkpointing {plan['activation_policy'] == 'full'} --per_device_train_batch_size {plan['micro_batch']}"
-    reduce = " --reduce_every_micro_batch" if plan["reduce_every_micro_batch"] else ""
+    reduce = " --reduce_every_micro_batch True" if plan["reduce_every_micro_batch"] else ""
     share = f" --shard_nodes {plan['shard_nodes']}" if plan["shard_nodes"] > 1 else ""
-    return f"--activations {plan['activation_policy']}{reduce}{share}"
+    return f"--activations {plan['activation_policy']} --memory_mode {plan['memory_mode']}{reduce}{share}"
 
 
 def best_policy(config, **arguments):
@@ -540,6 +555,61 @@ def best_policy(config, **arguments):
     plan = options(config, **arguments)[0]
     check_fits(plan)
     return plan
+
+
+def this_machine(whole=False):
+    """Where this process runs, as plan_run's arguments: {"gpus": of one node, "nodes", "gpu_memory_gib": None without a GPU}.
+
+    By torchrun's variables, which every rank reads alike; without them one GPU, or with `whole` all GPUs of the machine.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    world = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() or 1 if whole else 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    device = int(os.environ.get("LOCAL_RANK", 0))
+    return {
+        "gpus": local,
+        "nodes": world // local,
+        "gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / GIB if cuda else None,
+    }
+
+
+def settle(config, ignore=False, **arguments):
+    """The plan that a trainer runs with: `best_policy`'s, of the arguments that are not None; those that are None are chosen.
+
+    Where nothing fits it raises ValueError, naming the largest terms and what to change; with `ignore` it prints that as a warning and
+    returns the plan that comes nearest to fitting.
+    """
+    plan = options(config, **{name: value for name, value in arguments.items() if value is not None})[0]
+    try:
+        check_fits(plan)
+    except ValueError as error:
+        if not ignore:
+            raise ValueError(f"{error} This is an estimate: --ignore_plan True runs all the same.") from None
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"warning: {error}", file=sys.stderr)
+    return plan
+
+
+def dry_run(config, **arguments):
+    """Print, on rank 0, the plan of the run that these flags would start on this machine; `arguments` are `settle`'s.
+
+    Without a GPU it is that of GPUs of 80 GiB, and nothing is refused. Raises ValueError, after printing, for a run that doesn't fit.
+    """
+    machine = this_machine(whole=True)
+    no_gpu = machine["gpu_memory_gib"] is None
+    if no_gpu:
+        machine["gpu_memory_gib"] = PlanArguments.gpu_memory
+    if int(os.environ.get("RANK", 0)):
+        return
+    arguments = {name: value for name, value in {**arguments, **machine}.items() if value is not None}
+    plan = options(config, **arguments)[0]
+    if no_gpu:
+        print(f"No GPU here: planned for {machine['gpus']} of {machine['gpu_memory_gib']:g} GiB; plan.py LAUNCHER plans for others.\n")
+    print_plan(plan)
+    if not no_gpu:
+        check_fits(plan)
 
 
 def check_fits(plan):
@@ -559,7 +629,7 @@ def check_fits(plan):
 def _remedy(plan, term):
     """What to change when `term` is the largest of a plan that doesn't fit."""
     if term == "whole adapter gradient while accumulating":
-        return "Pass --reduce_every_micro_batch, take more GPUs, or lower --lora_r."
+        return "Pass --reduce_every_micro_batch True, take more GPUs, or lower --lora_r."
     if "activations" in term or "temporaries" in term or "loss" in term:
         recompute = "" if plan["activation_policy"] == "full" else " or recompute more (activation policy full)"
         return f"Lower --max_seq_length{recompute}."
@@ -569,12 +639,39 @@ def _remedy(plan, term):
     return f"Take more GPUs{spread}, GPUs with more memory, or a smaller model."
 
 
+def need(plan):
+    """The planned peak in words: "41.5 GiB of 80 a GPU planned"."""
+    return f"{plan['peak_bytes'] / GIB:.1f} GiB of {plan['gpu_memory_gib']:.1f} a GPU planned"
+
+
 def compare_peak(plan, measured_bytes):
     """One line for the log after the first step: the measured peak (torch.cuda.max_memory_allocated) beside the plan's."""
     predicted = plan["peak_bytes"]
     return (
         f"peak memory: measured {measured_bytes / GIB:.2f} GiB, planned {predicted / GIB:.2f} GiB ({measured_bytes / predicted - 1:+.1%})"
     )
+
+
+def measure_gemm(size=8192, repeats=20, device="cuda"):
+    """FLOP/s of a dense bf16 matrix product of `size` on this GPU, as PyTorch runs it: what a perfect step could reach of the peak."""
+    import torch
+
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in "ab")
+    for warm in (True, False):
+        started = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if not warm:
+            return 2 * size**3 * repeats / (time.perf_counter() - started)
+
+
+def compare_gemm(device_name, flops):
+    """One line for the log after the first step: what `measure_gemm` gave beside the peak that MFU is a share of."""
+    peak = peak_flops(device_name)
+    share = f"MFU is of the peak of {peak / 1e12:.0f} TFLOP/s, which it reached {flops / peak:.1%} of" if peak else "its peak is not known"
+    return f"a dense bf16 matrix product ran at {flops / 1e12:.0f} TFLOP/s on this {device_name}; {share}"
 
 
 def plan_evaluation(config, *, gpu_partition, gpu_memory_gib=80.0, gpu_memory_utilization=0.92, max_model_len=8192):
@@ -792,18 +889,18 @@ def _flags(words):
     return flags
 
 
-def load_config(name):
-    """The transformers config of a hub id, a directory or a config.json file. Raises ValueError saying how to pass one that is local."""
+def load_config(name, revision=None):
+    """The transformers config of a hub id, a directory or a config.json file. Raises ValueError, in one line, if there is none."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
-        raise ValueError(f"{name}: no config.json found there ({str(error).splitlines()[0]}); pass one with --config FILE") from error
+        raise ValueError(f"{name}: no config.json found there ({str(error).splitlines()[0]})") from error
 
 
-# What the trainers do unless told otherwise: full recomputation, one pack at a time.
-TRAINER_DEFAULTS = {"activation_policy": "full", "micro_batch": 1, "reduce_every_micro_batch": False, "shard_nodes": 1}
+# What the trainers do unless told otherwise; whatever else `options` varies, they choose by `settle`.
+TRAINER_DEFAULTS = {"dense": {"activation_policy": "full", "micro_batch": 1}, "moe": {"shard_nodes": 1}}
 
 # The trainers' flags that a plan depends on: their type, and plan_run's name for each (None: used elsewhere).
 PLAN_FLAGS = {
@@ -834,6 +931,8 @@ def plan_flags(flags):
         if flag not in flags or name is None:
             continue
         text = flags[flag]
+        if (flag, text) == ("activations", "auto"):
+            continue
         truth = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}.get(text.lower())
         if (kind is int and not text.isdecimal()) or (kind is bool and truth is None):
             raise ValueError(f"--{flag} {text}: expected {'an integer' if kind is int else 'True or False'}")
@@ -855,11 +954,18 @@ def plan_launcher(arguments, launcher, overrides=()):
     if gpus is None or nodes is None:
         raise ValueError(f"{launcher}: leaves the number of GPUs or nodes to the machine; pass --gpus and --nodes")
     model = reading["flags"].get("model_name_or_path", "")
-    config = load_config(arguments.config or model)
+    try:
+        config = load_config(arguments.config or model)
+    except ValueError as error:
+        raise ValueError(f"{error}; pass one with --config FILE") from None
+    kind = "moe" if reading["script"] == "train_moe.py" else "dense"
     wanted = plan_flags(reading["flags"])
-    way = {name: wanted.pop(name, default) for name, default in TRAINER_DEFAULTS.items()}
+    way = {
+        name: wanted.pop(name) for name in ("activation_policy", "micro_batch", "reduce_every_micro_batch", "shard_nodes") if name in wanted
+    }
     wanted |= dict(
-        kind="moe" if reading["script"] == "train_moe.py" else "dense",
+        kind=kind,
+        zero3="deepspeed" in reading["flags"],
         gpus=gpus,
         nodes=nodes,
         gpu_memory_gib=arguments.gpu_memory,
@@ -867,7 +973,8 @@ def plan_launcher(arguments, launcher, overrides=()):
         document_length=arguments.document_length,
     )
     epochs = float(reading["flags"].get("num_train_epochs", 3))
-    return plan_run(config, **wanted, **way), options(config, **wanted), config, model, epochs
+    launched = options(config, **wanted, **TRAINER_DEFAULTS[kind] | way)[0]
+    return launched, options(config, **wanted), config, model, epochs
 
 
 def print_run(arguments, plan, config, model, epochs):
@@ -877,13 +984,13 @@ def print_run(arguments, plan, config, model, epochs):
         f"Run: {run['tokens_per_epoch']:,} tokens an epoch = {run['packs']:,} packs = {run['steps_per_epoch']:,} steps; "
         f"{epochs:g} epochs = {run['steps']:,} steps, {plan['flops_per_token'] * run['tokens_per_epoch'] * epochs:.3g} useful FLOPs"
     )
-    time = expected_time(plan, config, model, run["tokens_per_epoch"] * epochs, arguments.device, read_results(arguments.results))
-    if time is None:
+    hours = expected_time(plan, config, model, run["tokens_per_epoch"] * epochs, arguments.device, read_results(arguments.results))
+    if hours is None:
         print(f"Time: nothing measured yet in {arguments.results}/ for this model on {arguments.device}")
-    elif time["high"] is None:
-        print(f"Time: more than {time['low']:.1f} hours, the experts blocks alone ({time['source']})")
+    elif hours["high"] is None:
+        print(f"Time: more than {hours['low']:.1f} hours, the experts blocks alone ({hours['source']})")
     else:
-        print(f"Time: {time['low']:.1f} to {time['high']:.1f} hours ({time['source']})")
+        print(f"Time: {hours['low']:.1f} to {hours['high']:.1f} hours ({hours['source']})")
     partitions = [arguments.gpu_partition] if arguments.gpu_partition else [n for n in (1, 2, 4, 8) if config.num_attention_heads % n == 0]
     engines = [plan_evaluation(config, gpu_partition=n, gpu_memory_gib=arguments.gpu_memory) for n in partitions]
     print_evaluation(next((vllm for vllm in engines if vllm["fits"]), engines[-1]))

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
@@ -61,6 +60,8 @@ class DenseTrainingArguments(TrainingArguments):
     global_batch_size: int = field(default=32, metadata={"help": "packs in one optimiser step, over all ranks and micro-batches"})
     resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint of this run"})
     prepare_only: bool = field(default=False, metadata={"help": "tokenise and pack, print the report, and stop"})
+    dry_run: bool = field(default=False, metadata={"help": "print what the run needs on this machine, and stop before anything is loaded"})
+    ignore_plan: bool = field(default=False, metadata={"help": "start even if plan.py expects the run not to fit"})
     num_train_epochs: float = 3.0
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "linear"
@@ -78,12 +79,18 @@ class DenseTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.output_dir = self.output_dir or os.path.join("outputs", self.run_name)
+        if self.dry_run:
+            return  # what follows would take a device and meet the other processes
         if self.prepare_only:
             self.deepspeed, self.use_cpu = None, True  # one process, no device
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         if not torch.cuda.is_available():
             self.use_cpu = True
             self.ddp_backend = "gloo" if world_size > 1 else None
+            if "RANK" in os.environ:
+                import deepspeed
+
+                deepspeed.init_distributed("gloo")  # before TrainingArguments, which would pick its own backend
         self.use_liger_kernel = not self.use_cpu  # its Triton kernels need a GPU; the CPU path is transformers' own loss
         self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         micro = world_size * self.per_device_train_batch_size
@@ -125,9 +132,10 @@ class EvenPacks(Dataset):
 class DenseTrainer(Trainer):
     """Trainer that keeps multipack's order, saves verified adapters, and accounts for tokens and FLOPs."""
 
-    def __init__(self, *args, lora_args, base_model, **kwargs):
+    def __init__(self, *args, lora_args, base_model, planned=None, gemm_flops=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.lora_args, self.base_model = lora_args, base_model
+        self.planned, self.gemm_flops = planned, gemm_flops  # plan.py's plan and measured rate, until they have been printed
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset or self.train_dataset)  # multipack shuffles, by seed and epoch
@@ -161,11 +169,6 @@ class DenseTrainer(Trainer):
         if not self.is_deepspeed_enabled:  # DeepSpeed restores the parameters together with its optimiser
             adapter.load_adapter(model or self.model, resume_from_checkpoint)
 
-    def autocast_smart_context_manager(self, cache_enabled=True):
-        """bf16 arithmetic on fp32 adapters under DeepSpeed too, which by itself would run fp32 adapters in fp32."""
-        enabled = self.args.bf16 and self.is_deepspeed_enabled  # without DeepSpeed accelerate wraps the model's forward
-        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=enabled, cache_enabled=cache_enabled)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """On a GPU Liger's fused linear cross entropy; on a CPU the head and the loss on supervised positions only.
 
@@ -196,6 +199,15 @@ class DenseTrainer(Trainer):
         if self.is_world_process_zero():
             with open(os.path.join(self.args.output_dir, "log.jsonl"), "a") as f:
                 f.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+            self.compare_with_plan()
+
+    def compare_with_plan(self):
+        """After the first step: the planned peak beside the measured one, and the measured matrix products beside the peak of MFU."""
+        if self.gemm_flops:
+            print(plan.compare_gemm(torch.cuda.get_device_name(), self.gemm_flops), flush=True)
+        if self.planned:
+            print(plan.compare_peak(self.planned, torch.cuda.max_memory_allocated()), flush=True)
+        self.planned = self.gemm_flops = None
 
     def step_statistics(self):
         """Rates since the previous log line: real tokens per second over all ranks, MFU by plan.py's account, peak memory in GiB."""
@@ -246,9 +258,37 @@ def build_model(model_args, lora_args, training_args):
     for module in model.modules():
         if isinstance(module, LoraLayer):
             module.cast_input_dtype_enabled = not training_args.bf16  # PEFT would widen bf16 inputs to fp32, autocast narrow them again
+    if training_args.bf16:  # bf16 arithmetic on fp32 adapters; inside the model, because DeepSpeed turns off an autocast around it
+        model.forward = torch.autocast(training_args.device.type, torch.bfloat16)(model.forward)
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
     return model
+
+
+def plan_arguments(data_args, lora_args, training_args):
+    """plan.py's arguments that these flags stand for."""
+    return dict(
+        kind="dense",
+        max_seq_length=data_args.max_seq_length,
+        micro_batch=training_args.per_device_train_batch_size,
+        global_batch_size=training_args.global_batch_size,
+        r=lora_args.r,
+        use_dora=lora_args.use_dora,
+        activation_policy="full" if training_args.gradient_checkpointing else "none",
+        zero3=bool(training_args.deepspeed),
+    )
+
+
+def check_memory(config, data_args, lora_args, training_args):
+    """plan.py's plan of this run, None without a GPU or in fp32, which it does not know. Raises ValueError for a run that can't fit."""
+    machine = plan.this_machine()
+    if machine["gpu_memory_gib"] is None or not training_args.bf16:
+        return None
+    arguments = plan_arguments(data_args, lora_args, training_args)
+    planned = plan.settle(config, ignore=training_args.ignore_plan, **machine, **arguments)
+    if training_args.process_index == 0:
+        print(f"{plan.trainer_flags(planned)}: {plan.need(planned)}", flush=True)
+    return planned
 
 
 def find_resume_checkpoint(training_args):
@@ -261,7 +301,7 @@ def find_resume_checkpoint(training_args):
     return last
 
 
-def write_arguments(model_args, data_args, lora_args, training_args, packs):
+def write_arguments(model_args, data_args, lora_args, training_args, packs, planned):
     """outputs/<run>/args.json: what another person needs to repeat the run."""
     arguments = {}
     for group in (model_args, data_args, lora_args):
@@ -273,6 +313,7 @@ def write_arguments(model_args, data_args, lora_args, training_args, packs):
         "commit": git_commit(),
         "data": packs.fingerprint,
         "world_size": training_args.world_size,
+        "planned_gib": planned and round(planned["peak_bytes"] / 2**30, 2),
         "arguments": arguments,
     }
     os.makedirs(training_args.output_dir, exist_ok=True)
@@ -294,13 +335,14 @@ def print_batch_arithmetic(training_args, packs, max_seq_length):
 
 def main():
     parser = HfArgumentParser((ModelArguments, multipack.DataArguments, adapter.LoraArguments, DenseTrainingArguments))
-    if "RANK" in os.environ and not torch.cuda.is_available():
-        import deepspeed
-
-        deepspeed.init_distributed("gloo")  # before TrainingArguments, which would pick its own backend
     try:
         model_args, data_args, lora_args, training_args = parser.parse_args_into_dataclasses()
-        AutoConfig.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+        if training_args.dry_run and training_args.prepare_only:
+            return  # a launcher's preparing process: its ranks print the plan
+        config = plan.load_config(model_args.model_name_or_path, model_args.model_revision)
+        if training_args.dry_run:
+            return plan.dry_run(config, **plan_arguments(data_args, lora_args, training_args))
+        planned = None if training_args.prepare_only else check_memory(config, data_args, lora_args, training_args)
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
         packs = multipack.prepare(data_args, tokenizer, model_args.model_name_or_path, seed=training_args.seed)
         if training_args.prepare_only:
@@ -311,7 +353,8 @@ def main():
 
     if training_args.process_index == 0:
         print_batch_arithmetic(training_args, packs, data_args.max_seq_length)
-        write_arguments(model_args, data_args, lora_args, training_args, packs)
+        write_arguments(model_args, data_args, lora_args, training_args, packs, planned)
+    gemm_flops = plan.measure_gemm() if torch.cuda.is_available() else None
     trainer = DenseTrainer(
         model=build_model(model_args, lora_args, training_args),
         args=training_args,
@@ -321,6 +364,8 @@ def main():
         callbacks=[StopOnSignal()],
         lora_args=lora_args,
         base_model=model_args.model_name_or_path,
+        planned=planned,
+        gemm_flops=gemm_flops,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if dist.is_initialized():

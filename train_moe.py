@@ -45,7 +45,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import adapter
@@ -73,28 +73,34 @@ class TrainingArguments:
     router_aux_loss_coef: float = field(default=0.0, metadata={"help": "weight of the load-balancing loss; 0: off"})
     seed: int = field(default=0, metadata={"help": "of the adapter's start, the packs, their order, dropout"})
     dtype: Literal["bfloat16", "float32"] = field(default="bfloat16", metadata={"help": "of the base weights and the arithmetic"})
-    activations: Literal["none", "selective", "full"] = field(
-        default="full",
+    activations: Literal["auto", "none", "selective", "full"] = field(
+        default="auto",
         metadata={
             "help": "what the backward recomputes: nothing; attention and norms (and see memory_mode); or whole layers. "
-            "The less, the faster, and the more memory"
+            "The less, the faster, and the more memory. auto: by plan.py, the least that fits the GPU; without a GPU, full"
         },
     )
     memory_mode: Literal["fast", "frugal"] | None = field(
         default=None,
-        metadata={"help": "experts keep gate and up for the backward, or recompute them. Default: frugal with selective, else fast"},
+        metadata={"help": "experts keep gate and up for the backward, or recompute them. Default: what fits, as activations auto"},
     )
     compile: bool | None = field(default=None, metadata={"help": "fuse norms, rotary and the loss with torch.compile. Default: on GPUs"})
     shard_nodes: int = field(
         default=1, metadata={"help": "nodes that share one copy of the model; every further set of nodes holds another"}
     )
-    reduce_every_micro_batch: bool = field(
-        default=False, metadata={"help": "inside a node, reduce gradients after each micro-batch: slower, and saves a whole fp32 adapter"}
+    reduce_every_micro_batch: bool | None = field(
+        default=None,
+        metadata={
+            "help": "inside a node, reduce gradients after each micro-batch: slower, and saves a whole fp32 adapter. "
+            "Default: only where it must, as activations auto"
+        },
     )
     cpu_offload: bool = field(default=False, metadata={"help": "keep weights and optimiser in host memory, for small GPUs"})
     save_steps: int | None = field(default=None, metadata={"help": "checkpoint every so many steps as well as every epoch"})
     resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint of this run"})
     prepare_only: bool = field(default=False, metadata={"help": "tokenise and pack, print the report, and stop"})
+    dry_run: bool = field(default=False, metadata={"help": "print what the run needs on this machine, and stop before anything is loaded"})
+    ignore_plan: bool = field(default=False, metadata={"help": "start even if plan.py expects the run not to fit"})
     report_to: Literal["wandb", "trackio", "none"] = field(default="wandb", metadata={"help": "experiment tracker"})
     project: str = field(default="malaysian-sft", metadata={"help": "the tracker's project"})
 
@@ -323,7 +329,7 @@ def build_model(config, args, lora_args):
     for module in causal_lm.modules():
         if type(module) is PeftLinear:
             module.__class__ = LoraLinear
-    set_activation_policy(causal_lm, args.activations)
+    set_activation_policy(causal_lm, "full" if args.activations == "auto" else args.activations)
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     if compiled:
         fuse_norms_and_rotary(causal_lm)
@@ -396,33 +402,45 @@ def fuse_norms_and_rotary(causal_lm):
         modeling.apply_rotary_pos_emb = compiled_for_any_length(rotary, [2, 2, 1, 1])
 
 
-def warn_if_too_large(config, args, data_args, lora_args, device):
-    """Say, before anything is loaded, if plan.py expects this run not to fit; it is not refused, because that is an estimate."""
-    if device.type != "cuda":
-        return
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        plan.check_fits(
-            plan.plan_run(
-                config,
-                kind="moe",
-                gpus=local,
-                nodes=dist.get_world_size() // local,
-                gpu_memory_gib=torch.cuda.get_device_properties(device).total_memory / 2**30,
-                max_seq_length=data_args.max_seq_length,
-                global_batch_size=args.global_batch_size,
-                r=lora_args.r,
-                expert_r=lora_args.expert_r,
-                use_dora=lora_args.use_dora,
-                activation_policy=args.activations,
-                memory_mode=args.memory_mode,
-                reduce_every_micro_batch=args.reduce_every_micro_batch,
-                cpu_offload=args.cpu_offload,
-                shard_nodes=args.shard_nodes,
-            )
-        )
-    except ValueError as error:
-        say(f"warning: {error}")
+def plan_arguments(args, data_args, lora_args):
+    """plan.py's arguments that these flags stand for; None is left for it to choose."""
+    return dict(
+        kind="moe",
+        max_seq_length=data_args.max_seq_length,
+        global_batch_size=args.global_batch_size,
+        r=lora_args.r,
+        expert_r=lora_args.expert_r,
+        use_dora=lora_args.use_dora,
+        activation_policy=None if args.activations == "auto" else args.activations,
+        memory_mode=args.memory_mode,
+        reduce_every_micro_batch=args.reduce_every_micro_batch,
+        cpu_offload=args.cpu_offload,
+        shard_nodes=args.shard_nodes,
+    )
+
+
+def settle_memory(config, args, data_args, lora_args):
+    """Choose what of activations, memory_mode and reduce_every_micro_batch the flags leave open, in place; returns the plan.
+
+    The plan is the same on every rank: that of the GPU with the least memory. Raises ValueError, before anything is loaded, for a run
+    that can't fit. Without a GPU, or in fp32, which plan.py does not know, nothing is refused, whole layers are recomputed, and the
+    plan is None. A run may be resumed with other choices: they decide what is computed twice, not what is computed.
+    """
+    machine = plan.this_machine()
+    planned = None
+    if machine["gpu_memory_gib"] is not None and args.dtype == "bfloat16":
+        memory = torch.tensor(machine["gpu_memory_gib"], dtype=torch.float64)
+        dist.all_reduce(memory, dist.ReduceOp.MIN)
+        machine["gpu_memory_gib"] = memory.item()
+        planned = plan.settle(config, ignore=args.ignore_plan, **machine, **plan_arguments(args, data_args, lora_args))
+        say(f"{plan.trainer_flags(planned)}: {plan.need(planned)}")
+    chosen = planned or {"activation_policy": "full", "memory_mode": None, "reduce_every_micro_batch": False}
+    if args.activations == "auto":
+        args.activations = chosen["activation_policy"]
+    args.memory_mode = args.memory_mode or chosen["memory_mode"] or ("frugal" if args.activations == "selective" else "fast")
+    if args.reduce_every_micro_batch is None:
+        args.reduce_every_micro_batch = chosen["reduce_every_micro_batch"]
+    return planned
 
 
 def shard(model, mesh, args, use_dora):
@@ -874,7 +892,7 @@ def find_resume_checkpoint(args):
 # ------------------------------------------------------------------------------------------------------------------------------
 
 
-def write_arguments(args, data_args, lora_args, fingerprint):
+def write_arguments(args, data_args, lora_args, fingerprint, planned):
     """outputs/<run>/args.json: what another person needs to repeat the run; returns the record."""
     arguments = {key: value for group in (args, data_args, lora_args) for key, value in dataclasses.asdict(group).items()}
     record = {
@@ -883,6 +901,7 @@ def write_arguments(args, data_args, lora_args, fingerprint):
         "commit": git_commit(),
         "data": fingerprint,
         "world_size": dist.get_world_size(),
+        "planned_gib": planned and round(planned["peak_bytes"] / 2**30, 2),
         "arguments": arguments,
     }
     os.makedirs(args.output_dir, exist_ok=True)
@@ -1020,6 +1039,13 @@ def prepare_only(args, data_args):
     print(multipack.format_report(dataset.report))
 
 
+def dry_run(args, data_args, lora_args):
+    """Print the plan of this run, from the model's config alone; a launcher's preparing process leaves that to the ranks."""
+    if not args.prepare_only:
+        config = plan.load_config(args.model_name_or_path, args.model_revision)
+        plan.dry_run(config, **plan_arguments(args, data_args, lora_args))
+
+
 def train(args, data_args, lora_args):
     """The run from a published checkpoint to adapters on disk. Raises ValueError for what the user can put right."""
     device = setup_distributed()
@@ -1028,8 +1054,10 @@ def train(args, data_args, lora_args):
     signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(1))
     resume_from = find_resume_checkpoint(args)
 
+    config = plan.load_config(args.model_name_or_path, args.model_revision)
+    planned = settle_memory(config, args, data_args, lora_args)
+    gemm_flops = plan.measure_gemm() if device.type == "cuda" else None
     directory = find_checkpoint(args.model_name_or_path, args.model_revision)
-    config = AutoConfig.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     dataset = multipack.prepare(data_args, tokenizer, args.model_name_or_path, seed=args.seed)
     steps_an_epoch = math.ceil(len(dataset) / args.global_batch_size)
@@ -1037,7 +1065,6 @@ def train(args, data_args, lora_args):
     last_step = min(args.max_steps or total_steps, total_steps)
     micro = print_batch_arithmetic(args, dataset, data_args, steps_an_epoch)
 
-    warn_if_too_large(config, args, data_args, lora_args, device)
     peft_model, model = build_model(config, args, lora_args)
     shard(model, mesh, args, lora_args.use_dora)
     load_weights(model.causal_lm, directory, torch.device("cpu") if args.cpu_offload else device)
@@ -1059,8 +1086,9 @@ def train(args, data_args, lora_args):
     say(f"training {sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} parameters")
     if resume_from:
         say(f"resuming from {resume_from}")
-    log = Log(args, write_arguments(args, data_args, lora_args, dataset.fingerprint) if is_main() else None, step)
+    log = Log(args, write_arguments(args, data_args, lora_args, dataset.fingerprint, planned) if is_main() else None, step)
 
+    first_step = step + 1
     bar = tqdm(total=last_step, initial=step, desc=args.run_name, unit="step", disable=not (is_main() and sys.stderr.isatty()))
     started = time.perf_counter()
     while step < last_step:
@@ -1116,6 +1144,10 @@ def train(args, data_args, lora_args):
             record["validation_loss"] = validate(model, dataset.validation, device)
         log.write(record)
         bar.update()
+        if step == first_step and device.type == "cuda":
+            say(plan.compare_gemm(device_name, gemm_flops))
+            if planned:
+                say(plan.compare_peak(planned, torch.cuda.max_memory_allocated()))
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
             raise ValueError(f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; nothing was saved from this step")
         if end_of_epoch or step == last_step or stop or (args.save_steps and step % args.save_steps == 0):
@@ -1135,7 +1167,9 @@ def train(args, data_args, lora_args):
 def main(argv=None):
     try:
         args, data_args, lora_args = parse(argv)
-        if args.prepare_only:
+        if args.dry_run:
+            dry_run(args, data_args, lora_args)
+        elif args.prepare_only:
             prepare_only(args, data_args)
         else:
             train(args, data_args, lora_args)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 import adapter
 import multipack
+import train_dense
 from conftest import save_tiny_checkpoint, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +170,20 @@ def test_ligers_loss_equals_the_plain_loop(workspace, plain_loop):
         assert log[step]["grad_norm"] == pytest.approx(norms[step], rel=2e-3), step
 
 
+def test_bf16_does_not_need_an_autocast_around_the_model(workspace):
+    """DeepSpeed's engine turns one off on a GPU, and the fp32 adapters would meet bf16 activations in an error."""
+    model_args = SimpleNamespace(model_name_or_path=str(workspace / "model"), model_revision=None)
+    training_args = SimpleNamespace(bf16=True, seed=0, gradient_checkpointing=False, device=torch.device("cpu"))
+    model = train_dense.build_model(model_args, adapter.LoraArguments(r=4), training_args)
+    ids = torch.arange(3, 12)[None]
+    batch = multipack.collate([[{"input_ids": ids[0], "labels": ids[0]}]])
+    with torch.autocast("cpu", enabled=False):
+        logits = model(**batch).logits
+    assert logits.dtype == torch.bfloat16
+    logits.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for name, p in model.named_parameters() if "lora_B" in name)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dora", [False, True])
@@ -223,6 +239,56 @@ def test_existing_run_is_not_overwritten(workspace, unbroken):
     assert done.returncode != 0
     assert f"checkpoint-{STEPS} exists: pass --resume" in done.stderr.splitlines()[-1]
     assert len(read_log(workspace / "outputs/unbroken")) == STEPS
+
+
+def used(*_, **__):
+    raise ValueError("got as far as the data")
+
+
+@pytest.fixture
+def call(workspace, monkeypatch):
+    """train_dense.main in this process, up to the data: call(*flags)."""
+    monkeypatch.setattr(multipack, "prepare", used)
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", command(workspace, "planned", "--output_dir", str(workspace / "planned"), *flags)[1:])
+        train_dense.main()
+
+    return call
+
+
+def test_dry_run_prints_the_plan_and_loads_nothing(call, workspace, capsys):
+    call("--dry_run", "True")
+    printed = capsys.readouterr().out
+    assert "No GPU here: planned for 1 of 80 GiB" in printed and "llama, LoRA r 4" in printed
+    assert "--gradient_checkpointing False --per_device_train_batch_size 1" in printed
+    call("--dry_run", "True", "--prepare_only", "True")  # what a launcher starts first
+    assert capsys.readouterr().out == "" and not (workspace / "planned").exists()
+
+
+def test_a_run_that_cannot_fit_is_refused_before_loading(call, monkeypatch, capsys):
+    memory = [4.0001]  # 4 are reserved
+    monkeypatch.setattr(train_dense.plan, "this_machine", lambda: {"gpus": 1, "nodes": 1, "gpu_memory_gib": memory[0]})
+    with pytest.raises(SystemExit, match=r"error: .* GiB a GPU are needed.*Largest: \w.*--ignore_plan True"):
+        call("--bf16", "True")
+    with pytest.raises(SystemExit, match="got as far as the data"):
+        call("--bf16", "True", "--ignore_plan", "True")
+    assert "are needed" in capsys.readouterr().err
+    memory[0] = 80.0
+    with pytest.raises(SystemExit, match="got as far as the data"):
+        call("--bf16", "True")
+    captured = capsys.readouterr()
+    assert "GiB of 80.0 a GPU planned" in captured.out and captured.err == ""
+
+
+def test_measured_is_printed_beside_planned_once(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 22 * 2**30)
+    trainer = SimpleNamespace(planned={"peak_bytes": 20 * 2**30}, gemm_flops=791.52e12)
+    for _ in range(2):
+        train_dense.DenseTrainer.compare_with_plan(trainer)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "792 TFLOP/s" in first and "measured 22.00 GiB, planned 20.00 GiB" in second
 
 
 @pytest.mark.parametrize(

@@ -479,6 +479,7 @@ def test_the_record_of_a_run(one_process):
     log = read_log(out)
     assert [line["step"] for line in log] == list(range(1, len(log) + 1)) and log[-1]["epoch"] == 2.0
     assert all(line["tokens"] > line["supervised_tokens"] > 0 and line["tokens_per_second"] > 0 for line in log)
+    assert record["arguments"]["activations"] == "full" and record["arguments"]["memory_mode"] == "fast", "chosen, so written down"
     assert len(list(out.glob("checkpoint-*"))) == len(log)
     assert [path.parent.name for path in out.glob("checkpoint-*/resume")] == [f"checkpoint-{len(log)}"], "only the newest is kept"
     assert adapter.verify_adapter(out / f"checkpoint-{len(log)}", record["model"]) == []
@@ -599,6 +600,76 @@ def test_validation_loss_is_that_of_the_held_out_documents(one_process, checkpoi
     found = train_moe.validate(model, dataset.validation, torch.device("cpu"))
     assert found == pytest.approx((total / count).item(), rel=1e-5)
     assert model.training
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Lets plan.py believe in GPUs; returns the machine, whose numbers a test may change."""
+    machine = {"gpus": 1, "nodes": 1, "gpu_memory_gib": 80.0}
+    monkeypatch.setattr(train_moe.plan, "this_machine", lambda whole=False: dict(machine))
+    return machine
+
+
+def forbid(monkeypatch, *names):
+    """Make any use of these functions an error."""
+
+    def used(*_, **__):
+        raise AssertionError("used before the plan was settled")
+
+    for module, name in names:
+        monkeypatch.setattr(module, name, used)
+
+
+LOADING = [(train_moe, "find_checkpoint"), (train_moe, "load_weights"), (train_moe, "build_model"), (multipack, "prepare")]
+
+
+def test_dry_run_prints_the_plan_and_loads_nothing(checkpoints, tmp_path, monkeypatch, capsys):
+    forbid(monkeypatch, *LOADING, (train_moe, "setup_distributed"))
+    argv = arguments(checkpoints["qwen3_moe"], "nowhere.jsonl", tmp_path / "run", "--dry_run", True)
+    train_moe.main(argv)
+    printed = capsys.readouterr().out
+    assert "No GPU here: planned for 1 of 80 GiB" in printed and "qwen3_moe, LoRA r 8" in printed and "peak" in printed
+    assert "--activations none --memory_mode fast" in printed
+    train_moe.main([*argv, "--prepare_only", "True"])  # what a launcher starts first
+    assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
+
+
+def test_a_run_that_cannot_fit_is_refused_before_loading(a_gpu, one_process, tmp_path, monkeypatch, capsys):
+    argv = moved(one_process[0], tmp_path / "run", "--dtype", "bfloat16", "--max_steps", 1)
+    a_gpu["gpu_memory_gib"] = 4.0001  # 4 are reserved
+    with monkeypatch.context() as patch:
+        forbid(patch, *LOADING)
+        with pytest.raises(SystemExit, match=r"error: .* GiB a GPU are needed.*Largest: \w.*--ignore_plan True"):
+            train_moe.main(argv)
+    train_moe.main([*argv, "--ignore_plan", "True"])
+    captured = capsys.readouterr()
+    assert "warning: " in captured.err and "are needed" in captured.err and len(losses(tmp_path / "run")) == 1
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["arguments"]["activations"] == "full" and record["planned_gib"] is not None
+
+
+def test_auto_recomputes_what_the_memory_asks_for(a_gpu, process_group, monkeypatch):
+    config = AutoConfig.from_pretrained(ROOT / "tests/configs/Qwen3-30B-A3B-Instruct-2507.json")
+    a_gpu["gpus"] = 8
+
+    def settle(memory, *flags):
+        a_gpu["gpu_memory_gib"] = memory
+        args, data_args, lora_args = train_moe.parse(["--model_name_or_path", "none", *flags])
+        planned = train_moe.settle_memory(config, args, data_args, lora_args)
+        return (args.activations, args.memory_mode, args.reduce_every_micro_batch), planned
+
+    (roomy, planned), (tight, tighter) = settle(140.0), settle(26.0)
+    assert roomy == ("none", "fast", False) and tight == ("full", "fast", True)
+    assert planned["recompute_per_token"] == 0 < tighter["recompute_per_token"]
+    given = ["--activations", "selective", "--memory_mode", "fast", "--reduce_every_micro_batch", "True"]
+    assert settle(140.0, *given)[0] == ("selective", "fast", True), "what is asked for is not changed"
+    # the GPU with the least memory decides for all ranks
+    reduced = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op: (reduced.append(op), tensor.fill_(26.0)))
+    assert settle(140.0)[0] == tight and reduced == [dist.ReduceOp.MIN]
+    # without a known memory, and in a dtype that plan.py does not know
+    assert settle(None) == (("full", "fast", False), None) == settle(140.0, "--dtype", "float32")
+    assert settle(None, "--activations", "selective")[0] == ("selective", "frugal", False)
 
 
 @pytest.mark.parametrize(
