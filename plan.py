@@ -23,6 +23,7 @@ activations, rotary, softmax, the optimiser and DoRA's per-step row norms count 
 over what the machine could have done.
 """
 
+import inspect
 import itertools
 import json
 import math
@@ -254,24 +255,28 @@ def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r,
     return tokens * top_k * (2 * kept + 16)
 
 
-def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r, use_dora=False):
+def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r, use_dora=False, repeated_heads=False):
     """What one decoder layer (its `matrices`) keeps for backward over `tokens` tokens, in bytes; bf16 unless said otherwise.
 
     full       the layer's input, H a token.
     none       attention half: input H, normed input H, every projection's output except o_proj's, queries and keys once more where they
-               are normalised, the attention output and its fp32 log-sum-exp per head, r for each LoRA inner product. MLP half: its input H,
+               are normalised (keys and values as wide as the queries with repeated_heads), the attention output, twice under partial
+               rotary, and its fp32 log-sum-exp per head, r for each LoRA inner product. MLP half: its input H,
                normed input H, and for a dense or shared MLP gate, up and their product, 3 intermediate_size, and 3 r (moe: silu(gate)
                as well, as transformers' own MLP does; dense models run Liger's); for routed experts `experts_saved_bytes` and the
                router's fp32 probabilities. DoRA keeps the output before the magnitude of every adapted layer, and a bf16 copy of
                the experts' adapter, which FSDP then gathers in fp32.
     selective  the attention half is recomputed from its input and normed input; the MLP half is kept as under none.
     """
-    hidden, norms = config.hidden_size, architecture(config).query_key_norm
+    hidden, norms, width = config.hidden_size, architecture(config).query_key_norm, _attention_width(config)
     attention, mlp, experts = 2 * hidden, 2 * hidden, 0  # elements a token; bytes
+    # Partial rotary joins two parts, head by head; attention's output has that order too, and is copied for o_proj.
+    attention += width * (_rotary_share(config) < 1 and any(m.kind == "attention" for m in matrices))
     for m in matrices:
         inner = (r + m.out_features * use_dora) * m.adapted
         if m.kind == "attention":
-            attention += inner + (m.in_features if m.name.endswith("o_proj.weight") else m.out_features)
+            repeated = repeated_heads and m.name.endswith(("k_proj.weight", "v_proj.weight"))
+            attention += inner + (width if repeated or m.name.endswith("o_proj.weight") else m.out_features)
             attention += m.out_features * (norms and m.name.endswith(("q_proj.weight", "k_proj.weight")))
         elif m.kind in ("mlp", "shared_expert"):
             mlp += inner + (m.in_features if "down_proj" in m.name else m.out_features)
@@ -287,6 +292,11 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
     log_sum_exp = 4 * config.num_attention_heads
     kept_attention = 2 * attention + log_sum_exp if policy == "none" else 2 * 2 * hidden
     return tokens * (kept_attention + 2 * mlp) + experts
+
+
+def _rotary_share(config):
+    """The share of a head's dimensions that rotary turns."""
+    return (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
 
 
 def layer_working_bytes(config, matrices, tokens, mode, use_dora=False):
@@ -308,19 +318,24 @@ def layer_working_bytes(config, matrices, tokens, mode, use_dora=False):
 
 
 def loss_bytes(config, kind, tokens):
-    """Head and loss, Liger's fused linear cross entropy, in bytes; bf16.
+    """Head and loss in bytes, at most, if every token is supervised; bf16.
 
-    The final norm's output and the gradient with respect to it (tokens, H), and one chunk of logits (rows, vocabulary). Liger's budget for
-    logits is a multiple of the hidden states, 4 in train_moe.py and 1 in Trainer; rows are a power of two.
+    moe: the last layer's output, the final norm's, what of it is supervised and its gradient (tokens, H), and 1,024 rows of logits and of
+    their gradient. dense, Liger's fused linear cross entropy: the final norm's output and its gradient (tokens, H), and one chunk of
+    logits, as many rows, a power of two, as take the room of the hidden states.
     """
     hidden, vocabulary = config.hidden_size, config.vocab_size
-    budget = 4 if kind == "moe" else 1
-    rows = math.ceil(tokens / math.ceil(vocabulary / (budget * hidden)))
+    if kind == "moe":
+        return 2 * (4 * tokens * hidden + 2 * min(1024, tokens) * vocabulary)
+    rows = math.ceil(tokens / math.ceil(vocabulary / hidden))
     return 2 * (2 * tokens * hidden + min(2 ** math.ceil(math.log2(rows)), tokens) * vocabulary)
 
 
 def gpu_bytes(config, plan):
-    """Peak bytes of one GPU by term, when the last layer's backward begins; `plan` is plan_run's dict before the bytes are in it.
+    """Bytes of one GPU by term at the moment when they are most; `plan` is plan_run's dict before the bytes are in it.
+
+    That moment is in the backward of one of the layers, when it and all before it still keep their activations and the gradients of the
+    one after it are being reduced, or in the loss. Which one is found by trying all; the terms are those of that moment alone.
 
     dense: DeepSpeed ZeRO-3 over all ranks; without it, as on one. bf16 base and adapter, fp32 master adapter, gradient and two Adam
     moments are all sharded; whole parameters live up to DeepSpeed's stage3_max_live_parameters (1e9) or one layer, whichever is more, and
@@ -340,22 +355,29 @@ def gpu_bytes(config, plan):
         sum(m.copies * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features) for m in layer if m.adapted)
         for layer in layers
     )
-    saved, working = [], []
-    for layer in layers:
-        kept, everything = (layer_saved_bytes(config, kind, layer, tokens, p, mode, r, expert_r, dora) for p in (policy, "none"))
-        saved.append(kept)
-        working.append(everything - kept + layer_working_bytes(config, layer, tokens, mode, dora))
+    reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else 10 * layer_adapter  # ds3.json's "auto" bucket
+    moments, kept = [], 0
+    for number, layer in enumerate(layers):
+        own, everything = (
+            layer_saved_bytes(config, kind, layer, tokens, p, mode, r, expert_r, dora, plan["repeated_heads"]) for p in (policy, "none")
+        )
+        kept += own
+        moment = {
+            "kept activations": kept,
+            "one layer's temporaries and recompute": everything - own + layer_working_bytes(config, layer, tokens, mode, dora),
+            "gradient reduction": reduction if number < len(layers) - 1 else 0,
+        }
+        moments.append(moment)
+    moments.append({"kept activations": kept, "head and loss": loss_bytes(config, kind, tokens)})
     if kind == "dense":
         shard = plan["gpus"] * plan["nodes"] if plan["zero3"] else 1
-        bucket = config.hidden_size**2  # the size "auto" stands for in ds3.json
-        live = min(max(10**9, layer_base + layer_adapter) + bucket, base + adapter)
+        live = min(max(10**9, layer_base + layer_adapter) + config.hidden_size**2, base + adapter)  # ds3.json's prefetch
         terms = {
             "frozen base, bf16 shard": 2 * base / shard,
             "adapter, bf16 and fp32 master": 6 * adapter / shard,
             "adapter gradient, fp32": 4 * adapter / shard,
             "Adam moments, fp32": 8 * adapter / shard,
             "gathered parameters": 2 * live if shard > 1 else 0,
-            "gradient reduction": 2 * 4 * bucket,
         }
     else:
         shard = plan["gpus"] * plan["shard_nodes"]
@@ -369,13 +391,10 @@ def gpu_bytes(config, plan):
             "whole adapter gradient while accumulating": 4 * adapter if whole else 0,
             "gathered layers": (3 if shard > 1 else 1) * (2 * layer_base + (4 if dora else 2) * layer_adapter),
             "gathered embedding and head": 2 * sum(counts["base"].get(k, 0) for k in ("embedding", "head")),
-            "gradient reduction": 10 * layer_adapter,
         }
         if dora:
             terms["DoRA norms of experts, fp32"] = 8 * sum(m.copies * m.out_features for m in arch.matrices if m.kind == "expert")
-    terms["kept activations"] = sum(saved)
-    terms["one layer's temporaries and recompute"] = max(working)
-    terms["head and loss"] = loss_bytes(config, kind, tokens)
+    terms |= max(moments, key=lambda moment: sum(moment.values()))
     return {name: int(value) for name, value in terms.items() if value}
 
 
@@ -421,6 +440,7 @@ def plan_run(
     cpu_offload=False,
     shard_nodes=1,
     zero3=True,
+    repeated_heads=False,
     document_length=1900.0,
 ):
     """The bytes and FLOPs of one way to run, as a dict that `print_plan` prints and `check_fits` judges.
@@ -428,7 +448,8 @@ def plan_run(
     kind: "dense" (train_dense.py, DeepSpeed ZeRO-3) or "moe" (train_moe.py, FSDP2). gpus is per node. micro_batch is packs of
     max_seq_length tokens per GPU and forward (train_moe.py: 1); global_batch_size packs per optimiser step. activation_policy: none,
     selective (moe) or full; memory_mode of the experts block: fast or frugal, by default what the trainer couples with the policy.
-    zero3: False for a dense model without DeepSpeed, whole on every GPU.
+    zero3: False for a dense model without DeepSpeed, whole on every GPU. repeated_heads: attention by a kernel that wants a key and a
+    value for every query head (`this_machine` says if its does).
     reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation. document_length: mean length of the document that a
     token is in (sum of squared lengths / sum of lengths), for attention. The rest as train_moe.py's flags of that name.
 
@@ -463,6 +484,7 @@ def plan_run(
         "cpu_offload": cpu_offload,
         "shard_nodes": shard_nodes,
         "zero3": zero3,
+        "repeated_heads": repeated_heads,
         "document_length": document_length,
         "parameters": count_parameters(config, r, expert_r, use_dora),
     }
@@ -558,11 +580,15 @@ def best_policy(config, **arguments):
 
 
 def this_machine(whole=False):
-    """Where this process runs, as plan_run's arguments: {"gpus": of one node, "nodes", "gpu_memory_gib": None without a GPU}.
+    """Where this process runs, as plan_run's arguments: {"gpus": of one node, "nodes", "gpu_memory_gib": None without a GPU,
+    "repeated_heads": where attention is PyTorch's own, before 2.12}.
 
     By torchrun's variables, which every rank reads alike; without them one GPU, or with `whole` all GPUs of the machine.
     """
     import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    from multipack import attention_backend
 
     cuda = torch.cuda.is_available()
     world = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() or 1 if whole else 1))
@@ -572,6 +598,9 @@ def this_machine(whole=False):
         "gpus": local,
         "nodes": world // local,
         "gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / GIB if cuda else None,
+        "repeated_heads": cuda
+        and attention_backend("cuda") == "varlen_attn"
+        and "enable_gqa" not in inspect.signature(varlen_attn).parameters,
     }
 
 
