@@ -593,6 +593,9 @@ class Scheduler:
             for engine in self.everyone():
                 engine.stop()
 
+    def is_ahead(self, engine):
+        return any(engine is other.next for other in self.engines)
+
     def assign(self):
         """Give every free slot to the first row with unclaimed work; a slot that only waits moves on, one that finishes prepares to."""
         row = next((output for output in self.outputs if output.queue), None)
@@ -629,7 +632,7 @@ class Scheduler:
     def room_for_two(self, row):
         """Whether an engine for `row` fits beside the one in its slot: by --gpu_memory_utilization, on a CPU by the memory available."""
         if self.plan.device == "cuda":
-            return 2 * self.args.gpu_memory_utilization <= 0.97
+            return 2 * self.args.gpu_memory_utilization <= 0.9  # the rest: contexts and CUDA graphs, which vLLM does not count
         weights = sum(path.stat().st_size for path in Path(row.job.model).glob("*.safetensors"))
         cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)) << 30
         # twice the weights: loading may hold a tensor in fp32 and as it is stored; 2 GiB: vLLM itself
@@ -695,8 +698,10 @@ class Scheduler:
             elif message[0] == "records":
                 engine.output.append(message[1])
                 engine.units.difference_update((record["index"], record["sample"]) for record in message[1])
-            elif message[0] == "refused":
+            elif message[0] == "refused" and not self.is_ahead(engine):
                 raise ValueError(message[1])
+            elif message[0] == "refused":  # perhaps only because another model is in memory too: its turn decides
+                self.died(engine, message[1].splitlines()[0])
             elif message[0] == "failed":
                 self.died(engine, message[1])
 
@@ -715,7 +720,7 @@ class Scheduler:
         output, tail = engine.output, engine.log_tail()
         output.queue.extendleft(sorted(engine.units, reverse=True))
         engine.units = set()
-        if any(engine is other.next for other in self.engines):
+        if self.is_ahead(engine):
             engine.stop()
             self.ahead = False  # assign forgets it; its row gets an engine when the slot is free, and that one's restarts are counted
             print(f"{output.directory}: engine {engine.slot}, started ahead of its turn, failed ({why}); trying again in turn", flush=True)

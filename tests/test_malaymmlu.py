@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -413,8 +414,10 @@ def test_an_engine_that_fails_ahead_of_its_turn_costs_no_restart_and_is_not_trie
     old, second = made.engines[0], made.outputs[1]
     made.dispatch()
     assert len(old.next.units) == 12
-    made.died(old.next, "out of memory")
-    assert len(second.queue) == 12 and old.alive
+    (old.pipe, silent), (old.next.pipe, engine_end) = Pipe(), Pipe()
+    engine_end.send(("refused", "no room in memory"))  # of an engine in its turn this would end the run
+    made.collect()
+    assert silent and len(second.queue) == 12 and old.alive
     made.assign()
     assert old.next is None
     finish(old)
@@ -536,8 +539,6 @@ class Scripted:
 
 def serve_scripted(tmp_path, reply, units, template=None, max_model_len=4096, **changed):
     """Run `serve` over `units` -> (records by unit, what it refused or None, the engine)."""
-    from multiprocessing import Pipe
-
     from conftest import tiny_tokenizer
 
     tokenizer = tiny_tokenizer(template) if template else tiny_tokenizer()
