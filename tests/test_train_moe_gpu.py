@@ -1,0 +1,101 @@
+"""train_moe.py run whole on one GPU: kernels, FSDP2, checkpoints, against the same run in fp32 on the CPU. `pytest -m gpu`."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import adapter
+from conftest import save_tiny_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{name: its directory}: the runs compared below, each a process of its own, all started at once."""
+    root = tmp_path_factory.mktemp("gpu")
+    # sizes that the Hopper kernels take; ranks 32, and 16 an expert
+    save_tiny_checkpoint(root / "model", "qwen3_moe", hidden_size=128, moe_intermediate_size=128, head_dim=64)
+    generator = random.Random(0)
+    with open(root / "chat.jsonl", "w") as f:
+        for _ in range(60):
+            answer = " ".join(generator.choice(["saya", "makan", "nasi", "lemak", "esok"]) for _ in range(generator.randint(2, 25)))
+            f.write(json.dumps({"question": "Apa khabar?", "answer": answer}) + "\n")
+    common = f"--model_name_or_path {root}/model --dataset {root}/chat.jsonl --max_seq_length 512 --global_batch_size 4 --r 32"
+    common += f" --learning_rate 5e-3 --warmup_steps 2 --report_to none --max_steps {STEPS} --num_train_epochs 9"
+    flags = {
+        "cpu": "--dtype float32",
+        "none": "--activations none",
+        "selective": "--activations selective",
+        "full": "--activations full --save_steps 1",
+        "broken": "--activations full --max_steps 3",
+        "offload": "--activations full --cpu_offload True",
+        "dora": "--activations none --use_dora True",
+    }
+    started = {name: start(root, name, [*common.split(), *more.split()]) for name, more in flags.items()}
+    finish(started)
+    finish({"broken": start(root, "broken", [*common.split(), *flags["full"].split(), "--resume"])})
+    return {name: root / name for name in flags}
+
+
+def start(root, name, flags):
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if name == "cpu" else {}
+    command = [
+        sys.executable,
+        ROOT / "train_moe.py",
+        "--run_name",
+        name,
+        "--output_dir",
+        root / name,
+        "--data_cache",
+        root / f"{name}-data",
+    ]
+    environment = {**os.environ, **hidden, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(started):
+    for name, process in started.items():
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, f"{name}: {output[-4000:]}"
+
+
+def losses(directory):
+    return [json.loads(line)["loss"] for line in (directory / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_gpu_follows_the_cpu(runs):
+    truth = losses(runs["cpu"])
+    assert len(truth) == STEPS and truth[-1] < truth[0]
+    assert losses(runs["offload"]) == pytest.approx(truth, rel=5e-2), "the same start, drawn on the CPU"
+    for name in ("none", "selective", "full", "dora"):  # their start is drawn on the GPU, and B is zero in it
+        found = losses(runs[name])
+        assert found[0] == pytest.approx(truth[0], rel=5e-3) and found == pytest.approx(truth, rel=0.1), name
+
+
+def test_what_is_recomputed_changes_nothing(runs):
+    for name in ("selective", "full"):
+        assert losses(runs[name]) == pytest.approx(losses(runs["none"]), rel=2e-2), name
+
+
+def test_a_resumed_run_equals_an_unbroken_one(runs):
+    assert len(losses(runs["broken"])) == STEPS
+    assert losses(runs["broken"]) == pytest.approx(losses(runs["full"]), rel=1e-2)
+
+
+def test_every_adapter_is_whole(runs):
+    for name, directory in runs.items():
+        assert adapter.verify_adapter(directory / f"checkpoint-{STEPS}", directory.parent / "model") == [], name
+
+
+def test_the_log_says_how_fast_and_how_much(runs):
+    record = json.loads((runs["none"] / "log.jsonl").read_text().splitlines()[-1])
+    assert record["tokens_per_second"] > 0 and record["peak_gib"] > 0
