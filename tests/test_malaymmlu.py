@@ -375,6 +375,9 @@ def test_one_slot_prepares_the_next_row_at_the_tail_and_loads_it_when_memory_is_
     made.dispatch()
     made.assign()
     assert not ahead.units and made.engines[0].next is ahead and ahead.sent == []
+    ahead.heard -= 1e6
+    made.watch()
+    assert ahead.alive  # it may wait for as long as the slot is taken
     finish(old)
     made.assign()
     assert made.engines == [ahead] and not old.alive and not ahead.held and ahead.sent == ["load"]
