@@ -1144,10 +1144,10 @@ def train(args, data_args, lora_args):
             record["validation_loss"] = validate(model, dataset.validation, device)
         log.write(record)
         bar.update()
-        if step == first_step and device.type == "cuda":
+        if step == first_step and gemm_flops:
             say(plan.compare_gemm(device_name, gemm_flops))
-            if planned:
-                say(plan.compare_peak(planned, torch.cuda.max_memory_allocated()))
+        if step == first_step and planned:
+            say(plan.compare_peak(planned, torch.cuda.max_memory_allocated()))
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
             raise ValueError(f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; nothing was saved from this step")
         if end_of_epoch or step == last_step or stop or (args.save_steps and step % args.save_steps == 0):

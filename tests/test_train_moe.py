@@ -635,7 +635,7 @@ def test_dry_run_prints_the_plan_and_loads_nothing(checkpoints, tmp_path, monkey
 
 
 def test_a_run_that_cannot_fit_is_refused_before_loading(a_gpu, one_process, tmp_path, monkeypatch, capsys):
-    argv = moved(one_process[0], tmp_path / "run", "--dtype", "bfloat16", "--max_steps", 1)
+    argv = moved(one_process[0], tmp_path / "run", "--dtype", "bfloat16", "--max_steps", 2)
     a_gpu["gpu_memory_gib"] = 4.0001  # 4 are reserved
     with monkeypatch.context() as patch:
         forbid(patch, *LOADING)
@@ -643,7 +643,8 @@ def test_a_run_that_cannot_fit_is_refused_before_loading(a_gpu, one_process, tmp
             train_moe.main(argv)
     train_moe.main([*argv, "--ignore_plan", "True"])
     captured = capsys.readouterr()
-    assert "warning: " in captured.err and "are needed" in captured.err and len(losses(tmp_path / "run")) == 1
+    assert "warning: " in captured.err and "are needed" in captured.err and len(losses(tmp_path / "run")) == 2
+    assert captured.out.count("peak memory: measured 0.00 GiB, planned") == 1, "compared after the first step"
     record = json.loads((tmp_path / "run" / "args.json").read_text())
     assert record["arguments"]["activations"] == "full" and record["planned_gib"] is not None
 
