@@ -222,7 +222,7 @@ FORWARD = re.compile(
     re.I,
 )
 BACKWARD = re.compile(
-    rf"(?:\b{NAMED}\s+)?{WRAP}(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)[)\].*_$\"”’}}]*\s*(?:\([^()\n]{{0,80}}\)\s*)?"
+    r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)[)\].*_$\"”’}]*\s*(?:\([^()\n]{0,80}\)\s*)?"
     r"(?:ialah|adalah|merupakan|is)\s+"
     r"(?:the\s+|pilihan\s+|jawapan\s+|option\s+|yang\s+)*(?P<verdict>jawapan|pilihan|answer|correct|betul|benar|tepat|right)\b"
 )
@@ -244,6 +244,7 @@ REJECTED = re.compile(
 )
 # a text without any of these holds no statement
 STEMS = ("jawap", "jwpn", "answer", "pilih", "milih", "opsyen", "opti", "choice", "choose", "kesimpulan", "select", "pick")
+KEYWORD = re.compile("|".join(STEMS))  # where FORWARD can begin: much faster to find in lower-case text
 STEMS += ("correct", "betul", "benar", "tepat", "right")
 NEGATION = re.compile(r"\b(?:bukan|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|kecuali|except)\b", re.I)
 AFTER_COLON = re.compile(r"\b(?:jawapan(?:nya)?|answer)\b[^\n:]{0,40}(?::|\bialah\b|\badalah\b|\bis\b)\s*(?P<rest>[^\n]+)", re.I)
@@ -359,7 +360,7 @@ def scan_statements(text, question):
         return None
     found, mentions = [], []
     lone = LONE_ANY.search(text)  # without one, only an option's text can be the answer
-    for match in FORWARD.finditer(text) if lone else ():
+    for match in forward(text, lower) if lone else ():
         letter = match.group("upper") or match.group("lower")
         # under re.I [A-F] also takes lower case: "the answer is a mammal" must not be A
         if match.group("upper") and letter.islower() and not re.match(r"[)\].*_$\"”’}]*\s*(?:\.|\)|$|\n)", text[match.end() :]):
@@ -391,6 +392,20 @@ def scan_statements(text, question):
     if several and several.group(1) in question["letters"] and several.group(1) != letter:
         return "ambiguous"
     return letter
+
+
+def forward(text, lower):
+    """`FORWARD.finditer(text)`, tried only where one of its keywords is. lower: the text in lower case."""
+    if len(lower) != len(text):  # a few letters have a longer lower-case form
+        yield from FORWARD.finditer(text)
+        return
+    end = 0
+    for keyword in KEYWORD.finditer(lower):
+        start = keyword.start() - 2 if lower.startswith("memilih", keyword.start() - 2) else keyword.start()
+        match = FORWARD.match(text, start) if start >= end else None
+        if match:
+            yield match
+            end = match.end()
 
 
 def lists_options(match, letter, text):
@@ -515,11 +530,15 @@ def read_args(directory):
 
 def read_generations(path):
     """Yield the records of a generations.jsonl. A half-written last line is passed over with a note; another bad line raises ValueError."""
+    decode = json.JSONDecoder().raw_decode  # json.loads guesses the encoding of every line, which costs as much as the rest
     with open(path, "rb") as file:
-        number = 0
         for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
+                text = line.decode().strip()
+                record, end = decode(text)
+                if end != len(text):
+                    raise ValueError(f"something follows the first {end} characters")
+                yield record
             except ValueError as error:
                 if line.endswith(b"\n"):
                     raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
@@ -634,32 +653,32 @@ def interval(resampled, n, values=None, level=0.95):
     n: questions behind the estimate (of the smallest stratum). values: the per-question values; if they are all the same the bootstrap sees
     no spread at all, and the exact binomial interval is given instead.
     """
-    from scipy import stats
+    from scipy import special
 
     if values is not None and np.ptp(values) == 0:
         return binomial_interval(values[0], len(values), level)
     tail = (1 - level) / 2
     if n > 1:
-        tail = float(stats.norm.cdf(np.sqrt(n / (n - 1)) * stats.t.ppf(tail, n - 1)))
+        tail = float(special.ndtr(np.sqrt(n / (n - 1)) * special.stdtrit(n - 1, tail)))
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)
 
 
 def binomial_interval(share, n, level=0.95):
     """Clopper and Pearson's exact interval for `share` of n -> (low, high); for a share between two counts by the same beta quantiles."""
-    from scipy import stats
+    from scipy import special
 
     tail, k = (1 - level) / 2, share * n
-    low = float(stats.beta.ppf(tail, k, n - k + 1)) if k > 0 else 0.0
-    return low, float(stats.beta.ppf(1 - tail, k + 1, n - k)) if k < n else 1.0
+    low = float(special.betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
+    return low, float(special.betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
 
 
 def mcnemar(first, second):
     """Exact McNemar test of two boolean arrays over the same questions -> (only first right, only second right, two-sided p)."""
-    from scipy import stats
+    from scipy import special
 
     b, c = int((first & ~second).sum()), int((~first & second).sum())
-    return b, c, float(stats.binomtest(b, b + c, 0.5).pvalue) if b + c else 1.0
+    return b, c, min(1.0, 2 * float(special.bdtr(min(b, c), b + c, 0.5)))
 
 
 def holm(p_values):
@@ -753,12 +772,12 @@ def estimate(value, low, high):
 
 def t_interval(values, level=0.95):
     """Student interval of a mean over questions, inside [0, 1]; the exact binomial one when all values are the same."""
-    from scipy import stats
+    from scipy import special
 
     n = len(values)
     if np.ptp(values) == 0:
         return binomial_interval(values[0], n, level)
-    half = stats.t.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / np.sqrt(n)
+    half = special.stdtrit(n - 1, 0.5 + level / 2) * values.std(ddof=1) / np.sqrt(n)
     return max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
 
 
@@ -787,7 +806,7 @@ def chosen_pairs(pairs, rows):
 
 def compare(rows, values, micro, pairs):
     """Paired comparisons -> list of dicts. values: (Q, rows, measures); micro: (resamples, rows, measures), the same resamples for all."""
-    from scipy import stats
+    from scipy import special
 
     found = []
     for i, j in chosen_pairs(pairs, rows):
@@ -797,7 +816,7 @@ def compare(rows, values, micro, pairs):
         resampled = micro[:, i, 1] - micro[:, j, 1]
         spread = float(resampled.std(ddof=1))
         low, high = interval(resampled, len(values))
-        p = float(2 * stats.norm.sf(abs(difference) / spread)) if spread > 0 else float(difference == 0)
+        p = float(2 * special.ndtr(-abs(difference) / spread)) if spread > 0 else float(difference == 0)
         only_first, only_second, p_mcnemar = mcnemar(values[:, i, 0] == 1, values[:, j, 0] == 1)
         found.append(
             {
