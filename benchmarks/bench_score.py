@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -89,13 +90,14 @@ def make_responses(path, questions, characters, skill, seed):
 
 
 def score(cwd, *flags):
-    """Run the command; returns (seconds, stdout). Raises SystemExit if it fails."""
-    began = time.perf_counter()
+    """Run the command; returns ((seconds, seconds of CPU), stdout). Raises SystemExit if it fails."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = subprocess.run([sys.executable, str(ROOT / "calculate_malaymmlu.py"), *flags], cwd=cwd, capture_output=True, text=True)
-    seconds = time.perf_counter() - began
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if shown.returncode:
         sys.exit(f"error: calculate_malaymmlu.py failed: {shown.stderr}")
-    return seconds, shown.stdout
+    return (seconds, cpu), shown.stdout
 
 
 def check(report, expected, questions):
@@ -163,17 +165,18 @@ def main():
         "characters": args.characters,
         "megabytes": round(megabytes),
         "repeats": args.repeats,
-        "seconds_median": statistics.median(plain),
-        "seconds_min": min(plain),
-        "seconds_max": max(plain),
-        "seconds_with_plot_and_html_median": statistics.median(full),
+        "seconds_median": statistics.median(wall for wall, _ in plain),
+        "seconds_min": min(plain)[0],
+        "seconds_max": max(plain)[0],
+        "cpu_seconds_median": statistics.median(cpu for _, cpu in plain),
+        "seconds_with_plot_and_html_median": statistics.median(wall for wall, _ in full),
+        "cpu_seconds_with_plot_and_html_median": statistics.median(cpu for _, cpu in full),
     }
-    print("            outputs  responses       MB  median s    min s    max s")
-    for name, seconds in (("text", plain), ("text, plot, html", full)):
-        count = len(questions) * 3 * args.checkpoints
-        print(
-            f"{name:>19}  {count:>9,}  {megabytes:>7,.0f}  {statistics.median(seconds):>8.2f}  {min(seconds):>7.2f}  {max(seconds):>7.2f}"
-        )
+    print("            outputs  responses       MB  median s    min s    max s    CPU s")
+    for name, runs in (("text", plain), ("text, plot, html", full)):
+        wall, cpu = [one[0] for one in runs], statistics.median(one[1] for one in runs)
+        counts = f"{len(questions) * 3 * args.checkpoints:>9,}  {megabytes:>7,.0f}"
+        print(f"{name:>19}  {counts}  {statistics.median(wall):>8.2f}  {min(wall):>7.2f}  {max(wall):>7.2f}  {cpu:>7.2f}")
     path = ROOT / "results" / "score.json"
     records = json.loads(path.read_text()) if path.exists() else []
     path.write_text(json.dumps([*records, record], indent=1) + "\n")
