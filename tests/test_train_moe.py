@@ -671,6 +671,7 @@ def test_auto_recomputes_what_the_memory_asks_for(a_gpu, process_group, monkeypa
     # without a known memory, and in a dtype that plan.py does not know
     assert settle(None) == (("full", "fast", False), None) == settle(140.0, "--dtype", "float32")
     assert settle(None, "--activations", "selective")[0] == ("selective", "frugal", False)
+    assert settle(None, *given)[0] == ("selective", "fast", True)
 
 
 @pytest.mark.parametrize(
