@@ -641,60 +641,20 @@ def hopper_store(values, smem, desc, ptr, stride, row, column, last, limit):
 
 
 @gluon.jit
-def hopper_multiply(
-    a_smem, w_smem, full, empty, step, K, R, WHO: gl.constexpr, COLUMNS: gl.constexpr,
-    BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, LORAS: gl.constexpr,
-):  # fmt: skip
-    """One consumer's 64 x COLUMNS products, fp32, from the stages as they fill: (result, step of the next item)."""
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
-    u_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_R], gl.bfloat16)
-    l_shape: gl.constexpr = [256, BLOCK_R] if K_MAJOR else [BLOCK_R, 256]
-    l_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(l_shape, gl.bfloat16)
-    acc = gl.zeros((64, COLUMNS), gl.float32, acc_layout)
-    for k in range(gl.cdiv(K, 64)):
-        slot = step % STAGES
-        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        if GATHER:
-            fence_async_shared()
-        w = w_smem.index(slot)
-        if K_MAJOR:
-            w = w.slice(0, COLUMNS).permute((1, 0))
-        else:
-            w = w.slice(0, COLUMNS, dim=1)
-        acc = warpgroup_mma(a_smem.index(slot * 2 + WHO), w, acc, is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-        if k > 0:
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-        step += 1
-    for _k in range(LORAS * gl.cdiv(R, BLOCK_R)):
-        slot = step % STAGES
-        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        u = a_smem.index(slot * 2 + WHO)._reinterpret(gl.bfloat16, [64, BLOCK_R], u_layout)
-        lora = w_smem.index(slot)._reinterpret(gl.bfloat16, l_shape, l_layout)
-        if K_MAJOR:
-            lora = lora.slice(0, COLUMNS).permute((1, 0))
-        else:
-            lora = lora.slice(0, COLUMNS, dim=1)
-        acc = warpgroup_mma(u, lora, acc, is_async=True)
-        acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-        step += 1
-    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-    return acc, step
-
-
-@gluon.jit
 def hopper_consumer(
     out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
     tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, work, announced, taken,
     N, K, R, WHO: gl.constexpr,
     BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
-    LORAS: gl.constexpr, GROUP: gl.constexpr, DORA: gl.constexpr, NARROW_LAST: gl.constexpr,
+    LORAS: gl.constexpr, GROUP: gl.constexpr, DORA: gl.constexpr,
 ):  # fmt: skip
     WIDTH: gl.constexpr = 256 // HALVES
     column_tiles = gl.cdiv(N, WIDTH)
     total = gl.load(num_tiles_ptr) * column_tiles
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
+    u_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_R], gl.bfloat16)
+    l_shape: gl.constexpr = [256, BLOCK_R] if K_MAJOR else [BLOCK_R, 256]
+    l_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(l_shape, gl.bfloat16)
     o0 = o_smem.index(2 * WHO)
     o1 = o_smem.index(2 * WHO + 1)
     steps = gl.cdiv(K, 64)
@@ -711,17 +671,35 @@ def hopper_consumer(
                 mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(step % STAGES), count=1)
                 step += 1
-        elif NARROW_LAST and column + 128 >= N:
-            narrow, step = hopper_multiply(
-                a_smem, w_smem, full, empty, step, K, R, WHO, 128, BLOCK_R, STAGES, GATHER, K_MAJOR, LORAS
-            )  # fmt: skip
-            narrow0, narrow1 = narrow.to(gl.bfloat16).reshape([64, 2, 64]).permute(0, 2, 1).split()
-            hopper_store(narrow0, o0, out_desc, out_ptr, stride_om, row, column, last, N)
-            hopper_store(narrow1, o1, out_desc, out_ptr, stride_om, row, column + 64, last, N)
         else:
-            acc, step = hopper_multiply(
-                a_smem, w_smem, full, empty, step, K, R, WHO, 256, BLOCK_R, STAGES, GATHER, K_MAJOR, LORAS
-            )  # fmt: skip
+            acc = gl.zeros((64, 256), gl.float32, acc_layout)
+            for k in range(steps):
+                slot = step % STAGES
+                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+                if GATHER:
+                    fence_async_shared()
+                w = w_smem.index(slot)
+                if K_MAJOR:
+                    w = w.permute((1, 0))
+                acc = warpgroup_mma(a_smem.index(slot * 2 + WHO), w, acc, is_async=True)
+                acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+                if k > 0:
+                    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+                step += 1
+            for _k in range(lora_steps):
+                slot = step % STAGES
+                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+                u = a_smem.index(slot * 2 + WHO)._reinterpret(gl.bfloat16, [64, BLOCK_R], u_layout)
+                lora = w_smem.index(slot)._reinterpret(gl.bfloat16, l_shape, l_layout)
+                if K_MAJOR:
+                    lora = lora.permute((1, 0))
+                acc = warpgroup_mma(u, lora, acc, is_async=True)
+                acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+                step += 1
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+
             left, right = acc.to(gl.bfloat16).reshape([64, 2, 128]).permute(0, 2, 1).split()
             left0, left1 = left.reshape([64, 2, 64]).permute(0, 2, 1).split()
             right0, right1 = right.reshape([64, 2, 64]).permute(0, 2, 1).split()
@@ -762,7 +740,7 @@ def hopper_gemm_kernel(
     out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
     tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, counter_ptr, N, K, R, S,
     BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
-    LORAS: gl.constexpr, GROUP: gl.constexpr, DORA: gl.constexpr, NARROW_LAST: gl.constexpr,
+    LORAS: gl.constexpr, GROUP: gl.constexpr, DORA: gl.constexpr,
 ):  # fmt: skip
     """Grid (multiprocessors,): grouped_gemm_kernel's out = A W_e^T + U L_e^T, every operand a 2-D matrix with experts stacked by rows.
 
@@ -792,12 +770,12 @@ def hopper_gemm_kernel(
             out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
             tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, work, announced, taken,
             N, K, R, 0,
-            BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP, DORA, NARROW_LAST)),
+            BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP, DORA)),
         (hopper_consumer, (
             out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
             tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, work, announced, taken,
             N, K, R, 1,
-            BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP, DORA, NARROW_LAST)),
+            BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP, DORA)),
         (hopper_producer, (
             a_desc, a_ptr, stride_am, row_token_ptr, w_desc, w_rows, u_desc, l0_desc, l1_desc, l_rows,
             tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, counter_ptr, a_smem, w_smem, full, empty, work, announced, taken,
@@ -956,7 +934,7 @@ def hopper_gemm(a, weight, out, routing, tiles, *, launch, gather=False, lora, a
         out_desc, out, out.stride(0), act_desc, act, gate_scale, up_scale,
         routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, routing.counters[4 * launch :], N, K, r, out.shape[0],
         BLOCK_R=block_r, STAGES=stages, GATHER=gather, K_MAJOR=k_major, HALVES=halves, LORAS=len(loras), GROUP=group,
-        DORA=scales is not None, NARROW_LAST=halves == 1 and 0 < N % 256 <= 128, num_warps=4,
+        DORA=scales is not None, num_warps=4,
     )  # fmt: skip
     return out
 
