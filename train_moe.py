@@ -187,11 +187,20 @@ class LoraLinearFunction(torch.autograd.Function):
         return dx, None, None, (du.T @ rows).to(lora_A.dtype), (dy.T @ u).to(lora_B.dtype), None
 
 
+def scale_columns(y, scale):
+    """y (..., out) * scale (out,) fp32, in y's dtype: DoRA's scale, whose changes are finer than bf16."""
+    return (y.float() * scale).to(y.dtype)
+
+
 class LoraLinear(PeftLinear):
     """PEFT's LoRA / DoRA linear layer, its parameters and names unchanged, with a forward that stays in the activations' dtype.
 
-    PEFT's own casts the activations to the adapter's fp32, which is several times slower. One adapter, named "default".
+    PEFT's own casts the activations to the adapter's fp32, which is several times slower. One adapter, named "default". DoRA's
+    ||W + s B A|| is computed once and kept until `forget_norms()`, which has to follow every optimiser step.
     """
+
+    norm = None  # (out,) fp32
+    scale_columns = staticmethod(scale_columns)  # fuse_small_operations puts a compiled one here
 
     def forward(self, x, *args, **kwargs):
         weight, bias = self.base_layer.weight, self.base_layer.bias
@@ -206,10 +215,16 @@ class LoraLinear(PeftLinear):
             y = LoraLinearFunction.apply(x, weight, inner_bias, lora_A, lora_B, scaling)
         if not dora:
             return y
-        squares = squared_row_norms(weight.unsqueeze(0))
-        norm = dora_norm(weight.unsqueeze(0), squares, lora_A.unsqueeze(0), lora_B.unsqueeze(0), scaling)[0]  # (out,) fp32, detached
-        y = (y * (self.lora_magnitude_vector["default"].weight.float() / norm)).to(x.dtype)
+        if self.norm is None:
+            squares = squared_row_norms(weight.unsqueeze(0))
+            self.norm = dora_norm(weight.unsqueeze(0), squares, lora_A.unsqueeze(0), lora_B.unsqueeze(0), scaling)[0]  # detached
+        scale = self.lora_magnitude_vector["default"].weight.float() / self.norm
+        y = self.scale_columns(y.view(-1, y.shape[-1]), scale).view(y.shape)
         return y if bias is None else y + bias
+
+    def forget_norms(self):
+        """Drop the cached ||W + s B A||."""
+        self.norm = None
 
 
 def nll_and_gradient(logits, targets):
@@ -294,6 +309,12 @@ class ModelWithLoss(nn.Module):
         self.router_aux_loss_coef = router_aux_loss_coef
         self.chunk_loss = compiled_for_any_length(nll_and_gradient, [0, 0]) if compiled else nll_and_gradient
         self.router_load = RouterLoad(module for module in causal_lm.modules() if isinstance(module, FusedMoELoRA))
+        self.with_norms = [module for module in causal_lm.modules() if isinstance(module, (FusedMoELoRA, LoraLinear))]
+
+    def forget_norms(self):
+        """To be called after every optimiser step: DoRA's row norms are those of the adapter as it was."""
+        for module in self.with_norms:
+            module.forget_norms()
 
     def forward(self, batch):
         """(summed negative log-likelihood, load-balancing loss or 0) of a batch made by `to_batch`."""
@@ -332,7 +353,7 @@ def build_model(config, args, lora_args):
     set_activation_policy(causal_lm, "full" if args.activations == "auto" else args.activations)
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     if compiled:
-        fuse_norms_and_rotary(causal_lm)
+        fuse_small_operations(causal_lm)
     return peft_model, ModelWithLoss(causal_lm, args.router_aux_loss_coef, compiled).train()
 
 
@@ -377,8 +398,8 @@ def compiled_for_any_length(function, length_dims):
     return call
 
 
-def fuse_norms_and_rotary(causal_lm):
-    """Compile the two chains of small operations that cost more, run one by one, than the experts: RMSNorm and rotary.
+def fuse_small_operations(causal_lm):
+    """Compile the chains of small operations that cost more, run one by one, than the experts: RMSNorm, rotary, DoRA's scale.
 
     Only these: attention and experts are kernels already, and small compiled functions have no graph to break. A norm is replaced
     if its source is that of transformers' LlamaRMSNorm, which most families copy, rotary if it is a function of (q, k, cos, sin);
@@ -396,6 +417,10 @@ def fuse_norms_and_rotary(causal_lm):
         if type(module).__name__.endswith("RMSNorm") and inspect.getsource(type(module).forward) == ordinary:
             recompute = "forward" in vars(module)  # the selective policy was there first
             module.forward = types.MethodType(recomputed(forward) if recompute else forward, module)
+    compiled_scale = compiled_for_any_length(scale_columns, [0])
+    for module in causal_lm.modules():
+        if isinstance(module, LoraLinear):
+            module.scale_columns = compiled_scale
     modeling = sys.modules[type(causal_lm).__module__]
     rotary = getattr(modeling, "apply_rotary_pos_emb", None)
     if isinstance(rotary, types.FunctionType) and list(inspect.signature(rotary).parameters)[:4] == ["q", "k", "cos", "sin"]:
@@ -1109,8 +1134,7 @@ def train(args, data_args, lora_args):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        for experts in model.router_load.experts:
-            experts.forget_norms()
+        model.forget_norms()
         step += 1
 
         # what happened: the step's only wait for the GPU

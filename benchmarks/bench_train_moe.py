@@ -146,8 +146,7 @@ def reference_forward(self, hidden_states, top_k_index, top_k_weights):
 def gradients(model, batch, reference):
     """(loss, {kind of adapter parameter: all its gradients in fp32, in one vector}) of one batch."""
     forward = reference_forward if reference else fused_moe_lora.FusedMoELoRA.forward
-    for module in model.router_load.experts:
-        module.forget_norms()
+    model.forget_norms()
     with mock.patch.object(fused_moe_lora.FusedMoELoRA, "forward", forward):
         loss = loss_and_backward(model, batch).item()
     kinds = {}
@@ -228,8 +227,7 @@ def time_steps(model, config, args, device):
         optimizer.zero_grad()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    for experts in model.router_load.experts:
-        experts.forget_norms()  # DoRA's row norms are computed once a step
+    model.forget_norms()  # DoRA's row norms are computed once a step
     times = []
     for batch, _ in packs[2:]:  # as in a step of several micro-batches
         synchronize(device)

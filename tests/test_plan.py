@@ -545,8 +545,7 @@ def step_of_a_slice(name, policy, device, layers=4, tokens=16384):
         train_moe.forward_backward(model, batches, supervised, run, device)
         optimizer.step()
         optimizer.zero_grad()
-        for experts in model.router_load.experts:
-            experts.forget_norms()
+        model.forget_norms()
 
     step()  # compiles
     if device.type != "cuda":

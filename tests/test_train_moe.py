@@ -236,7 +236,7 @@ def test_fused_norms_equal_transformers_and_others_are_left_alone(checkpoints, p
             return x
 
     fused.causal_lm.model.norm = OffsetRMSNorm()
-    train_moe.fuse_norms_and_rotary(fused.causal_lm)
+    train_moe.fuse_small_operations(fused.causal_lm)
     assert "forward" not in vars(fused.causal_lm.model.norm)
 
 
@@ -468,6 +468,20 @@ def test_bf16_follows_fp32(use_dora, one_process, tmp_path):
     if use_dora:
         magnitudes = [tensor for name, tensor in saved.items() if "magnitude" in name]
         assert magnitudes and all((tensor != tensor.bfloat16().float()).any() for tensor in magnitudes)
+
+
+def test_norms_of_dora_are_those_of_the_step(one_process, tmp_path, monkeypatch):
+    """They are kept from micro-batch to micro-batch and dropped after an optimiser step, in every layer that has some."""
+    flags = ["--use_dora", True, "--max_steps", 3, "--save_steps", 10]
+    train_moe.main(moved(one_process[0], tmp_path / "kept", *flags))
+
+    def forgetting(forward):
+        return lambda module, *inputs: (module.forget_norms(), forward(module, *inputs))[1]
+
+    for kind in (train_moe.LoraLinear, train_moe.FusedMoELoRA):
+        monkeypatch.setattr(kind, "forward", forgetting(kind.forward))
+    train_moe.main(moved(one_process[0], tmp_path / "never-kept", *flags))
+    assert losses(tmp_path / "kept") == [pytest.approx(line, rel=1e-5) for line in losses(tmp_path / "never-kept")]
 
 
 def test_the_record_of_a_run(one_process):
