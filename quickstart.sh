@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# The whole pipeline on one machine, with no GPU and no model hub: set up, prepare the data, train a LoRA, generate with
-# vLLM, score, print the table, draw the plot. The same scripts, with other flags, are what the launchers run on 8 GPUs.
+# The whole pipeline on one machine, with no GPU and no model hub: set up, prepare the data, train a LoRA of a dense model and
+# one of a mixture of experts, generate with vLLM, score, print the table, draw the plot. The same scripts, with other flags,
+# are what the launchers run on 8 GPUs. Flags that both trainers know may follow: bash quickstart.sh --max_steps 3
 # Safe to run again: what is finished is reused. Start over with: rm -rf outputs malaymmlu-*
 set -euo pipefail
 cd "$(dirname "$0")"
 
 BASE=outputs/SmolLM2-135M-Instruct
+MOE_BASE=$BASE-MoE
 RUN=quickstart-lora-64
+MOE_RUN=quickstart-moe-lora-64
 QUESTIONS=data/questions.json
 CORES=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CORES} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
@@ -64,12 +67,34 @@ ARGS=(
 compgen -G "outputs/$RUN/checkpoint-*" >/dev/null && ARGS+=(--resume)
 python3 train_dense.py "${ARGS[@]}" "$@"
 
-say "evaluate: the base model and every epoch's checkpoint"
-python3 malaymmlu.py --pattern "$RUN-*" --questions $QUESTIONS --max_tokens 160
+say "the same model as a mixture of experts: $MOE_BASE"
+[ -d "$MOE_BASE" ] || python3 -c "from train_moe import upcycle; upcycle('$BASE', '$MOE_BASE', num_experts=4, top_k=2)"
+
+say "train: $MOE_RUN, on two processes that share the model, a few minutes"
+MOE_ARGS=(
+    --run_name $MOE_RUN
+    --model_name_or_path $MOE_BASE
+    "${DATA[@]}"
+    --global_batch_size 4
+    --lora_r 64
+    --learning_rate 1e-3
+    --warmup_steps 5
+    --num_train_epochs 1
+    --activations none
+    --report_to none
+)
+compgen -G "outputs/$MOE_RUN/checkpoint-*/resume/position.json" >/dev/null && MOE_ARGS+=(--resume)
+RANKS=$(python3 -c 'import torch; print(min(2, torch.cuda.device_count() or 2))') # one where there is one GPU
+# --standalone: a free port, so that another run on this machine is not met
+OMP_NUM_THREADS=$(((OMP_NUM_THREADS + 1) / 2)) torchrun --standalone --nproc_per_node "$RANKS" -- train_moe.py "${MOE_ARGS[@]}" "$@"
+
+# The mixture before training is left out: it is the dense base model, by construction, and its long answers would take minutes.
+say "evaluate: the base model and every epoch's checkpoint of both"
+python3 malaymmlu.py --base $BASE --pattern "$RUN-*,$MOE_RUN-*" --questions $QUESTIONS --max_tokens 160
 
 say "score"
-python3 calculate_malaymmlu.py --pattern "malaymmlu-SmolLM2-135M-Instruct,malaymmlu-$RUN-*" --questions $QUESTIONS \
-    --json outputs/$RUN/scores.json --plot outputs/$RUN/accuracy.png --html outputs/$RUN/report.html
+python3 calculate_malaymmlu.py --pattern "malaymmlu-SmolLM2-135M-Instruct,malaymmlu-$RUN-*,malaymmlu-$MOE_RUN-*" \
+    --questions $QUESTIONS --json outputs/$RUN/scores.json --plot outputs/$RUN/accuracy.png --html outputs/$RUN/report.html
 
 say "done: scores.json, accuracy.png and report.html (questions and answers to browse) in outputs/$RUN"
 cat <<NOTE
