@@ -34,6 +34,7 @@ from moe_lora_peers import NEEDS, PEERS, SHARED_A
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fused_moe_lora import H_SLICES, column_slices, moe_lora, moe_lora_reference  # noqa: E402
+from record import git_commit  # noqa: E402
 
 # hidden, intermediate, experts, experts per token
 MODELS = {"qwen3-30b-a3b": (2048, 768, 128, 8), "qwen3-235b-a22b": (4096, 1536, 128, 8), "glm-4.5-air": (4096, 1408, 128, 8)}
@@ -387,11 +388,6 @@ def versions():
         except PackageNotFoundError:
             pass
     return found
-
-
-def git_commit():
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return result.stdout.strip()
 
 
 def store(record, output):

@@ -32,6 +32,7 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers import HfArgumentParser, Qwen3MoeConfig  # noqa: E402
 
 import train_moe  # noqa: E402
+from record import git_commit  # noqa: E402
 
 
 @dataclass
@@ -191,7 +192,7 @@ def main():
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             "cores": os.cpu_count(),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
-            "commit": train_moe.git_commit(),
+            "commit": git_commit(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         }
         for key, value in record.items():

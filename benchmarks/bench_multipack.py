@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from multipack import pack  # noqa: E402 (the repository root must be on the path first)
+from record import git_commit  # noqa: E402
 
 
 def log_normal_lengths(count: int, mean: float, sigma: float, longest: int, seed: int = 0) -> np.ndarray:
@@ -115,7 +115,7 @@ def main() -> None:
         "device": cpu_name(),
         "cores": 1,
         "versions": versions(),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None,
+        "commit": git_commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "documents": args.documents,
         "mean_length": float(lengths.mean()),
