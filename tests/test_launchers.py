@@ -1,6 +1,8 @@
 """Every launcher is valid bash, prepares before it trains, and passes only flags that its trainer knows."""
 
+import fnmatch
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
 import adapter
+import calculate_malaymmlu
+import malaymmlu
 import multipack
 import train_dense
 import train_moe
@@ -85,3 +89,65 @@ def test_a_launcher_runs_on_two_cpu_processes(tmp_path):
     assert adapter.verify_adapter(checkpoint, tmp_path / "model") == [], done.stderr[-3000:]
     saved = {name: t for name, t in load_file(checkpoint / "adapter_model.safetensors").items() if "lora_B" in name}
     assert all((t.bfloat16().float() != t).any() for t in saved.values()), "fp32 is trained and saved, not a bf16 copy"
+
+
+def quickstart_calls(workspace, *flags):
+    """What quickstart.sh would start in `workspace`: {script: its flags}, and every call in order."""
+    calls = calls_of(workspace / "quickstart.sh", workspace, *flags)
+    (workspace / "calls").unlink()
+    return {call[i]: call[i + 1 :] for call in calls for i, word in enumerate(call) if word.endswith(".py")}, calls
+
+
+def test_quickstart(tmp_path):
+    """Both runs of the quickstart pass flags that exist, take what is added, are evaluated and scored, and go on where they were."""
+    shutil.copy(ROOT / "quickstart.sh", tmp_path)
+    (tmp_path / "setup.sh").write_text("")
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text("")
+    scripts, calls = quickstart_calls(tmp_path, "--max_steps", "3")
+    runs = {}
+    for script in ("train_dense.py", "train_moe.py"):
+        args, unknown = parser_of(script).parse_known_args(scripts[script])
+        assert unknown == [] and args.max_steps == 3 and not getattr(args, "resume", False)
+        assert args.r == 64 and args.max_seq_length == 1024 and args.dataset == "data/conversations"
+        runs[args.run_name] = args.model_name_or_path
+    assert list(runs) == ["quickstart-lora-64", "quickstart-moe-lora-64"]
+    dense, moe = runs.values()
+    (torchrun,) = [call for call in calls if call[0] == "torchrun"]
+    assert "--standalone" in torchrun, "two of them on one machine must not meet at one port"
+    assert any(call[1] == "-c" and f"upcycle('{dense}', '{moe}'" in call[2] for call in calls)
+
+    evaluated, unknown = HfArgumentParser(malaymmlu.Arguments).parse_known_args(scripts["malaymmlu.py"])
+    scored, unknown_too = HfArgumentParser(calculate_malaymmlu.Arguments).parse_known_args(scripts["calculate_malaymmlu.py"])
+    assert unknown == unknown_too == [] and evaluated.base == dense, "the mixture before training is no row"
+    for pattern, names in (
+        (evaluated.pattern, [f"{run}-checkpoint-15" for run in runs]),
+        (scored.pattern, [f"malaymmlu-{run}-checkpoint-15" for run in runs] + [f"malaymmlu-{malaymmlu.base_name(dense)}"]),
+    ):
+        globs = pattern.split(",")
+        assert [sum(fnmatch.fnmatchcase(name, glob) for glob in globs) for name in names] == [1] * len(names)
+
+    for run in runs:  # a second time: the base models are there, and so are checkpoints
+        (tmp_path / "outputs" / run / "checkpoint-15/resume").mkdir(parents=True)
+        (tmp_path / "outputs" / run / "checkpoint-15/resume/position.json").touch()
+    for base in (dense, moe):
+        (tmp_path / base).mkdir(parents=True)
+        (tmp_path / base / "model.safetensors").touch()
+    scripts, calls = quickstart_calls(tmp_path)
+    assert "--resume" in scripts["train_dense.py"] and "--resume" in scripts["train_moe.py"]
+    assert not any("upcycle" in word for call in calls for word in call) and not any(call[1] == "-" for call in calls)
+
+
+def test_upcycled_model_can_start_a_dora(tmp_path):
+    """DoRA divides by the norm of a weight's row: no row that is adapted may be zero, the idle shared expert's included."""
+    from conftest import save_tiny_checkpoint
+
+    save_tiny_checkpoint(tmp_path / "dense", "llama", tie_word_embeddings=True)
+    train_moe.upcycle(tmp_path / "dense", tmp_path / "moe")
+    weights = load_file(tmp_path / "moe" / "model.safetensors")
+    adapted = [name for name in weights if name.endswith("_proj.weight")]
+    assert any("shared_expert.down_proj" in name for name in adapted)
+    assert all(weights[name].norm(dim=-1).min() > 0 for name in adapted)
+    assert not (tmp_path / "moe.part").exists()
+    with pytest.raises(ValueError, match="moe is there already"):
+        train_moe.upcycle(tmp_path / "dense", tmp_path / "moe")
