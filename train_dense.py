@@ -245,13 +245,18 @@ class StopOnSignal(TrainerCallback):
 
 
 def build_model(model_args, lora_args, training_args):
-    """The frozen base in bf16 (fp32 without --bf16) with attention that keeps packed documents apart, and LoRA on it."""
+    """The base in bf16 (fp32 without --bf16) with attention that keeps packed documents apart, adapted."""
     model = AutoModelForCausalLM.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         dtype=torch.bfloat16 if training_args.bf16 else torch.float32,
         attn_implementation=multipack.register_attention(),
     )
+    return adapt(model, lora_args, training_args)
+
+
+def adapt(model, lora_args, training_args):
+    """`model` frozen, with LoRA on it, and what training it in mixed precision takes."""
     model.config.use_cache = False
     set_seed(training_args.seed)  # every rank draws the same A
     model = adapter.apply_lora(model, lora_args)

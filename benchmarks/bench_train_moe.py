@@ -76,10 +76,14 @@ class Arguments:
 # ------------------------------------------------------------------------------------------------------------------------------
 
 
+def make_config(name, layers):
+    class_name, facts = MODELS[name]
+    return getattr(transformers, class_name)(**facts, num_hidden_layers=layers, pad_token_id=None)
+
+
 def build(name, layers, args, dtype, device, mesh=None):
     """(config, ModelWithLoss) with `layers` layers, random weights of the usual size, adapters with a B that is not zero."""
-    class_name, facts = MODELS[name]
-    config = getattr(transformers, class_name)(**facts, num_hidden_layers=layers, pad_token_id=None)
+    config = make_config(name, layers)
     flags = ["--model_name_or_path", name, "--dtype", dtype, "--activations", args.activations, "--r", str(args.r)]
     flags += ["--use_dora", str(args.use_dora)]
     run, _, lora_args = train_moe.parse(flags)
@@ -105,8 +109,8 @@ def build(name, layers, args, dtype, device, mesh=None):
     return config, model
 
 
-def random_pack(places, vocabulary, generator, device):
-    """(batch on the device, lengths): one pack of log-normal documents, as full as best fit leaves them, four of five tokens supervised.
+def random_documents(places, vocabulary, generator):
+    """(documents as multipack's, lengths): a pack of log-normal documents, as full as best fit leaves it, four of five tokens supervised.
 
     Like real packs, no two have the same number of tokens; the median document is a fortieth of a pack.
     """
@@ -121,6 +125,12 @@ def random_pack(places, vocabulary, generator, device):
         labels = ids.clone()
         labels[: max(1, n // 5)] = multipack.IGNORE
         pack.append({"input_ids": ids, "labels": labels})
+    return pack, lengths
+
+
+def random_pack(places, vocabulary, generator, device):
+    """(batch on the device, lengths) of `random_documents`."""
+    pack, lengths = random_documents(places, vocabulary, generator)
     return train_moe.to_device(train_moe.to_batch(pack), device), lengths
 
 
