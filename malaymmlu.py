@@ -11,8 +11,8 @@ How it works. One driver (this process) owns the files and one queue of (questio
 engines, each a process group of its own with its own GPUs, hold a vLLM engine each; the driver keeps every one topped up with small
 batches, so none idles while work remains, and writes what comes back, with fsync. An engine that dies or hangs gives its questions back to
 the queue and is restarted. A slot with nothing left to do for one checkpoint loads the next while the others finish. And when the last
-questions of a checkpoint have been given out, a slot that still writes starts the process for the next one beside it: it loads the model at
-once where memory has room for two, else it imports vLLM and waits for the slot.
+questions of a checkpoint have been given out, a GPU slot that still writes starts the process for the next one beside it: it loads the
+model at once where memory has room for two, else it imports vLLM and waits for the slot.
 """
 
 import fcntl
@@ -552,14 +552,6 @@ class Engine:
         return "\n".join(lines[-12:])
 
 
-def available_memory():
-    """Bytes of main memory that programs can still take."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 class Scheduler:
     """Runs all rows over all engines; see the module docstring."""
 
@@ -570,7 +562,8 @@ class Scheduler:
         self.capacity = plan.max_num_seqs + self.batch
         self.logged = time.monotonic()
         self.first_missing = {output.directory: output.missing for output in outputs}
-        self.ahead = True  # until an engine that was started ahead of its turn fails
+        # until an engine that was started ahead of its turn fails; on a CPU two would fight over its cores
+        self.ahead = plan.device == "cuda"
 
     def everyone(self):
         """Every engine that has a process, also those for the next checkpoint."""
@@ -610,7 +603,7 @@ class Scheduler:
             if finished and engine.units:
                 if following is None and self.ahead and self.needed(row):
                     engine.next = type(engine)(engine.slot, engine.gpus)
-                    engine.next.start(row, self.engine_config(row), held=not self.room_for_two(row))
+                    engine.next.start(row, self.engine_config(row), held=not self.room_for_two())
                 continue
             if finished:
                 if following and not (following.held or following.ready):
@@ -629,14 +622,9 @@ class Scheduler:
         """Whether one more engine has something to do: no more engines than there are questions for."""
         return sum(other.output is row for other in self.everyone()) < len(row.queue)
 
-    def room_for_two(self, row):
-        """Whether an engine for `row` fits beside the one in its slot: by --gpu_memory_utilization, on a CPU by the memory available."""
-        if self.plan.device == "cuda":
-            return 2 * self.args.gpu_memory_utilization <= 0.9  # the rest: contexts and CUDA graphs, which vLLM does not count
-        weights = sum(path.stat().st_size for path in Path(row.job.model).glob("*.safetensors"))
-        cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)) << 30
-        # twice the weights: loading may hold a tensor in fp32 and as it is stored; 2 GiB: vLLM itself
-        return available_memory() > len(self.engines) * (2 * weights + cache + (2 << 30))
+    def room_for_two(self):
+        """Whether a second engine fits on the GPUs of a slot; the tenth left: contexts and CUDA graphs, which vLLM does not count."""
+        return 2 * self.args.gpu_memory_utilization <= 0.9
 
     def engine_config(self, output):
         """Everything an engine needs, as plain values."""

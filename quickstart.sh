@@ -13,7 +13,6 @@ MOE_RUN=quickstart-moe-lora-64
 QUESTIONS=data/questions.json
 CORES=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CORES} TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # a thread that waits sleeps: spinning, it would take the core from another process
 export VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1 VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1}
 STARTED=$SECONDS
 say() { printf '\n== %s (%d s)\n' "$*" "$((SECONDS - STARTED))"; }

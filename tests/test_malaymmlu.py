@@ -321,7 +321,9 @@ def scheduler(tmp_path, monkeypatch):
 
     def make(slots, max_num_seqs=256, **given):
         plan = malaymmlu.Plan("cpu", [[] for _ in range(slots)], 1, max_num_seqs, True)
-        return malaymmlu.Scheduler(arguments(**given), plan, questions, rows)
+        made = malaymmlu.Scheduler(arguments(**given), plan, questions, rows)
+        made.ahead = True  # as on GPUs
+        return made
 
     yield make
     for row in rows:
@@ -344,7 +346,7 @@ def test_work_is_shared_fairly_and_kept_within_the_engines_capacity(scheduler):
 
 def test_an_idle_engine_loads_the_next_row_while_others_finish(scheduler, monkeypatch):
     made = scheduler(2)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: False)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: False)
     made.assign()
     made.dispatch()
     first, second = made.outputs
@@ -364,7 +366,7 @@ def finish(engine, keep=0):
 
 def test_one_slot_prepares_the_next_row_at_the_tail_and_loads_it_when_memory_is_free(scheduler, monkeypatch):
     made = scheduler(1)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: False)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: False)
     made.assign()
     assert made.engines[0].next is None
     made.dispatch()
@@ -388,7 +390,7 @@ def test_one_slot_prepares_the_next_row_at_the_tail_and_loads_it_when_memory_is_
 
 def test_with_room_for_two_the_next_row_loads_and_begins_while_the_last_answers_are_written(scheduler, monkeypatch):
     made = scheduler(1)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: True)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: True)
     made.assign()
     made.dispatch()
     made.assign()
@@ -410,7 +412,7 @@ def test_with_room_for_two_the_next_row_loads_and_begins_while_the_last_answers_
 
 def test_an_engine_that_fails_ahead_of_its_turn_costs_no_restart_and_is_not_tried_again(scheduler, monkeypatch):
     made = scheduler(1, restarts=0)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: True)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: True)
     made.assign()
     made.dispatch()
     made.assign()
@@ -430,7 +432,7 @@ def test_an_engine_that_fails_ahead_of_its_turn_costs_no_restart_and_is_not_trie
 
 def test_an_engine_ahead_whose_row_others_have_finished_is_ended(scheduler, monkeypatch):
     made = scheduler(2, max_num_seqs=64)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: False)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: False)
     made.assign()
     made.dispatch()
     made.assign()
@@ -447,19 +449,14 @@ def test_an_engine_ahead_whose_row_others_have_finished_is_ended(scheduler, monk
     assert slow.next is None and not waiting.alive and len(slow.units) == 6
 
 
-def test_room_for_two_engines_is_counted(scheduler, monkeypatch):
+def test_engines_start_ahead_on_gpus_with_room_for_two(scheduler):
     made = scheduler(1, gpu_memory_utilization=0.92)
-    row = made.outputs[0]
-    made.plan.device = "cuda"
-    assert not made.room_for_two(row)
+    assert not made.room_for_two()
     made.args.gpu_memory_utilization = 0.45
-    assert made.room_for_two(row)
-    made.plan.device = "cpu"
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    monkeypatch.setattr(malaymmlu, "available_memory", lambda: 4 << 30)
-    assert made.room_for_two(row)
-    monkeypatch.setattr(malaymmlu, "available_memory", lambda: 2 << 30)
-    assert not made.room_for_two(row)
+    assert made.room_for_two()
+    for device in ("cpu", "cuda"):
+        plan = malaymmlu.Plan(device, [[]], 1, 256, True)
+        assert malaymmlu.Scheduler(made.args, plan, made.questions, made.outputs).ahead == (device == "cuda")
 
 
 def test_a_dead_engine_on_a_full_disk_ends_the_run_at_once(scheduler, monkeypatch):
@@ -822,7 +819,9 @@ def test_one_slot_starts_the_next_row_before_the_last_answers(tiny, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self, row: room)
+    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: room)
+    assign = malaymmlu.Scheduler.assign
+    monkeypatch.setattr(malaymmlu.Scheduler, "assign", lambda self: (setattr(self, "ahead", True), assign(self)))  # as on GPUs
     given = command("--base", f"{tiny},other", "--questions", questions, "--max_tokens", 100, "--max_num_seqs", 4, "--dtype", "float32")
     monkeypatch.setattr(sys, "argv", given[1:])
     malaymmlu.main()
