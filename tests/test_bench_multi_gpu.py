@@ -74,6 +74,18 @@ def test_what_there_is_no_time_for_is_named(tmp_path, capsys):
     assert capsys.readouterr().out.count("failed: no time left") == 5 and host.records == []
 
 
+def test_losses_are_compared_step_by_step(tmp_path):
+    for name, losses in (("a", [4.0, 3.0, 2.0, 1.0]), ("b", [4.0, 3.0, 2.5, 1.0]), ("short", [4.0, 3.0, 2.0])):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, start=1)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join(lines) + "\n")
+    a, b, short = (tmp_path / name for name in ("a", "b", "short"))
+    assert bench_multi_gpu.difference_of_losses(a, b) == pytest.approx(0.2)
+    assert bench_multi_gpu.difference_of_losses(b, a) == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="3 and 4 steps"):
+        bench_multi_gpu.difference_of_losses(short, b)
+
+
 @pytest.mark.slow
 def test_two_processes_measure_everything(tmp_path):
     flags = "--gpus 2 --models tiny --parts scaling,correctness,dense --tokens 256 --r 8 --minutes 20".split()
