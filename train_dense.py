@@ -11,9 +11,11 @@ Output, under outputs/<run_name>/:
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -36,7 +38,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 import adapter
 import multipack
@@ -159,9 +161,10 @@ class DenseTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             final = os.path.join(self.args.output_dir, name)
-            shutil.rmtree(final, ignore_errors=True)  # a step saved twice: the same step reached again after a resume
+            if os.path.exists(final):  # incomplete, or the end of an epoch whose last step was told to stop
+                os.replace(final, os.path.join(self.staging, "replaced"))
             os.replace(os.path.join(self.staging, name), final)
-            os.rmdir(self.staging)
+            shutil.rmtree(self.staging)
         self.accelerator.wait_for_everyone()
         self.staging = None
 
@@ -297,13 +300,36 @@ def check_memory(config, data_args, lora_args, training_args):
 
 
 def find_resume_checkpoint(training_args):
-    """The checkpoint `--resume` continues from, or None for a fresh run; refuses to write over an existing run."""
-    last = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
-    if training_args.resume and last is None:
-        raise ValueError(f"--resume: no checkpoint-* under {training_args.output_dir}; start without --resume, or check --run_name")
-    if last is not None and not training_args.resume:
-        raise ValueError(f"{last} exists: pass --resume to continue that run, or another --run_name or --output_dir for a new one")
-    return last
+    """The newest complete checkpoint, or None to start anew; refuses to write over an existing run without --resume.
+
+    A run that was killed must go on by --resume alone: an incomplete checkpoint is passed over, and written again when the run gets there;
+    a run that was started and has no complete one starts anew. Every process calls it; the first one prints.
+    """
+    say = functools.partial(print, flush=True) if training_args.process_index == 0 else lambda _: None
+    out = Path(training_args.output_dir)
+    found = {int(path.name.split("-")[1]): path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)}
+    if not training_args.resume:
+        if found:
+            raise ValueError(f"{found[max(found)]} exists: pass --resume to continue that run, or another --run_name or --output_dir")
+        return None
+    for step, directory in sorted(found.items(), reverse=True):
+        missing = [name for name in (TRAINER_STATE_NAME, adapter.WEIGHTS) if not (directory / name).exists()]
+        if not missing:
+            return str(directory)
+        say(f"--resume: {directory} is incomplete (no {missing[0]}): skipped, and written again when the run gets to step {step}")
+    if not found and not (out / "args.json").exists():
+        raise ValueError(f"--resume: no checkpoint and no run under {out}; start without --resume, or check --run_name")
+    say(f"--resume: no complete checkpoint under {out}: starting anew")
+    return None
+
+
+def trim_log(training_args, checkpoint):
+    """Drop log.jsonl's records after `checkpoint` (None: all): these steps are trained, and logged, again. A last line may be cut short."""
+    path = Path(training_args.output_dir, "log.jsonl")
+    if path.exists():
+        last = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last))
 
 
 def write_arguments(model_args, data_args, lora_args, training_args, packs, planned):
@@ -359,6 +385,7 @@ def main():
     if training_args.process_index == 0:
         print_batch_arithmetic(training_args, packs, data_args.max_seq_length)
         write_arguments(model_args, data_args, lora_args, training_args, packs, planned)
+        trim_log(training_args, checkpoint)
     gemm_flops = plan.measure_gemm() if torch.cuda.is_available() else None
     trainer = DenseTrainer(
         model=build_model(model_args, lora_args, training_args),

@@ -22,6 +22,8 @@ import inspect
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 import signal
 import sys
@@ -834,10 +836,10 @@ def validate(model, dataset, device):
 
 
 class Checkpointer:
-    """Writes outputs/<run>/checkpoint-<step>/ in the background: the adapter, then resume/, complete or not there at all.
+    """Writes outputs/<run>/checkpoint-<step>/ in the background: the adapter and, in resume/, what the run can go on from.
 
-    The state to resume from is written beside the checkpoints under a temporary name and renamed into its place, and only then is
-    that of the previous checkpoint removed: at any moment one complete checkpoint exists.
+    All of it is put together under .saving/ and renamed into its place as one, so that a checkpoint is complete or not there at all, and
+    only then is the previous checkpoint's resume/ removed: once the first is written, one complete checkpoint exists at any moment.
     """
 
     def __init__(self, peft_model, model, optimizer, args, lora_args, tokenizer, facts):
@@ -861,25 +863,28 @@ class Checkpointer:
         """Copy everything to the host, then return and write it in the background. Collective."""
         self.wait()
         tensors = adapter.adapter_state_dict(self.peft_model)  # on rank 0
-        temporary = Path(self.args.output_dir, f".resume-{step}")
+        saving = Path(self.args.output_dir, ".saving")
         if is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(saving, ignore_errors=True)  # of a run that was killed
         dist.barrier()
-        resume = dcp.async_save(self.state(), checkpoint_id=temporary, process_group=self.group)
-        self.writing = self.pool.submit(self._finish, step, tensors, resume, temporary)
+        resume = dcp.async_save(self.state(), checkpoint_id=saving / "resume", process_group=self.group)
+        self.writing = self.pool.submit(self._finish, step, tensors, resume, saving)
 
-    def _finish(self, step, tensors, resume, temporary):
-        directory = Path(self.args.output_dir, f"checkpoint-{step}")
+    def _finish(self, step, tensors, resume, saving):
+        final = Path(self.args.output_dir, f"checkpoint-{step}")
+        new = saving / final.name
         if tensors:
             base = self.args.model_name_or_path
-            adapter.save_adapter(self.peft_model, directory, base, self.tokenizer, self.lora_args, tensors=tensors)
+            adapter.save_adapter(self.peft_model, new, base, self.tokenizer, self.lora_args, tensors=tensors)
         resume.result()  # on rank 0: every rank has written
         if is_main():
-            (temporary / "position.json").write_text(json.dumps({"step": step, **self.facts}, indent=2) + "\n")
-            previous = [path for path in Path(self.args.output_dir).glob("checkpoint-*/resume") if path.parent != directory]
-            shutil.rmtree(directory / "resume", ignore_errors=True)  # of a run that went on from before this step
-            os.replace(temporary, directory / "resume")
-            for path in previous:
+            (saving / "resume" / "position.json").write_text(json.dumps({"step": step, **self.facts}, indent=2) + "\n")
+            os.replace(saving / "resume", new / "resume")
+            previous = [path for path in Path(self.args.output_dir).glob("checkpoint-*/resume") if path.parent != final]
+            if final.exists():  # incomplete, or find_resume_checkpoint would have gone on from it
+                os.replace(final, saving / "replaced")
+            os.replace(new, final)
+            for path in (saving, *previous):
                 shutil.rmtree(path)
 
     def wait(self):
@@ -900,16 +905,43 @@ class Checkpointer:
         return position["step"]
 
 
+def resume_fault(directory):
+    """What keeps a run from going on from checkpoint `directory`, in words; None if nothing does."""
+    resume = directory / "resume"
+    try:
+        json.loads((resume / "position.json").read_text())
+        for part in dcp.FileSystemReader(resume).read_metadata().storage_data.values():
+            file = resume / part.relative_path
+            if file.stat().st_size < part.offset + part.length:
+                return f"resume/{file.name} is cut short"
+    except FileNotFoundError as error:
+        return f"{os.path.relpath(error.filename, directory)} is not there"
+    except (ValueError, EOFError, pickle.UnpicklingError) as error:
+        return f"resume/ cannot be read: {error}"
+    return None
+
+
 def find_resume_checkpoint(args):
-    """The newest checkpoint that a run can go on from, or None for a fresh run; refuses to write over an existing run."""
-    found = sorted(Path(args.output_dir).glob("checkpoint-*/resume/position.json"), key=lambda p: int(p.parts[-3].split("-")[1]))
-    saved = [path.parent for path in Path(args.output_dir).glob(f"checkpoint-*/{adapter.CONFIG}") if path.parent.suffix != ".tmp"]
-    if args.resume and not found:
-        rest = f"; it holds {saved[0].name}, saved without: remove it and start anew" if saved else "; check --run_name, or start anew"
-        raise ValueError(f"--resume: no checkpoint-*/resume under {args.output_dir}{rest}")
-    if not args.resume and saved:
-        raise ValueError(f"{args.output_dir} holds checkpoints: pass --resume to go on, or another --run_name or --output_dir")
-    return found[-1].parent.parent if found else None
+    """The newest complete checkpoint, or None to start anew; refuses to write over an existing run without --resume.
+
+    A run that was killed must go on by --resume alone: an incomplete checkpoint is passed over, and written again when the run gets there;
+    a run that was started and has no complete one starts anew.
+    """
+    out = Path(args.output_dir)
+    found = {int(path.name.split("-")[1]): path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)}
+    if not args.resume:
+        if found:
+            raise ValueError(f"{out} holds checkpoints: pass --resume to go on, or another --run_name or --output_dir")
+        return None
+    for step, directory in sorted(found.items(), reverse=True):
+        fault = resume_fault(directory)
+        if fault is None:
+            return directory
+        say(f"--resume: {directory} is incomplete ({fault}): skipped, and written again when the run gets to step {step}")
+    if not found and not (out / "args.json").exists():
+        raise ValueError(f"--resume: no run under {out}; check --run_name, or start without --resume")
+    say(f"--resume: no complete checkpoint under {out}: starting anew")
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------

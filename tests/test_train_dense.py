@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,9 @@ def run(workspace, name, *extra, **launch):
 
 def read_log(output):
     records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return {r["step"]: r for r in records if "loss" in r}
+    steps = {r["step"]: r for r in records if "loss" in r}
+    assert len(steps) == sum("loss" in r for r in records), "a step is logged twice"
+    return steps
 
 
 def read_adapters(output):
@@ -224,6 +227,8 @@ def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (output / f"checkpoint-{STEPS}").exists(), "killed too late to show anything"
+    # as if the last checkpoint had been cut short: an adapter without a trainer's state is passed over, and written again
+    shutil.copytree(output / f"checkpoint-{STEPS_AN_EPOCH}", output / f"checkpoint-{STEPS}", ignore=lambda *_: ["trainer_state.json"])
     log, adapters = run(workspace, name, "--resume", *zero3, processes=processes)
     # alone not 0 either: matrix products on a CPU may round differently where memory happens to be aligned differently
     tolerance = {1: 1e-5, 2: 1e-4}[processes]
@@ -240,6 +245,28 @@ def test_existing_run_is_not_overwritten(workspace, unbroken):
     assert done.returncode != 0
     assert f"checkpoint-{STEPS} exists: pass --resume" in done.stderr.splitlines()[-1]
     assert len(read_log(workspace / "outputs/unbroken")) == STEPS
+
+
+def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
+    arguments = SimpleNamespace(output_dir=str(tmp_path), resume=True, process_index=0)
+    (tmp_path / ".saving/checkpoint-9").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--resume: no checkpoint"):
+        train_dense.find_resume_checkpoint(arguments)
+    (tmp_path / "args.json").touch()  # a run that was killed before its first checkpoint
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    assert train_dense.find_resume_checkpoint(arguments) is None
+    assert capsys.readouterr().out == f"--resume: no complete checkpoint under {tmp_path}: starting anew\n"
+    for name in ("checkpoint-2/trainer_state.json", "checkpoint-2/adapter_model.safetensors", "checkpoint-10/adapter_model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = train_dense.find_resume_checkpoint(arguments)
+    assert found == str(tmp_path / "checkpoint-2")
+    skipped = f"--resume: {tmp_path}/checkpoint-10 is incomplete (no trainer_state.json): skipped, and written again"
+    assert capsys.readouterr().out == f"{skipped} when the run gets to step 10\n"
+    train_dense.trim_log(arguments, found)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    arguments.process_index = 1
+    assert train_dense.find_resume_checkpoint(arguments) == found and capsys.readouterr().out == "", "one process prints"
 
 
 def used(*_, **__):

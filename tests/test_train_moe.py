@@ -557,30 +557,98 @@ train_moe.clip_gradients = dying
     code, output = run_processes(2, argv, patch)
     assert code != 0 and len(losses(out)) == 3, output
     shutil.copytree(tmp_path, tmp_path / "copy")
+    # as if the next checkpoint had been cut short: its adapter is there, what to resume from is not
+    shutil.copytree(out / "checkpoint-1", out / "checkpoint-4")
     code, output = run_processes(2, [*argv, "--resume", "True"])
-    assert "resuming from" in output
+    assert output.count(f"{out}/checkpoint-4 is incomplete (resume/position.json is not there): skipped") == 1, output
+    assert f"resuming from {out}/checkpoint-3" in output
     assert losses(out) == unchanged(losses(two_processes)), output
+    ours, theirs = saved_adapter(out / "checkpoint-4"), saved_adapter(two_processes / "checkpoint-4")
+    assert all(torch.allclose(ours[name], tensor, rtol=1e-3, atol=2e-4) for name, tensor in theirs.items()), "not written again"
     # and on another number of processes
     train_moe.main(moved(argv, tmp_path / "copy" / "run", "--resume", True))
     assert losses(tmp_path / "copy" / "run") == [pytest.approx(line, rel=1e-4) for line in losses(one_process[1])]
 
 
-def test_killed_in_a_save_and_resumed(one_process, tmp_path):
-    """Dies by kill -9 when the second checkpoint's state is about to be renamed: the first is whole, and the run goes on from it."""
+@pytest.fixture(scope="module")
+def killed_in_a_save(one_process, tmp_path_factory):
+    """The directory of a run that died by kill -9 when its second checkpoint, all of it written, was about to be renamed."""
     patch = """
 replace = os.replace
 def dying(source, target):
-    if str(target).endswith("checkpoint-2/resume"):
+    if str(target).endswith("run/checkpoint-2"):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 train_moe.os = type("os", (), {**vars(os), "replace": staticmethod(dying)})
 """
-    out = tmp_path / "run"
-    argv = moved(one_process[0], out)
-    code, output = run_processes(1, argv, patch)
+    out = tmp_path_factory.mktemp("killed") / "run"
+    code, output = run_processes(1, moved(one_process[0], out), patch)
     assert code == -signal.SIGKILL and (out / "checkpoint-1/resume/position.json").exists(), output
-    train_moe.main([*argv, "--resume", "True"])
+    assert (out / ".saving/checkpoint-2/resume/position.json").exists() and not (out / "checkpoint-2").exists()
+    return out
+
+
+def cut_short(checkpoint):
+    """Leave half of what a checkpoint's tensors to resume from take."""
+    (file,) = (checkpoint / "resume").glob("*.distcp")
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def lose_the_newest(out):
+    """A second checkpoint of which a part never reached the disk."""
+    shutil.copytree(out / ".saving/checkpoint-2", out / "checkpoint-2")
+    cut_short(out / "checkpoint-2")
+
+
+def lose_all(out):
+    """The first checkpoint is cut short, and the second has an adapter alone."""
+    cut_short(out / "checkpoint-1")
+    shutil.copytree(out / ".saving/checkpoint-2", out / "checkpoint-2", ignore=shutil.ignore_patterns("resume"))
+
+
+def lose_the_directories(out):
+    """Killed before the first checkpoint."""
+    shutil.rmtree(out / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("damage", "lines"),
+    [
+        (None, ["resuming from RUN/checkpoint-1"]),
+        (
+            lose_the_newest,
+            [
+                "RUN/checkpoint-2 is incomplete (resume/__0_0.distcp is cut short): skipped, and written again when the run gets to step 2",
+                "resuming from RUN/checkpoint-1",
+            ],
+        ),
+        (
+            lose_all,
+            [
+                "RUN/checkpoint-2 is incomplete (resume/position.json is not there): skipped",
+                "RUN/checkpoint-1 is incomplete (resume/__0_0.distcp is cut short): skipped",
+                "no complete checkpoint under RUN: starting anew",
+            ],
+        ),
+        (lose_the_directories, ["no complete checkpoint under RUN: starting anew"]),
+    ],
+)
+def test_killed_in_a_save_and_resumed(damage, lines, killed_in_a_save, one_process, tmp_path, capsys):
+    """A run goes on from the newest complete checkpoint, from the start if there is none, says so, and ends like the unbroken one."""
+    shutil.copytree(killed_in_a_save.parent, tmp_path, dirs_exist_ok=True)
+    out = tmp_path / "run"
+    if damage is not None:
+        damage(out)
+    train_moe.main([*moved(one_process[0], out), "--resume", "True"])
+    output = capsys.readouterr().out
+    places = [output.find(line.replace("RUN", str(out))) for line in lines]
+    assert min(places) >= 0 and places == sorted(places), output
+    assert output.count("skipped") == len(lines) - 1 and output.count("resuming from") == ("resuming" in lines[-1])
     assert losses(out) == unchanged(losses(one_process[1]))
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in one_process[1].iterdir()), "nothing is left over"
+    for checkpoint in one_process[1].glob("checkpoint-*"):
+        assert adapter.verify_adapter(out / checkpoint.name) == []
+        assert (out / checkpoint.name / "resume").exists() == (checkpoint / "resume").exists(), checkpoint.name
 
 
 def test_sigterm_saves_and_exits(one_process, tmp_path, monkeypatch):
@@ -691,7 +759,7 @@ def test_auto_recomputes_what_the_memory_asks_for(a_gpu, process_group, monkeypa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--resume", "True"], "no checkpoint-.*/resume under"),
+        (["--resume", "True"], "no run under"),
         (["--global_batch_size", "0"], "global_batch_size 0"),
         (["--model_name_or_path", "nobody/nothing"], "nobody/nothing"),
     ],
