@@ -1082,6 +1082,9 @@ def packed_attention(
             raise ValueError("packed attention: cu_seq_lens_q came without max_length_q; pass collate's batch whole")
         boundaries = cu_seq_lens_q
     if function is not None:
+        # The output has its query's layout. Partial rotary (GLM-4.5) leaves that head by head; such an output would be copied for o_proj,
+        # and both of them kept for the backward. Elsewhere this copies nothing.
+        query = query.contiguous()
         out = _call_varlen(function, query, key, value, boundaries, int(max_length_q), scaling, sliding_window)
     else:
         query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, B * T, D)

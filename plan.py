@@ -260,18 +260,16 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
 
     full       the layer's input, H a token.
     none       attention half: input H, normed input H, every projection's output except o_proj's, queries and keys once more where they
-               are normalised (keys and values as wide as the queries with repeated_heads), the attention output, twice under partial
-               rotary, and its fp32 log-sum-exp per head, r for each LoRA inner product. MLP half: its input H,
-               normed input H, and for a dense or shared MLP gate, up and their product, 3 intermediate_size, and 3 r (moe: silu(gate)
-               as well, as transformers' own MLP does; dense models run Liger's); for routed experts `experts_saved_bytes` and the
-               router's fp32 probabilities. DoRA keeps the output before the magnitude of every adapted layer, and a bf16 copy of
-               the experts' adapter, which FSDP then gathers in fp32.
+               are normalised (keys and values as wide as the queries with repeated_heads), the attention output and its fp32
+               log-sum-exp per head, r for each LoRA inner product. MLP half: its input H, normed input H, and for a dense or shared
+               MLP gate, up and their product, 3 intermediate_size, and 3 r (moe: silu(gate) as well, as transformers' own MLP does;
+               dense models run Liger's); for routed experts `experts_saved_bytes` and the router's fp32 probabilities. DoRA keeps
+               the output before the magnitude of every adapted layer, and a bf16 copy of the experts' adapter, which FSDP then
+               gathers in fp32.
     selective  the attention half is recomputed from its input and normed input; the MLP half is kept as under none.
     """
     hidden, norms, width = config.hidden_size, architecture(config).query_key_norm, _attention_width(config)
     attention, mlp, experts = 2 * hidden, 2 * hidden, 0  # elements a token; bytes
-    # Partial rotary joins two parts, head by head; attention's output has that order too, and is copied for o_proj.
-    attention += width * (_rotary_share(config) < 1 and any(m.kind == "attention" for m in matrices))
     for m in matrices:
         inner = (r + m.out_features * use_dora) * m.adapted
         if m.kind == "attention":
@@ -292,11 +290,6 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
     log_sum_exp = 4 * config.num_attention_heads
     kept_attention = 2 * attention + log_sum_exp if policy == "none" else 2 * 2 * hidden
     return tokens * (kept_attention + 2 * mlp) + experts
-
-
-def _rotary_share(config):
-    """The share of a head's dimensions that rotary turns."""
-    return (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
 
 
 def layer_working_bytes(config, matrices, tokens, mode, use_dora=False):

@@ -797,6 +797,26 @@ def test_every_kernel_signature_computes_the_same_attention(monkeypatch, kernel,
     torch.testing.assert_close(out[0].double(), expected, rtol=0.05, atol=0.05)  # bfloat16 inputs
 
 
+@pytest.mark.parametrize("head_by_head", [False, True], ids=["token by token", "head by head"])
+def test_the_output_is_kept_once(head_by_head, monkeypatch):
+    """What PyTorch's kernel keeps for the backward is what the caller gets, not something that it is copied from.
+
+    Partial rotary joins two parts of every head, and so leaves queries head by head. On the meta device: layouts without numbers.
+    """
+    varlen_attn = multipack._import_varlen("torch.nn.attention.varlen")
+    monkeypatch.setattr(multipack, "_backend", lambda device: ("varlen_attn", varlen_attn))
+    query, key, value = (torch.zeros(1, 11, heads, 8, dtype=torch.bfloat16, device="meta").transpose(1, 2) for heads in (4, 2, 2))
+    query = query.contiguous() if head_by_head else query
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out, _ = multipack.packed_attention(torch.nn.Module(), query.requires_grad_(), key, value, None)
+    assert out.shape == (1, 11, 4, 8) and out.is_contiguous()
+    assert out.untyped_storage()._cdata in {tensor.untyped_storage()._cdata for tensor in kept}
+    queries = [tensor for tensor in kept if tensor.shape == (11, 4, 8)]
+    assert len(queries) == 2, "the query and the output"
+    assert (query.untyped_storage()._cdata in {tensor.untyped_storage()._cdata for tensor in kept}) != head_by_head, "copied where it must"
+
+
 def test_attention_backend_by_device_and_package(monkeypatch):
     assert multipack.attention_backend("cpu") == "sdpa"
 
