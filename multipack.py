@@ -972,7 +972,8 @@ def _backend(device: torch.device) -> tuple[str, Callable | None]:
         ("varlen_attn", "torch.nn.attention.varlen", 8, 99),
     ):
         if first <= major <= last and (function := _import_varlen(module)) is not None:
-            return name, function
+            # Not an operator of PyTorch as the others are: torch.compile would trace into the compiler of its kernels.
+            return name, torch.compiler.disable(function) if name == "flash-attn-4" else function
     return "sdpa", None
 
 
@@ -993,7 +994,7 @@ def _call_varlen(function: Callable, query, key, value, boundaries, longest: int
     """Call a variable-length attention kernel, whichever of the known signatures it has. Tensors are (T, heads, D)."""
     accepts = _parameters(function)
     kwargs = {}
-    if "softmax_scale" in accepts:  # flash-attn 2, 3 and 4
+    if "softmax_scale" in accepts:  # flash-attn 2, 3 and 4, which returns (out, log-sum-exp or None)
         kwargs = {"cu_seqlens_q": boundaries, "cu_seqlens_k": boundaries, "softmax_scale": scaling, "causal": True}
         if "max_seqlen_q" in accepts:
             kwargs |= {"max_seqlen_q": longest, "max_seqlen_k": longest}

@@ -768,7 +768,22 @@ def _flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, so
     return _reference_varlen(q, k, v, cu_seqlens_q.tolist(), softmax_scale, None if window_size == (-1, -1) else _left(window_size))
 
 
-def _flash_4(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, softmax_scale=None, causal=False, window_size=(None, None)):
+def _flash_4(
+    q,
+    k,
+    v,
+    qv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+):
+    """By the source of flash-attn-4 4.0.0b36."""
+    assert causal and qv is None and q.is_contiguous() and (max_seqlen_q, max_seqlen_k) == (6, 6)
+    assert cu_seqlens_k.dtype == torch.int32 and k.stride(-1) == v.stride(-1) == 1
     window = None if window_size == (None, None) else _left(window_size)
     return _reference_varlen(q, k, v, cu_seqlens_q.tolist(), softmax_scale, window), None
 
@@ -833,6 +848,10 @@ def test_attention_backend_by_device_and_package(monkeypatch):
     assert backend((8, 0), everything) == "flash-attn-2"
     assert backend((8, 0), torch_only) == backend((9, 0), torch_only) == "varlen_attn"
     assert backend((7, 5), everything) == "sdpa"
+    assert backend((9, 0), everything) == "flash-attn-4"
+    function = multipack._backend(torch.device("cuda"))[1]
+    assert function._torchdynamo_disable, "not to be traced by torch.compile"
+    assert multipack._parameters(function) == multipack._parameters(_flash_2), "its signature shows through"
     multipack._backend.cache_clear()
     monkeypatch.undo()
     assert multipack._import_varlen("torch.nn.attention.varlen") is not None
@@ -880,29 +899,61 @@ def test_examples_are_coloured_on_a_terminal():
     assert f"[[{inside}]]" in multipack.format_document(document, tokenizer, color=False)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("heads, kv_heads, head_dim", [(8, 8, 64), (8, 2, 128)])
-def test_packed_attention_on_a_gpu(heads, kv_heads, head_dim):
-    """The kernel in bf16 is as near to fp32 attention, document by document, as bf16 SDPA is: output and every gradient."""
+def assert_as_near_as_pytorch(heads, kv_heads, head_dim, window=None, query_head_by_head=True, wrap=lambda attention: attention):
+    """packed_attention in bf16 is as near to fp32 attention, document by document, as bf16 SDPA is: output and every gradient."""
     lengths = [1, 700, 3, 129, 64, 1151]
     boundaries = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32).cuda()
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(1, heads, sum(lengths), head_dim), *[(1, kv_heads, sum(lengths), head_dim)] * 2]
     tensors = [torch.randn(shape, device="cuda", generator=generator) for shape in shapes]
-    upstream = torch.randn(1, sum(lengths), heads, head_dim, device="cuda", generator=generator)
-    module = torch.nn.Module()
+    if not query_head_by_head:
+        tensors[0] = tensors[0].transpose(1, 2).contiguous().transpose(1, 2)
+    upstream = torch.randn(1, sum(lengths), heads, head_dim, device="cuda", generator=generator).to(torch.bfloat16)
+    borders = dict(cu_seq_lens_q=boundaries, max_length_q=max(lengths), sliding_window=window)
+
+    @wrap
+    def attention(*inputs):
+        return multipack.packed_attention(torch.nn.Module(), *inputs, None, **borders)[0]
 
     def results(dtype, loop):
         inputs = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in tensors]
         if loop:
-            out = multipack._document_loop(*inputs, boundaries.tolist(), None, None).transpose(1, 2)
+            out = multipack._document_loop(*inputs, boundaries.tolist(), None, window).transpose(1, 2)
         else:
-            out, _ = multipack.packed_attention(module, *inputs, None, cu_seq_lens_q=boundaries, max_length_q=max(lengths))
+            out = attention(*inputs)
         return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
 
-    assert multipack.attention_backend("cuda") != "sdpa"
     truth, plain, packed = results(torch.float32, True), results(torch.bfloat16, True), results(torch.bfloat16, False)
     for name, t, p, k in zip(("out", "dq", "dk", "dv"), truth, plain, packed, strict=True):
         error, bound = ((x.float() - t).norm() / t.norm() for x in (k, p))
-        assert error <= 1.2 * bound + 1e-3, f"{name} on {multipack.attention_backend('cuda')}: {error:.1e}, PyTorch {bound:.1e}"
+        assert error <= 1.2 * bound + 1e-3, f"{name}: {error:.1e}, PyTorch {bound:.1e}"
+        one = slice(0, 1)  # the document of a single token: its output is its value, and it says nothing about queries and keys
+        where = (slice(None), one) if name == "out" else (slice(None), slice(None), one)
+        torch.testing.assert_close(k.float()[where], t[where], rtol=2e-2, atol=2e-2, msg=lambda m, n=name: f"{n} of one token: {m}")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("heads, kv_heads, head_dim", [(8, 8, 64), (8, 2, 128)])
+def test_packed_attention_on_a_gpu(heads, kv_heads, head_dim):
+    """With whichever kernel is found first."""
+    assert multipack.attention_backend("cuda") != "sdpa"
+    assert_as_near_as_pytorch(heads, kv_heads, head_dim)
+
+
+def checkpointed(attention):
+    return functools.partial(torch.utils.checkpoint.checkpoint, attention, use_reentrant=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "more",
+    [{}, dict(query_head_by_head=False), dict(heads=96, kv_heads=8), dict(window=100), dict(wrap=checkpointed)],
+    ids=["query head by head", "query token by token", "GLM-4.5-Air's heads", "sliding window", "checkpointed"],
+)
+def test_flash_attn_4(more):
+    """flash-attn-4, where it is installed, by its own name: Qwen3-30B-A3B's heads, and a document of a single token."""
+    pytest.importorskip("flash_attn.cute")
+    assert multipack.attention_backend("cuda") == "flash-attn-4"
+    assert_as_near_as_pytorch(**dict(heads=32, kv_heads=4, head_dim=128) | more)
