@@ -980,7 +980,10 @@ def _backend(device: torch.device) -> tuple[str, Callable | None]:
 def _import_varlen(module: str) -> Callable | None:
     try:
         found = importlib.import_module(module)
-    except ImportError:
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        if not absent:  # what is missing or broken is something that it needs
+            print(f"warning: {module} is installed, but cannot be imported ({error}); attention does without it", file=sys.stderr)
         return None
     return getattr(found, "flash_attn_varlen_func", None) or getattr(found, "varlen_attn", None)
 

@@ -857,6 +857,17 @@ def test_attention_backend_by_device_and_package(monkeypatch):
     assert multipack._import_varlen("torch.nn.attention.varlen") is not None
 
 
+def test_a_broken_kernel_package_is_not_passed_over_in_silence(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "broken_attn" / "cute" / "__init__.py").write_text("import no_such_compiler\n")
+    assert multipack._import_varlen("broken_attn.cute") is None
+    assert "warning: broken_attn.cute is installed, but cannot be imported (No module named 'no_such_compiler')" in capsys.readouterr().err
+    for absent in ("broken_attn.interface", "absent_attn.cute", "absent_attn"):
+        assert multipack._import_varlen(absent) is None
+    assert capsys.readouterr().err == "", "nobody has to install them"
+
+
 # --- the command
 
 
