@@ -536,7 +536,7 @@ def hopper_producer(
     step = 0
     count = 0
     while item < total:
-        hopper_announce(item, count, work, announced, taken)
+        hopper_announce(expert, row, column, last, count, work, announced, taken)
         count += 1
         # the next item is drawn, and its coordinates loaded, while this one's copies are under way
         next_item = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
@@ -599,43 +599,44 @@ def hopper_producer(
                     async_copy.mbarrier_arrive(bar, increment_count=False)
                 step += 1
         item, expert, row, column, last = next_item, next_expert, next_row, next_column, next_last
-    hopper_announce(item, count, work, announced, taken)  # past the end: the consumers stop
+    hopper_announce(-1, row, column, last, count, work, announced, taken)  # the end: the consumers stop
 
 
 @gluon.jit
-def hopper_announce(item, count, work, announced, taken):
-    """The producer tells the consumers which item comes next, up to two ahead."""
+def hopper_announce(expert, row, column, last, count, work, announced, taken):
+    """The producer tells the consumers what comes next, up to two items ahead, so that they need not look it up in global memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     slot = count % 2
     mbarrier.wait(taken.index(slot), ((count // 2) & 1) ^ 1)
-    work.index(slot).store(gl.full([1], item, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
+    work.index(slot * 4).store(gl.full([1], expert, gl.int32, layout))
+    work.index(slot * 4 + 1).store(gl.full([1], row, gl.int32, layout))
+    work.index(slot * 4 + 2).store(gl.full([1], column // 64, gl.int32, layout))
+    work.index(slot * 4 + 3).store(gl.full([1], last, gl.int32, layout))
     mbarrier.arrive(announced.index(slot), count=1)
 
 
 @gluon.jit
 def hopper_next(count, work, announced, taken):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     slot = count % 2
     mbarrier.wait(announced.index(slot), (count // 2) & 1)
-    item = gl.max(work.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
+    expert = gl.max(work.index(slot * 4).load(layout), axis=0)
+    row = gl.max(work.index(slot * 4 + 1).load(layout), axis=0)
+    column = gl.max(work.index(slot * 4 + 2).load(layout), axis=0) * 64
+    last = gl.max(work.index(slot * 4 + 3).load(layout), axis=0)
     mbarrier.arrive(taken.index(slot), count=1)
-    return item
+    return expert, row, column, last
 
 
 @gluon.jit
-def hopper_store(values, smem, desc, ptr, stride, row, column, last, limit):
-    """Write 64 x 64 values: by a bulk store that runs on behind, or row by row if some rows or columns are not the tile's."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    whole = (row + 64 <= last) & (column + 64 <= limit)
-    if whole:
-        tma.store_wait(1)  # the other buffer's store may still be reading
-    else:
-        tma.store_wait(0)
-    smem.store(values)
-    fence_async_shared()
-    if whole:
-        tma.async_copy_shared_to_global(desc, [row, column], smem)
+def hopper_store(smem, desc, ptr, stride, row, column, last, limit):
+    """Write 64 x 128 staged values: by a bulk store that runs on behind, or row by row if not all rows are the tile's."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    if row + 64 <= last:
+        tma.async_copy_shared_to_global(desc, [row, column], smem)  # leaves out columns that are not the tensor's
     else:
         rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-        columns = column + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+        columns = column + gl.arange(0, 128, layout=gl.SliceLayout(0, layout))
         pointers = ptr + gl.expand_dims(rows.to(gl.int64) * stride, 1) + gl.expand_dims(columns, 0)
         gl.store(pointers, smem.load(layout), mask=gl.expand_dims(rows < last, 1) & gl.expand_dims(columns < limit, 0))
 
@@ -643,34 +644,32 @@ def hopper_store(values, smem, desc, ptr, stride, row, column, last, limit):
 @gluon.jit
 def hopper_consumer(
     out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
-    tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, work, announced, taken,
-    N, K, R, WHO: gl.constexpr,
-    BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
-    LORAS: gl.constexpr, GROUP: gl.constexpr, DORA: gl.constexpr,
+    a_smem, w_smem, o_smem, full, empty, work, announced, taken, multiplied, N, K, R,
+    WHO: gl.constexpr, BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
+    LORAS: gl.constexpr, DORA: gl.constexpr,
 ):  # fmt: skip
-    WIDTH: gl.constexpr = 256 // HALVES
-    column_tiles = gl.cdiv(N, WIDTH)
-    total = gl.load(num_tiles_ptr) * column_tiles
+    o_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16)
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16])
     u_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_R], gl.bfloat16)
     l_shape: gl.constexpr = [256, BLOCK_R] if K_MAJOR else [BLOCK_R, 256]
     l_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(l_shape, gl.bfloat16)
-    o0 = o_smem.index(2 * WHO)
-    o1 = o_smem.index(2 * WHO + 1)
     steps = gl.cdiv(K, 64)
     lora_steps = LORAS * gl.cdiv(R, BLOCK_R)
     step = 0
-    count = 1
-    item = hopper_next(0, work, announced, taken)
-    while item < total:
-        expert, row, column, last = hopper_work(item, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP)
+    held = -1  # the stage that the last tile's results were staged in
+    count = 0
+    expert, row, column, last = hopper_next(count, work, announced, taken)
+    while expert >= 0:
         row += 64 * WHO
         if row >= last:
             # an expert's last tile with nothing in these 64 rows: only hand the stages back
+            held = hopper_hand_back(held, empty)
             for _k in range(steps + lora_steps):
                 mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
                 mbarrier.arrive(empty.index(step % STAGES), count=1)
                 step += 1
+            mbarrier.arrive(multiplied, count=1)
+            mbarrier.wait(multiplied, count & 1)
         else:
             acc = gl.zeros((64, 256), gl.float32, acc_layout)
             for k in range(steps):
@@ -685,6 +684,8 @@ def hopper_consumer(
                 acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
                 if k > 0:
                     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+                else:
+                    held = hopper_hand_back(held, empty)
                 step += 1
             for _k in range(lora_steps):
                 slot = step % STAGES
@@ -698,37 +699,47 @@ def hopper_consumer(
                 mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
                 step += 1
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
 
+            # all 64 x 256 results go to shared memory at once, half of them into the weights of the last stage, which is held back for it
+            mbarrier.arrive(multiplied, count=1)
+            mbarrier.wait(multiplied, count & 1)
+            held = (step + STAGES - 1) % STAGES
             left, right = acc.to(gl.bfloat16).reshape([64, 2, 128]).permute(0, 2, 1).split()
-            left0, left1 = left.reshape([64, 2, 64]).permute(0, 2, 1).split()
-            right0, right1 = right.reshape([64, 2, 64]).permute(0, 2, 1).split()
+            o0 = o_smem.index(WHO)
+            o1 = w_smem.index(held)._reinterpret(gl.bfloat16, [2, 64, 128], o_layout).index(WHO)
+            o0.store(left)
+            o1.store(right)
+            fence_async_shared()
+            second = column + 128 if HALVES == 1 else column + N
+            hopper_store(o0, out_desc, out_ptr, stride_om, row, column, last, N * HALVES)
+            hopper_store(o1, out_desc, out_ptr, stride_om, row, second, last, N * HALVES)
             if HALVES == 2:
-                hopper_store(left0, o0, out_desc, out_ptr, stride_om, row, column, last, N)
-                hopper_store(left1, o1, out_desc, out_ptr, stride_om, row, column + 64, last, N)
-                hopper_store(right0, o0, out_desc, out_ptr, stride_om, row, N + column, last, 2 * N)
-                hopper_store(right1, o1, out_desc, out_ptr, stride_om, row, N + column + 64, last, 2 * N)
-                act0 = hopper_swiglu(left0, right0, scale0_ptr, scale1_ptr, expert * N + column, DORA)
-                hopper_store(act0, o0, act_desc, act_ptr, N, row, column, last, N)
-                act1 = hopper_swiglu(left1, right1, scale0_ptr, scale1_ptr, expert * N + column + 64, DORA)
-                hopper_store(act1, o1, act_desc, act_ptr, N, row, column + 64, last, N)
-            else:
-                hopper_store(left0, o0, out_desc, out_ptr, stride_om, row, column, last, N)
-                hopper_store(left1, o1, out_desc, out_ptr, stride_om, row, column + 64, last, N)
-                hopper_store(right0, o0, out_desc, out_ptr, stride_om, row, column + 128, last, N)
-                hopper_store(right1, o1, out_desc, out_ptr, stride_om, row, column + 192, last, N)
-        item = hopper_next(count, work, announced, taken)
+                act = hopper_swiglu(left, right, scale0_ptr, scale1_ptr, expert * N + column, DORA)
+                tma.store_wait(1)  # o0 has been read
+                o0.store(act)
+                fence_async_shared()
+                hopper_store(o0, act_desc, act_ptr, N, row, column, last, N)
         count += 1
+        expert, row, column, last = hopper_next(count, work, announced, taken)
     tma.store_wait(0)
 
 
 @gluon.jit
+def hopper_hand_back(held, empty):
+    """Give the producer the stage back that results were staged in, once the bulk stores have read them."""
+    if held >= 0:
+        tma.store_wait(0)
+        mbarrier.arrive(empty.index(held), count=1)
+    return -1
+
+
+@gluon.jit
 def hopper_swiglu(gate, up, gate_scale_ptr, up_scale_ptr, offset, DORA: gl.constexpr):
-    """silu(gate) up, of 64 x 64 values, DoRA's scales (per column, from `offset`) applied first."""
+    """silu(gate) up, of 64 x 128 values, DoRA's scales (per column, from `offset`) applied first."""
     gate = gate.to(gl.float32)
     up = up.to(gl.float32)
     if DORA:
-        columns = gl.arange(0, 64, layout=gl.SliceLayout(0, gate.type.layout))
+        columns = gl.arange(0, 128, layout=gl.SliceLayout(0, gate.type.layout))
         gate *= gl.expand_dims(gl.load(gate_scale_ptr + offset + columns), 0)
         up *= gl.expand_dims(gl.load(up_scale_ptr + offset + columns), 0)
     return (gate / (1.0 + gl.exp(-gate)) * up).to(gl.bfloat16)
@@ -752,30 +763,31 @@ def hopper_gemm_kernel(
     w_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(w_shape, gl.bfloat16)
     a_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES * 2, 64, 64], a_layout)
     w_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, w_shape[0], w_shape[1]], w_layout)
-    o_smem = gl.allocate_shared_memory(gl.bfloat16, [4, 64, 64], a_layout)
+    o_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 128], gl.bfloat16)
+    o_smem = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 128], o_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=129 if GATHER else 1)  # every producer thread reports its own cp.async copies
         mbarrier.init(empty.index(i), count=2)
-    work = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    work = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     announced = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(announced.index(i), count=1)
         mbarrier.init(taken.index(i), count=2)
+    multiplied = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(multiplied, count=2)
     fence_async_shared()
     gl.warp_specialize([
         (hopper_consumer, (
             out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
-            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, work, announced, taken,
-            N, K, R, 0,
-            BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP, DORA)),
+            a_smem, w_smem, o_smem, full, empty, work, announced, taken, multiplied, N, K, R,
+            0, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, DORA)),
         (hopper_consumer, (
             out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
-            tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, a_smem, w_smem, o_smem, full, empty, work, announced, taken,
-            N, K, R, 1,
-            BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, GROUP, DORA)),
+            a_smem, w_smem, o_smem, full, empty, work, announced, taken, multiplied, N, K, R,
+            1, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, DORA)),
         (hopper_producer, (
             a_desc, a_ptr, stride_am, row_token_ptr, w_desc, w_rows, u_desc, l0_desc, l1_desc, l_rows,
             tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, counter_ptr, a_smem, w_smem, full, empty, work, announced, taken,
@@ -925,8 +937,8 @@ def hopper_gemm(a, weight, out, routing, tiles, *, launch, gather=False, lora, a
 
     w_desc, w_rows = stacked(weight, 64)
     lora_descs = [stacked(view, block_r) for view in loras]
-    out_desc = descriptor(out, [64, 64])
-    act, act_desc = (out, out_desc) if act is None else (act, descriptor(act, [64, 64]))
+    out_desc = descriptor(out, [64, 128])
+    act, act_desc = (out, out_desc) if act is None else (act, descriptor(act, [64, 128]))
     gate_scale, up_scale = scales if scales is not None else (out, out)
     hopper_gemm_kernel[(multiprocessors(a.device.index),)](
         descriptor(a, [64, 64]), a, a.stride(0), routing.row_token, w_desc, w_rows,
@@ -990,8 +1002,8 @@ class Block(NamedTuple):
     scaling: float
 
 
-def compute_gate_up(x, p, routing, tiles, launch):
-    """1 and 2: u (2, S, r); gate_up (S, 2I), DoRA's scale not yet applied; a (S, I) = silu(gate) up, applied."""
+def compute_up(x, p, routing, tiles, launch):
+    """1 to 3: u (2, S, r); gate_up (S, 2I), DoRA's scale not yet applied; a (S, I) = silu(gate) up, applied; v (S, r)."""
     S, r, I = routing.row_token.numel(), p.gate_A.shape[1], p.down.shape[2]  # noqa: E741
     u = grouped_gemm(x, [p.gate_A, p.up_A], x.new_empty(2, S, r), routing, tiles, gather=True, alpha=p.scaling)
     gate_up, a = x.new_empty(S, 2 * I), x.new_empty(S, I)
@@ -1007,7 +1019,7 @@ def compute_gate_up(x, p, routing, tiles, launch):
             routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, I,
             DORA=dora, BLOCK_M=tiles.block_m, BLOCK_I=block_i, num_warps=warps,
         )  # fmt: skip
-    return u, gate_up, a
+    return u, gate_up, a, grouped_gemm(a, [p.down_A], x.new_empty(S, r), routing, tiles, alpha=p.scaling)
 
 
 def compute_down(a, v, p, routing, tiles, launch, columns=slice(None)):
@@ -1043,7 +1055,7 @@ def dora_down(dout, v, y, scale, dB, dscale, routing, tiles):
 
 
 class FusedExperts(torch.autograd.Function):
-    """The block with hand-written backward. Saved in "fast" mode: gate_up, u, v (and for DoRA y); in "frugal": u and v."""
+    """The block with hand-written backward. Saved in "fast" mode: gate_up, u, v (and for DoRA y); in "frugal": where rows go, no more."""
 
     @staticmethod
     def forward(ctx, x, top_k_weights, gate_A, gate_B, up_A, up_B, down_A, down_B, gate_scale, up_scale, down_scale, frozen):
@@ -1054,8 +1066,7 @@ class FusedExperts(torch.autograd.Function):
         scales = [None if t is None else t.float().contiguous() for t in (gate_scale, up_scale, down_scale)]
         p = Block(gate_up_proj, down_proj, *adapters, *scales, scaling)
         routing = route(top_k_index, top_k_weights, gate_up_proj.shape[0], tiles)
-        u, gate_up, a = compute_gate_up(x, p, routing, tiles, launch=0)
-        v = grouped_gemm(a, [p.down_A], x.new_empty(a.shape[0], p.down_A.shape[1]), routing, tiles, alpha=scaling)
+        u, gate_up, a, v = compute_up(x, p, routing, tiles, launch=0)
         if mode == "frugal" or not any(ctx.needs_input_grad):
             gate_up = None
         out, y = torch.empty_like(x), None
@@ -1066,7 +1077,8 @@ class FusedExperts(torch.autograd.Function):
             y = compute_down(a, v, p, routing, tiles, launch=1)
             combine(y, routing, out, weighted=True, scale=p.down_scale)
         del a
-        ctx.save_for_backward(x, u, v, gate_up, None if mode == "frugal" else y, *routing, *p[:-1])
+        kept = (u, v, gate_up, y) if mode == "fast" else (None, None, None, None)
+        ctx.save_for_backward(x, *kept, *routing, *p[:-1])
         ctx.scaling, ctx.dtypes, ctx.spent = scaling, [t.dtype for t in (gate_A, gate_B, up_A, up_B, down_A, down_B)], False
         return out
 
@@ -1079,14 +1091,14 @@ class FusedExperts(torch.autograd.Function):
         routing, p = Routing(*rest[:10]), Block(*rest[10:], ctx.scaling)
         tiles, dout = tiles_for(x.device), dout.contiguous()
         E, H, I = p.down.shape  # noqa: E741
-        S, r = v.shape
+        S, r = routing.row_token.numel(), p.gate_A.shape[1]
         dora = p.gate_scale is not None
         grads = [torch.empty(t.shape, dtype=dtype, device=x.device) for t, dtype in zip(p[2:8], ctx.dtypes, strict=True)]
         dgate_A, dgate_B, dup_A, dup_B, ddown_A, ddown_B = grads
         dscales = [torch.empty_like(scale) for scale in p[8:11]] if dora else [None, None, None]
 
         if gate_up is None:
-            _, gate_up, a = compute_gate_up(x, p, routing, tiles, launch=10)
+            u, gate_up, a, v = compute_up(x, p, routing, tiles, launch=10)
             y = compute_down(a, v, p, routing, tiles, launch=11) if dora else None
             del a
 

@@ -245,13 +245,13 @@ FULL_TOKENS = 16384  # tokens of a micro-batch from which a larger one gains not
 def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r, mode, use_dora=False, shared_A=False):
     """What a routed-experts block keeps for backward beyond its input and output, in bytes.
 
-    Per routed row (tokens x top_k of them), in bf16: in fast mode the pre-activations of gate and up, 2 x 2 intermediate_size bytes, and
-    for DoRA the output before the magnitude, 2 hidden_size; in both modes the LoRA inner products of gate, up and down, 2 x 3 expert_r
-    (2 x 2 expert_r where gate and up share one A), and 16 bytes of indices and router weights. Frugal mode recomputes the rest.
+    Per routed row (tokens x top_k of them), in bf16: in fast mode the pre-activations of gate and up, 2 x 2 intermediate_size bytes, the
+    LoRA inner products of gate, up and down, 2 x 3 expert_r (2 x 2 expert_r where gate and up share one A), and for DoRA the output
+    before the magnitude, 2 hidden_size; in both modes 16 bytes of indices and router weights. Frugal mode recomputes the rest.
     """
-    kept = (2 if shared_A else 3) * expert_r
+    kept = 0
     if mode == "fast":
-        kept += 2 * intermediate_size + hidden_size * use_dora
+        kept = 2 * intermediate_size + (2 if shared_A else 3) * expert_r + hidden_size * use_dora
     return tokens * top_k * (2 * kept + 16)
 
 
@@ -401,8 +401,8 @@ def recompute_flops(config, policy, mode, r, expert_r, document_length):
         lora = m.active * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features) * m.adapted
         if policy == "full" or (policy == "selective" and m.kind == "attention"):
             flops += 2 * (size + lora)
-        if mode == "frugal" and m.kind == "expert" and not m.name.endswith("down_proj"):
-            flops += 2 * size
+        if mode == "frugal" and m.kind == "expert":
+            flops += 2 * m.active * expert_r * m.in_features if m.name.endswith("down_proj") else 2 * (size + lora)
     if policy != "none":
         flops += config.num_hidden_layers * 4 * _attention_width(config) * (document_length + 1) / 2
     return flops

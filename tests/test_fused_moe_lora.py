@@ -98,10 +98,29 @@ def assert_three_way(case, dora, mode, routing, device, dtype, truth_dtype, slac
     assert all(torch.equal(first[name], second[name]) for name in first), "two runs differ"
 
 
+def saved_bytes(case, dora, mode):
+    """Bytes that autograd keeps for the backward of one block in fp32, each storage once."""
+    leaves, fixed, _ = make_case(*case, dora, "random", dtype=torch.float32)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = moe_lora(**{name: t.requires_grad_() for name, t in leaves.items()}, **fixed, scaling=0.7, mode=mode)
+    del out
+    return sum(kept.values())
+
+
 def run_interpreted():
     for name, (*case, dora, mode, routing) in INTERPRETED.items():
         assert_three_way(case, dora, mode, routing, "cpu", torch.float32, torch.float64, slack=1e-6)
         print("ok", name, flush=True)
+    for dora in (False, True):
+        T, H, I, E, top_k, r = case = 20, 24, 16, 4, 2, 4  # noqa: E741
+        kept = {mode: saved_bytes(case, dora, mode) for mode in ("fast", "frugal")}
+        assert kept["fast"] - kept["frugal"] == 4 * T * top_k * (2 * I + 3 * r + H * dora), kept  # frugal: nothing that has a row's values
     for T in range(1, 12):  # an array that is aligned for one T and not for another would have Triton compile anew for every pack
         routing = fused_moe_lora.route(torch.zeros(T, 3, dtype=torch.int64), torch.ones(T, 3), 5, fused_moe_lora.INTERPRETER)
         pointers = {name: getattr(routing, name).data_ptr() % 16 for name in routing._fields}
