@@ -498,9 +498,10 @@ def router_grad_kernel(dw_ptr, token_row_ptr, out_ptr, S, BLOCKS: tl.constexpr, 
 
 
 @gluon.jit
-def hopper_work(item, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH: gl.constexpr, GROUP: gl.constexpr):
+def hopper_work(item, N, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH: gl.constexpr, GROUP: gl.constexpr):
     """Expert, first row, first column and row limit of a work item. Up to GROUP row tiles of an expert go side by side through its
-    column tiles, so that programs that run together share weights: each weight is read from memory about once."""
+    column tiles, so that programs that run together share weights: each weight is read from memory about once. Where N is no multiple of
+    WIDTH the last tile begins earlier, over its neighbour, and both write the same bits: faster than copies that reach outside."""
     tile = item // column_tiles
     expert = gl.load(tile_expert_ptr + tile)
     first = gl.load(offsets_ptr + expert)
@@ -509,7 +510,8 @@ def hopper_work(item, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, 
     group = index // GROUP * GROUP
     size = gl.minimum(gl.cdiv(last - first, 128) - group, GROUP)
     local = item - (tile - index + group) * column_tiles
-    return expert, first + (group + local % size) * 128, local // size * WIDTH, last
+    column = gl.maximum(gl.minimum(local // size * WIDTH, N - WIDTH), 0)
+    return expert, first + (group + local % size) * 128, column, last
 
 
 @gluon.jit
@@ -528,7 +530,7 @@ def hopper_producer(
     ks = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(0, layout)), 0)
     item = gl.program_id(0)
     expert, row, column, last = hopper_work(
-        gl.minimum(item, total - 1), column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP
+        gl.minimum(item, total - 1), N, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP
     )
     if GATHER:
         token0 = gl.load(row_token_ptr + row + lane, mask=row + lane < last, other=0)
@@ -541,7 +543,7 @@ def hopper_producer(
         # the next item is drawn, and its coordinates loaded, while this one's copies are under way
         next_item = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1, sem="relaxed")
         next_expert, next_row, next_column, next_last = hopper_work(
-            gl.minimum(next_item, total - 1), column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP
+            gl.minimum(next_item, total - 1), N, column_tiles, tile_expert_ptr, tile_row_ptr, offsets_ptr, WIDTH, GROUP
         )
         if GATHER:
             a0 = a_ptr + gl.expand_dims(token0.to(gl.int64) * stride_am, 1) + ks
