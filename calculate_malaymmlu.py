@@ -558,6 +558,8 @@ def read_answers(directory, questions, limited=False, samples=1):
             index, sample, text = record["index"], record["sample"], record["text"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: expected index, sample and text, got {str(record)[:80]}") from error
+        if not isinstance(text, str) or not isinstance(sample, int) or sample < 0:
+            raise ValueError(f"{path}, line {number}: expected a text and a sample from 0 up, got {str(record)[:80]}")
         if limited and isinstance(index, int) and index >= len(questions):
             continue
         if not isinstance(index, int) or not 0 <= index < len(questions):
@@ -1293,6 +1295,8 @@ def main():
 
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     try:
+        if args.limit is not None and args.limit < 1:
+            raise ValueError(f"--limit must be at least 1, got {args.limit}")
         found = [(name, path, read_args(path)) for name, path in find_directories(args.pattern)]
         # without a revision, the one that the first of them was generated from
         questions, facts = benchmark_questions(args.questions, args.questions_revision or found[0][2].get("questions_revision"))

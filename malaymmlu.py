@@ -149,8 +149,9 @@ def check_arguments(args):
     for name in ("samples", "max_tokens", "gpu_partition"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.num_gpus is not None and args.num_gpus < 1:
-        raise ValueError(f"--num_gpus must be at least 1, got {args.num_gpus}")
+    for name in ("num_gpus", "limit", "max_num_seqs"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.temperature is not None and args.temperature < 0:
         raise ValueError(f"--temperature must not be negative, got {args.temperature}")
     try:

@@ -302,6 +302,18 @@ def test_records_of_another_question_file_are_refused(tmp_path):
         scorer.read_answers(tmp_path / "b", questions)
 
 
+@pytest.mark.parametrize("field", [{"text": None}, {"text": 5}, {"sample": "0"}, {"sample": -1}])
+def test_a_record_with_a_wrong_type_is_refused_by_line(tmp_path, field):
+    good = {"index": 0, "id": 0, "sample": 0, "text": "A"}
+    save(tmp_path / "a", [good, {**good, "sample": 1} | field])
+    with pytest.raises(ValueError, match="line 2: expected a text and a sample"):
+        scorer.read_answers(tmp_path / "a", [question(0)])
+
+
+def test_a_limit_below_one_is_refused(tmp_path, call):
+    assert "--limit must be at least 1, got 0" in call(tmp_path, "--pattern", "x", "--limit", 0).stderr
+
+
 def test_a_half_written_last_line_is_passed_over_and_damage_is_not(tmp_path, capsys):
     path = save(tmp_path / "a", [{"index": 0, "id": 0, "sample": 0, "text": "A"}]) / "generations.jsonl"
     whole = path.read_text()
