@@ -1153,6 +1153,8 @@ def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool
     if faults := unused_faults(adapter, used):
         raise ValueError(f"{adapter.path}: {'; '.join(faults)}")
     _claim(out, base, adapter)
+    for path in out.glob("*.safetensors.*.tmp"):  # of a merge that was killed
+        path.unlink()
     todo = [shard for shard in shards if not (out / shard.name).exists()]
     done, start = total - sum(shard.stat().st_size for shard in todo), time.perf_counter()
     if done:
@@ -1231,8 +1233,12 @@ def _download_base(base) -> Path:
     if os.path.isfile(os.path.join(base, "config.json")):
         return Path(base)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    return Path(snapshot_download(str(base), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*", "consolidated*"]))
+    try:
+        return Path(snapshot_download(str(base), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*", "consolidated*"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"base {base}: neither a model directory nor on the hub ({str(error).splitlines()[0]})") from None
 
 
 def _shards(directory) -> list[Path]:

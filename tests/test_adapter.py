@@ -793,6 +793,7 @@ def test_sharded_merge_in_blocks_by_several_processes_is_resumable(trained, tmp_
     if kind == "lora":  # once is enough to see that processes work
         monkeypatch.setattr(adapter, "CHUNK", 1 << 24)
     lines.clear()
+    (out / f"{shards[0].name}.123.tmp").write_bytes(b"half a shard")
     adapter.merge_adapter(base, run.directory, out, workers=2 if kind == "lora" else 1, log=lines.append)
     assert lines[0] == f"{len(shards) - 2} of {len(shards)} shards are already merged" and len(lines) == 3
     assert (out / "model.safetensors.index.json").exists() and not list(out.glob("*.tmp"))
@@ -854,6 +855,8 @@ def test_merge_refuses_what_would_be_silently_lost(trained, tmp_path):
         adapter.merge_adapter(str(quantised), run.directory, tmp_path / "out")
     with pytest.raises(SystemExit, match="error: .*no adapter_config.json: not an adapter directory"):
         adapter.main(["merge", run.base, str(tmp_path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="error: base /no/model: neither a model directory nor on the hub"):
+        adapter.main(["merge", "/no/model", str(run.directory), str(tmp_path / "out")])
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
