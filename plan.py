@@ -481,8 +481,7 @@ def plan_run(
         "document_length": document_length,
         "parameters": count_parameters(config, r, expert_r, use_dora),
     }
-    if (kind == "moe") != ("expert" in plan["parameters"]["base"]):
-        raise ValueError(f"{config.model_type} has {'no ' * (kind == 'moe')}routed experts: not a model for the {kind} trainer")
+    check_trainer(config, kind)
     if nodes % shard_nodes:
         raise ValueError(f"{nodes} nodes are no multiple of --shard_nodes {shard_nodes}")
     if global_batch_size % (gpus * nodes * micro_batch):
@@ -919,6 +918,16 @@ def load_config(name, revision=None):
         return AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
         raise ValueError(f"{name}: no config.json found there ({str(error).splitlines()[0]})") from error
+
+
+def check_trainer(config, kind):
+    """Raise ValueError if a model of this transformers config is not one for train_dense.py ("dense") or train_moe.py ("moe").
+
+    The dense trainer would leave routed experts out without a word.
+    """
+    if (kind == "moe") != any(m.kind == "expert" for m in architecture(config).matrices):
+        other = "train_dense.py" if kind == "moe" else "train_moe.py"
+        raise ValueError(f"{config.model_type} has {'no ' * (kind == 'moe')}routed experts: train it with {other}")
 
 
 # What the trainers do unless told otherwise; whatever else `options` varies, they choose by `settle`.

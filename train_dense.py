@@ -371,6 +371,7 @@ def main():
         if training_args.dry_run and training_args.prepare_only:
             return  # a launcher's preparing process: its ranks print the plan
         config = plan.load_config(model_args.model_name_or_path, model_args.model_revision)
+        plan.check_trainer(config, "dense")
         if training_args.dry_run:
             return plan.dry_run(config, **plan_arguments(data_args, lora_args, training_args))
         planned = None if training_args.prepare_only else check_memory(config, data_args, lora_args, training_args)

@@ -1100,6 +1100,7 @@ def parse(argv=None):
 
 def prepare_only(args, data_args):
     """Fetch the model, tokenise and pack, in this one process; print what is in the data."""
+    plan.check_trainer(plan.load_config(args.model_name_or_path, args.model_revision), "moe")
     tokenizer = AutoTokenizer.from_pretrained(find_checkpoint(args.model_name_or_path, args.model_revision))
     dataset = multipack.prepare(data_args, tokenizer, args.model_name_or_path, seed=args.seed)
     print(multipack.format_report(dataset.report))
@@ -1121,6 +1122,7 @@ def train(args, data_args, lora_args):
     resume_from = find_resume_checkpoint(args)
 
     config = plan.load_config(args.model_name_or_path, args.model_revision)
+    plan.check_trainer(config, "moe")
     planned = settle_memory(config, args, data_args, lora_args)
     gemm_flops = plan.measure_gemm() if device.type == "cuda" else None
     directory = find_checkpoint(args.model_name_or_path, args.model_revision)

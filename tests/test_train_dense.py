@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import adapter
 import multipack
 import train_dense
-from conftest import save_tiny_checkpoint, tiny_tokenizer
+from conftest import save_tiny_checkpoint, tiny_config, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 STEPS_AN_EPOCH = 12  # of 4 packs; many and quick, so that a kill lands in the middle
@@ -35,6 +35,7 @@ def workspace(tmp_path_factory):
     """A tiny Llama checkpoint, conversations of very different lengths, an odd number of packs."""
     root = tmp_path_factory.mktemp("dense")
     save_tiny_checkpoint(root / "model", "llama")
+    tiny_config("qwen3_moe").save_pretrained(root / "moe")
     with open(root / "train.jsonl", "w") as f:
         for i in range(95):
             question = f"Soalan {i}: berapakah {i} tambah {i * 3}?"
@@ -326,6 +327,7 @@ def test_measured_is_printed_beside_planned_once(monkeypatch, capsys):
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model_name_or_path", "./no-such-model"], "no-such-model"),
         (["--resume", "--run_name", "never-started"], "--resume: no checkpoint"),
+        (["--model_name_or_path", "moe", "--prepare_only", "True"], "qwen3_moe has routed experts: train it with train_moe.py"),
         (["--no_such_flag", "1"], "no_such_flag"),
     ],
 )

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import adapter
 import multipack
 import train_moe
-from conftest import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 
 FAMILIES = ["qwen3_moe", "glm4_moe", "qwen2_moe"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -767,6 +767,13 @@ def test_auto_recomputes_what_the_memory_asks_for(a_gpu, process_group, monkeypa
 def test_mistakes_end_in_one_line(flags, message, one_process, tmp_path):
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
         train_moe.main([*moved(one_process[0], tmp_path / "run"), *flags])
+
+
+@pytest.mark.parametrize("flags", [[], ["--prepare_only", "True"]])
+def test_a_dense_model_is_refused(flags, one_process, tmp_path):
+    tiny_config("llama").save_pretrained(tmp_path / "llama")
+    with pytest.raises(SystemExit, match="error: llama has no routed experts: train it with train_dense.py"):
+        train_moe.main([*moved(one_process[0], tmp_path / "run"), "--model_name_or_path", str(tmp_path / "llama"), *flags])
 
 
 def test_a_run_is_not_written_over(one_process):
