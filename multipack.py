@@ -598,7 +598,7 @@ def _write_cache(directory: Path, data_args: DataArguments, sources: list[Source
         lengths: list[int] = []
         rows: list[tuple[int, int]] = []
         bad: list[tuple[int, int, str]] = []
-        seen = 0
+        seen, content = 0, hashlib.blake2b(digest_size=20)
         with (
             open(temporary / "tokens.bin", "wb") as tokens,
             open(temporary / "supervised.bin", "wb") as supervised,
@@ -607,6 +607,7 @@ def _write_cache(directory: Path, data_args: DataArguments, sources: list[Source
             for part in _tokenise_all(chat, sources, data_args.loss_on, workers):
                 part.tokens.tofile(tokens)
                 part.supervised.tofile(supervised)
+                content.update(part.tokens.tobytes() + part.supervised.tobytes())
                 lengths += part.lengths
                 rows += part.rows
                 bad += part.bad
@@ -631,6 +632,7 @@ def _write_cache(directory: Path, data_args: DataArguments, sources: list[Source
             "skipped": [skipped[i] for i in range(len(sources))],
             "rows": seen,
             "loss_on": data_args.loss_on,
+            "content": content.hexdigest(),
         }
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
@@ -767,14 +769,16 @@ class PackedDataset(torch.utils.data.Dataset):
     `validation` the PackedDataset of held-out documents or None.
     """
 
-    def __init__(self, tokens, supervised, starts, lengths, max_seq_length, seed, key):
-        """`tokens` uint32 and `supervised` bool hold documents end to end; `starts` and `lengths`, int64 (documents,), find this part's."""
+    def __init__(self, tokens, supervised, starts, lengths, max_seq_length, seed, content):
+        """`tokens` uint32 and `supervised` bool hold documents end to end, and `content` is their hash; `starts` and `lengths`, int64
+        (documents,), find this part's."""
         self._tokens, self._supervised, self._starts = tokens, supervised, starts
         self.lengths, self.max_seq_length, self.seed = lengths, max_seq_length, seed
         self.report: dict = {}
         self.validation: PackedDataset | None = None
         self.set_epoch(0)
-        digest = hashlib.blake2b(key.encode(), digest_size=10)
+        # of what is trained on, not of the code that made it: a run may be resumed by a later version that makes the same of the data
+        digest = hashlib.blake2b(content.encode(), digest_size=10)
         for array in (starts, lengths, *map(np.array, self.packs)):
             digest.update(array.astype(np.int64).tobytes())
         self.fingerprint = digest.hexdigest()
@@ -863,7 +867,7 @@ def _load(directory: Path, data_args: DataArguments, model_name: str, seed: int)
     parts = []
     for part in (fits & ~held_out, fits & held_out):
         chosen = np.flatnonzero(part)
-        parts.append(PackedDataset(tokens, supervised, offsets[chosen], lengths[chosen], data_args.max_seq_length, seed, directory.name))
+        parts.append(PackedDataset(tokens, supervised, offsets[chosen], lengths[chosen], data_args.max_seq_length, seed, meta["content"]))
     train, validation = parts
     if not len(train):
         raise ValueError(f"no document of {len(lengths)} is left to train on with --max_seq_length {data_args.max_seq_length}")

@@ -444,6 +444,20 @@ def test_dataset_holds_every_document_uncut_in_every_epoch(tmp_path):
     assert len(orders) == 6 and len(sizes) == 1
 
 
+def test_the_fingerprint_is_that_of_the_data_and_its_packing(tmp_path, monkeypatch):
+    """A run is resumed only on the same one: another version of the code that makes the same of the data must not stand in the way."""
+
+    def fingerprint(rows=None, seed=0, **settings):
+        path = write_jsonl(tmp_path / "d.jsonl", rows or many_rows(20))
+        return prepare(arguments(tmp_path, path, max_seq_length=150, **settings), tiny_tokenizer(), "tiny", seed=seed).fingerprint
+
+    first = fingerprint()
+    others = [fingerprint(seed=1), fingerprint(loss_on="all"), fingerprint([*many_rows(19), {"question": "a", "answer": "b"}])]
+    assert first not in others and len(set(others)) == 3
+    monkeypatch.setattr(multipack, "_fingerprint", lambda *_: "another version of the code")
+    assert fingerprint() == first
+
+
 def test_validation_rows_are_never_trained_on(tmp_path):
     tokenizer = family_tokenizer("qwen3")
     turns = [user("satu"), assistant("a", "r"), user("dua"), assistant("b", "s")]  # two documents from one row
