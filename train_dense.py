@@ -6,7 +6,8 @@ Run it through a launcher, `bash ds3-qwen3-32b-lora-256.sh`, on several GPUs, or
 
 Output, under outputs/<run_name>/:
     args.json           every argument, the git commit, the data's fingerprint
-    log.jsonl           one record a step: loss, grad_norm, learning_rate, tokens_per_second, mfu, peak_gib
+    log.jsonl           one record a step: loss, grad_norm, learning_rate, tokens_per_second, mfu, peak_gib; with --validation_share
+                        also one an epoch: validation_loss
     checkpoint-<step>/  once an epoch: a verified PEFT adapter, and beside it what `--resume` needs
 """
 
@@ -39,6 +40,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 import adapter
 import multipack
@@ -185,6 +187,31 @@ class DenseTrainer(Trainer):
         loss = F.cross_entropy(logits.float(), labels[supervised], reduction="sum") / num_items_in_batch
         return loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is over all of them
 
+    @torch.no_grad()
+    def evaluate(self, *args, **kwargs):
+        """Log, and return, validation_loss: the mean over all supervised tokens of the held-out packs. Collective.
+
+        The Trainer's own evaluation would join several packs into one batch, and weigh batches alike, whatever they supervise.
+        """
+        model, world = self.model_wrapped, self.accelerator.num_processes
+        model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        packs = EvenPacks(self.eval_dataset, world)  # every rank takes part in every forward
+        for i in range(self.accelerator.process_index, len(packs), world):
+            batch = self._prepare_inputs(multipack.collate([packs[i]]))
+            count = (batch["labels"] != multipack.IGNORE).sum()
+            loss = self.compute_loss(model, batch, num_items_in_batch=count.clamp(min=1)) / world  # which compute_loss multiplies by
+            totals += torch.stack([loss.double() * count, count.double()])
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        metrics = {"validation_loss": (totals[0] / totals[1]).item()}
+        self.log(dict(metrics))
+        return metrics
+
+    def get_decay_parameter_names(self, model):
+        """DoRA's magnitudes are not decayed: towards zero they would shrink the base weight itself."""
+        return [name for name in super().get_decay_parameter_names(model) if "magnitude" not in name]
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Called once before every optimiser step: the place to count the step's real tokens, over all ranks."""
         steps_an_epoch = math.ceil(len(self.train_dataset) / self.args.global_batch_size)
@@ -323,6 +350,21 @@ def find_resume_checkpoint(training_args):
     return None
 
 
+def refuse_another_run(training_args, lora_args, packs):
+    """Raise ValueError if the run in output_dir had other data or another shape: resumed, it would skip and repeat packs, or be another."""
+    path = Path(training_args.output_dir, "args.json")
+    if not path.exists():
+        raise ValueError(f"--resume: {path} is not there, so what the checkpoints were trained on is unknown")
+    record = json.loads(path.read_text())
+    before = {"data": record["data"]} | {key: record["arguments"][key] for key in ("global_batch_size", "r", "lora_alpha", "use_dora")}
+    before["lora_alpha"] = before["lora_alpha"] or 2 * before["r"]
+    now = {"data": packs.fingerprint, "global_batch_size": training_args.global_batch_size}
+    now |= {"r": lora_args.r, "lora_alpha": lora_args.alpha, "use_dora": lora_args.use_dora}
+    for key, value in now.items():
+        if before[key] != value:
+            raise ValueError(f"--resume: {key} is {value}, but {path} says {before[key]}; that is another run, for another --run_name")
+
+
 def trim_log(training_args, checkpoint):
     """Drop log.jsonl's records after `checkpoint` (None: all): these steps are trained, and logged, again. A last line may be cut short."""
     path = Path(training_args.output_dir, "log.jsonl")
@@ -348,7 +390,9 @@ def write_arguments(model_args, data_args, lora_args, training_args, packs, plan
         "arguments": arguments,
     }
     os.makedirs(training_args.output_dir, exist_ok=True)
-    Path(training_args.output_dir, "args.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    temporary = Path(training_args.output_dir, "args.json.tmp")  # renamed: another process may be reading the old one
+    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    os.replace(temporary, temporary.with_suffix(""))
 
 
 def print_batch_arithmetic(training_args, packs, max_seq_length):
@@ -380,6 +424,8 @@ def main():
         if training_args.prepare_only:
             return print(multipack.format_report(packs.report))
         checkpoint = find_resume_checkpoint(training_args)
+        if checkpoint:
+            refuse_another_run(training_args, lora_args, packs)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -388,10 +434,13 @@ def main():
         write_arguments(model_args, data_args, lora_args, training_args, packs, planned)
         trim_log(training_args, checkpoint)
     gemm_flops = plan.measure_gemm() if torch.cuda.is_available() else None
+    if packs.validation is not None:
+        training_args.eval_strategy = IntervalStrategy.EPOCH
     trainer = DenseTrainer(
         model=build_model(model_args, lora_args, training_args),
         args=training_args,
         train_dataset=EvenPacks(packs, training_args.world_size * training_args.per_device_train_batch_size),
+        eval_dataset=packs.validation,
         data_collator=multipack.collate,
         processing_class=tokenizer,
         callbacks=[StopOnSignal()],

@@ -897,8 +897,9 @@ class Checkpointer:
         """Read adapter and optimiser state from checkpoint `directory`, written by any number of ranks; returns its step. Collective."""
         position = json.loads((directory / "resume" / "position.json").read_text())
         for key, value in self.facts.items():
-            if position[key] != value:
-                raise ValueError(f"--resume: {key} is {value}, but {directory} was trained with {position[key]}; it would be another run")
+            if position.get(key, value) != value:  # a checkpoint may be older than a key
+                was = f"{directory} was trained with {position[key]}"
+                raise ValueError(f"--resume: {key} is {value}, but {was}; that is another run, for another --run_name")
         dcp.load(self.state(), checkpoint_id=directory / "resume", process_group=self.group)
         for p in self.named.values():
             self.optimizer.state[p]["step"].fill_(position["step"])
@@ -1147,6 +1148,8 @@ def train(args, data_args, lora_args):
         "data": dataset.fingerprint,
         "global_batch_size": args.global_batch_size,
         "r": lora_args.r,
+        "lora_alpha": lora_args.alpha,
+        "expert_r": lora_args.expert_rank(config),
         "use_dora": lora_args.use_dora,
     }
     checkpoints = Checkpointer(peft_model, model, optimizer, args, lora_args, tokenizer, facts)

@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import adapter
 import multipack
 import train_dense
-from conftest import save_tiny_checkpoint, tiny_config, tiny_tokenizer
+from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 STEPS_AN_EPOCH = 12  # of 4 packs; many and quick, so that a kill lands in the middle
@@ -101,7 +102,7 @@ def plain_loop(workspace):
 
     A step's loss is the sum of its documents' token losses over the number of supervised tokens in all of them.
     """
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
     data_args = multipack.DataArguments(
         dataset=str(workspace / "train.jsonl"), max_seq_length=256, data_cache=str(workspace / "cache"), preprocessing_num_workers=1
@@ -268,6 +269,56 @@ def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     arguments.process_index = 1
     assert train_dense.find_resume_checkpoint(arguments) == found and capsys.readouterr().out == "", "one process prints"
+
+
+@pytest.mark.parametrize(
+    "change", [dict(data="other"), dict(global_batch_size=8), dict(r=8), dict(lora_alpha=3), dict(use_dora=True)], ids=lambda c: [*c][0]
+)
+def test_another_run_is_not_resumed(tmp_path, change):
+    made = {"data": "d", "arguments": {"global_batch_size": 4, "r": 4, "lora_alpha": None, "use_dora": False}}
+    (tmp_path / "args.json").write_text(json.dumps(made))
+
+    def resume(data="d", global_batch_size=4, **lora):
+        training_args = SimpleNamespace(output_dir=str(tmp_path), global_batch_size=global_batch_size)
+        lora_args = adapter.LoraArguments(**{"r": 4, "lora_alpha": 8, **lora})
+        train_dense.refuse_another_run(training_args, lora_args, SimpleNamespace(fingerprint=data))
+
+    resume()
+    [(key, value)] = change.items()
+    with pytest.raises(ValueError, match=f"--resume: {key} is {value}, but .*args.json says"):
+        resume(**change)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_validation_loss_is_that_of_the_held_out_documents(workspace, processes):
+    """After a step of learning rate 0: the base model's loss. Two ranks are under ZeRO-3."""
+    name, zero3 = f"validation-{processes}", ["--deepspeed", str(ROOT / "ds3.json")] if processes == 2 else []
+    arguments = command(workspace, name, "--validation_share", "0.2", "--max_steps", "1", *zero3, processes=processes)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=300)
+    log = (workspace / "outputs" / name / "log.jsonl").read_text().splitlines()
+    [found] = [record["validation_loss"] for record in map(json.loads, log) if "validation_loss" in record]
+    data_args = multipack.DataArguments(
+        str(workspace / "train.jsonl"), max_seq_length=256, data_cache=str(workspace / "cache"), validation_share=0.2
+    )
+    packs = multipack.prepare(data_args, tiny_tokenizer(), str(workspace / "model"), seed=3)
+    assert len(packs.validation) % 2, "the test wants a rank without a pack"
+    model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32, attn_implementation="eager")
+    total = count = 0
+    for document in (document for pack in packs.validation for document in pack):
+        logits, labels = model(input_ids=document["input_ids"][None]).logits[0, :-1], document["labels"][1:]
+        total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels != -100).sum())
+    assert found == pytest.approx(total / count, rel=1e-5), done.stderr[-3000:]
+
+
+def test_magnitudes_of_dora_are_not_decayed():
+    model = adapter.apply_lora(tiny_model("llama"), adapter.LoraArguments(r=4, use_dora=True))
+    trainer = train_dense.DenseTrainer.__new__(train_dense.DenseTrainer)
+    decayed = set(trainer.get_decay_parameter_names(model))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    magnitudes = {name for name in trained if "magnitude" in name}
+    assert magnitudes and trained - decayed == magnitudes
 
 
 def used(*_, **__):

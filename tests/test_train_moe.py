@@ -785,3 +785,5 @@ def test_another_run_is_not_resumed(one_process, tmp_path):
     shutil.copytree(one_process[1], tmp_path / "run")
     with pytest.raises(SystemExit, match="seed is 5"):
         train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--seed", 5, "--num_train_epochs", 3))
+    with pytest.raises(SystemExit, match="lora_alpha is 5, but .* was trained with"):
+        train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--lora_alpha", 5))
