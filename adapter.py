@@ -718,7 +718,7 @@ class Adapter:
         """Itself; raises ValueError if names or scaling are not those in the manifest, experts are missing, or `base` is another base."""
         if faults := _manifest_faults(self) + _expert_faults(self):
             raise ValueError("; ".join(faults[:5]))
-        if base is not None and (faults := _base_faults(self.manifest, str(base))):
+        if base is not None and (faults := base_faults(self.manifest, str(base))):
             raise ValueError(f"{self.directory}: {'; '.join(faults)} (any_base merges regardless)")
         return self
 
@@ -812,7 +812,7 @@ def _verify(directory, shapes, base, allow_zero) -> list[str]:
     if shapes is not None:
         faults += _shape_faults(adapter, shapes)
     if base is not None:
-        faults += _base_faults(adapter.manifest, base)
+        faults += base_faults(adapter.manifest, base)
     return faults
 
 
@@ -917,8 +917,8 @@ def _shape_faults(adapter, shapes) -> list[str]:
     return faults + [f"{adapter.path}: {name} is missing" for name in sorted(_expected(adapter, shapes) - set(adapter.slots))]
 
 
-def _base_faults(manifest, base) -> list[str]:
-    """The base against what the manifest recorded of the one that was trained on."""
+def base_faults(manifest, base) -> list[str]:
+    """How `base`, a directory or hub id, differs from the base that an adapter's manifest recorded, in lines; [] if it does not."""
     from transformers import AutoConfig
 
     trained_on, faults = manifest.get("base_model"), []

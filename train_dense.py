@@ -426,6 +426,8 @@ def main():
         checkpoint = find_resume_checkpoint(training_args)
         if checkpoint:
             refuse_another_run(training_args, lora_args, packs)
+            if faults := adapter.base_faults(adapter.Adapter(checkpoint).manifest, model_args.model_name_or_path):
+                raise ValueError(f"--resume: {faults[0]}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

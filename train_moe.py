@@ -900,6 +900,8 @@ class Checkpointer:
             if position.get(key, value) != value:  # a checkpoint may be older than a key
                 was = f"{directory} was trained with {position[key]}"
                 raise ValueError(f"--resume: {key} is {value}, but {was}; that is another run, for another --run_name")
+        if faults := adapter.base_faults(adapter.Adapter(directory).manifest, self.args.model_name_or_path):
+            raise ValueError(f"--resume: {faults[0]}")
         dcp.load(self.state(), checkpoint_id=directory / "resume", process_group=self.group)
         for p in self.named.values():
             self.optimizer.state[p]["step"].fill_(position["step"])

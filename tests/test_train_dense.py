@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import adapter
@@ -247,6 +247,16 @@ def test_existing_run_is_not_overwritten(workspace, unbroken):
     assert done.returncode != 0
     assert f"checkpoint-{STEPS} exists: pass --resume" in done.stderr.splitlines()[-1]
     assert len(read_log(workspace / "outputs/unbroken")) == STEPS
+
+
+def test_another_base_is_not_resumed(workspace, unbroken):
+    shutil.copytree(workspace / "model", workspace / "other")
+    for path in (workspace / "other").glob("*.safetensors"):
+        save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    arguments = command(workspace, "unbroken", "--resume", "--model_name_or_path", str(workspace / "other"))
+    done = subprocess.run(arguments, cwd=workspace, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "error: --resume: base" in done.stderr.splitlines()[-1] and "another base model's adapter" in done.stderr.splitlines()[-1]
 
 
 def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):

@@ -781,9 +781,20 @@ def test_a_run_is_not_written_over(one_process):
         train_moe.main(one_process[0])
 
 
+def other_base(directory, copy):
+    """`copy`: the model in `directory` with other values in every weight."""
+    shutil.copytree(directory, copy)
+    for path in copy.glob("*.safetensors"):
+        save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    return copy
+
+
 def test_another_run_is_not_resumed(one_process, tmp_path):
     shutil.copytree(one_process[1], tmp_path / "run")
     with pytest.raises(SystemExit, match="seed is 5"):
         train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--seed", 5, "--num_train_epochs", 3))
     with pytest.raises(SystemExit, match="lora_alpha is 5, but .* was trained with"):
         train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--lora_alpha", 5))
+    other = other_base(one_process[0][one_process[0].index("--model_name_or_path") + 1], tmp_path / "other")
+    with pytest.raises(SystemExit, match="error: --resume: base .*other: .* is not that of .*: this is another base model's adapter"):
+        train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--model_name_or_path", other))
