@@ -917,12 +917,12 @@ def _shape_faults(adapter, shapes) -> list[str]:
     return faults + [f"{adapter.path}: {name} is missing" for name in sorted(_expected(adapter, shapes) - set(adapter.slots))]
 
 
-def base_faults(manifest, base) -> list[str]:
-    """How `base`, a directory or hub id, differs from the base that an adapter's manifest recorded, in lines; [] if it does not."""
+def base_faults(manifest, base, revision=None) -> list[str]:
+    """How `base`, a directory or hub id, differs from what an adapter's manifest recorded of its base, in lines; [] if it does not."""
     from transformers import AutoConfig
 
     trained_on, faults = manifest.get("base_model"), []
-    found = _shape_fields(AutoConfig.from_pretrained(base))
+    found = _shape_fields(AutoConfig.from_pretrained(base, revision=revision))
     for key, value in manifest.get("base_config", {}).items():
         if found.get(key) != value:
             faults.append(f"base {base}: {key} is {found.get(key)}; the adapter was trained on {trained_on}, where it is {value}")

@@ -619,6 +619,7 @@ def hopper_announce(expert, row, column, last, count, work, announced, taken):
 
 @gluon.jit
 def hopper_next(count, work, announced, taken):
+    """A consumer's count-th item, as the producer announced it: expert (-1 at the end), first row, first column, row limit."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     slot = count % 2
     mbarrier.wait(announced.index(slot), (count // 2) & 1)
@@ -1173,7 +1174,7 @@ def moe_lora(
 ):
     """The experts block by the kernels: `moe_lora_reference`'s signature and result. Base weights must have hidden_states' dtype.
 
-    mode: "fast" keeps gate and up for the backward, "frugal" recomputes them. Router weights are used in fp32.
+    mode: "fast" keeps gate, up and the LoRA inner products for the backward, "frugal" recomputes them. Router weights are used in fp32.
     """
     if hidden_states.dtype != gate_up_proj.dtype or hidden_states.dtype != down_proj.dtype:
         raise ValueError(
@@ -1223,9 +1224,9 @@ class FusedMoELoRA(nn.Module):
     `{gate,up,down}_proj_lora_magnitude (E, out)` fp32 and trainable. `forward(hidden_states, top_k_index, top_k_weights)` is the
     signature of transformers' experts modules.
 
-    mode: "fast" keeps gate and up for the backward, "frugal" recomputes them. shared_A: gate and up use one lora_A (the parameter
-    is registered under both names). cache_norms: DoRA's row norms are computed once and kept until `forget_norms()`, which the
-    training loop then has to call after every optimiser step; by default every forward computes them.
+    mode: "fast" keeps gate, up and the LoRA inner products for the backward, "frugal" recomputes them. shared_A: gate and up use one
+    lora_A (the parameter is registered under both names). cache_norms: DoRA's row norms are computed once and kept until
+    `forget_norms()`, which the training loop then has to call after every optimiser step; by default every forward computes them.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""What every run writes down in the same way: the commit of the code, and whether wandb may talk to its server."""
+"""What both trainers do in the same way: write down the commit of the code, talk to wandb or not, find what to resume from."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -23,3 +24,27 @@ def wandb_mode():
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text())
     return os.environ.get("WANDB_MODE", "online" if has_key else "offline")
+
+
+def newest_checkpoint(output_dir, resume, fault, say):
+    """The newest complete checkpoint-<step> under output_dir, or None to start anew. Raises ValueError rather than write over a run.
+
+    fault(directory) says what a checkpoint lacks, None if it is complete; say(line) tells the user. A run that was killed must go on by
+    --resume alone: an incomplete checkpoint is passed over, and written again when the run gets there; a run that was started and has no
+    complete one starts anew.
+    """
+    out = Path(output_dir)
+    found = {int(path.name.split("-")[1]): path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)}
+    if not resume:
+        if found:
+            raise ValueError(f"{found[max(found)]} exists: pass --resume to go on, or another --run_name or --output_dir")
+        return None
+    for step, directory in sorted(found.items(), reverse=True):
+        lacking = fault(directory)
+        if lacking is None:
+            return directory
+        say(f"--resume: {directory} is incomplete ({lacking}): skipped, and written again when the run gets to step {step}")
+    if not found and not (out / "args.json").exists():
+        raise ValueError(f"--resume: no run under {out}; check --run_name, or start without --resume")
+    say(f"--resume: no complete checkpoint under {out}: starting anew")
+    return None

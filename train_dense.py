@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -45,7 +44,7 @@ from transformers.trainer_utils import IntervalStrategy
 import adapter
 import multipack
 import plan
-from record import git_commit, wandb_mode
+from record import git_commit, newest_checkpoint, wandb_mode
 
 
 @dataclass
@@ -327,27 +326,15 @@ def check_memory(config, data_args, lora_args, training_args):
 
 
 def find_resume_checkpoint(training_args):
-    """The newest complete checkpoint, or None to start anew; refuses to write over an existing run without --resume.
+    """The checkpoint to resume from, a string, or None to start anew: see newest_checkpoint. Every process calls it; the first prints."""
 
-    A run that was killed must go on by --resume alone: an incomplete checkpoint is passed over, and written again when the run gets there;
-    a run that was started and has no complete one starts anew. Every process calls it; the first one prints.
-    """
-    say = functools.partial(print, flush=True) if training_args.process_index == 0 else lambda _: None
-    out = Path(training_args.output_dir)
-    found = {int(path.name.split("-")[1]): path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)}
-    if not training_args.resume:
-        if found:
-            raise ValueError(f"{found[max(found)]} exists: pass --resume to continue that run, or another --run_name or --output_dir")
-        return None
-    for step, directory in sorted(found.items(), reverse=True):
+    def fault(directory):
         missing = [name for name in (TRAINER_STATE_NAME, adapter.WEIGHTS) if not (directory / name).exists()]
-        if not missing:
-            return str(directory)
-        say(f"--resume: {directory} is incomplete (no {missing[0]}): skipped, and written again when the run gets to step {step}")
-    if not found and not (out / "args.json").exists():
-        raise ValueError(f"--resume: no checkpoint and no run under {out}; start without --resume, or check --run_name")
-    say(f"--resume: no complete checkpoint under {out}: starting anew")
-    return None
+        return f"no {missing[0]}" if missing else None
+
+    say = functools.partial(print, flush=True) if training_args.process_index == 0 else lambda _: None
+    found = newest_checkpoint(training_args.output_dir, training_args.resume, fault, say)
+    return found and str(found)
 
 
 def refuse_another_run(training_args, lora_args, packs):
@@ -426,7 +413,9 @@ def main():
         checkpoint = find_resume_checkpoint(training_args)
         if checkpoint:
             refuse_another_run(training_args, lora_args, packs)
-            if faults := adapter.base_faults(adapter.Adapter(checkpoint).manifest, model_args.model_name_or_path):
+            if faults := adapter.base_faults(
+                adapter.Adapter(checkpoint).manifest, model_args.model_name_or_path, model_args.model_revision
+            ):
                 raise ValueError(f"--resume: {faults[0]}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

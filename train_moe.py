@@ -23,7 +23,6 @@ import json
 import math
 import os
 import pickle
-import re
 import shutil
 import signal
 import sys
@@ -54,7 +53,7 @@ import adapter
 import multipack
 import plan
 from fused_moe_lora import FusedMoELoRA, dora_norm, local_part, local_tensor, squared_row_norms, wrap_experts
-from record import git_commit, wandb_mode
+from record import git_commit, newest_checkpoint, wandb_mode
 
 
 @dataclass
@@ -881,7 +880,7 @@ class Checkpointer:
             (saving / "resume" / "position.json").write_text(json.dumps({"step": step, **self.facts}, indent=2) + "\n")
             os.replace(saving / "resume", new / "resume")
             previous = [path for path in Path(self.args.output_dir).glob("checkpoint-*/resume") if path.parent != final]
-            if final.exists():  # incomplete, or find_resume_checkpoint would have gone on from it
+            if final.exists():  # incomplete, or newest_checkpoint would have gone on from it
                 os.replace(final, saving / "replaced")
             os.replace(new, final)
             for path in (saving, *previous):
@@ -900,7 +899,7 @@ class Checkpointer:
             if position.get(key, value) != value:  # a checkpoint may be older than a key
                 was = f"{directory} was trained with {position[key]}"
                 raise ValueError(f"--resume: {key} is {value}, but {was}; that is another run, for another --run_name")
-        if faults := adapter.base_faults(adapter.Adapter(directory).manifest, self.args.model_name_or_path):
+        if faults := adapter.base_faults(adapter.Adapter(directory).manifest, self.args.model_name_or_path, self.args.model_revision):
             raise ValueError(f"--resume: {faults[0]}")
         dcp.load(self.state(), checkpoint_id=directory / "resume", process_group=self.group)
         for p in self.named.values():
@@ -921,29 +920,6 @@ def resume_fault(directory):
         return f"{os.path.relpath(error.filename, directory)} is not there"
     except (ValueError, EOFError, pickle.UnpicklingError) as error:
         return f"resume/ cannot be read: {error}"
-    return None
-
-
-def find_resume_checkpoint(args):
-    """The newest complete checkpoint, or None to start anew; refuses to write over an existing run without --resume.
-
-    A run that was killed must go on by --resume alone: an incomplete checkpoint is passed over, and written again when the run gets there;
-    a run that was started and has no complete one starts anew.
-    """
-    out = Path(args.output_dir)
-    found = {int(path.name.split("-")[1]): path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)}
-    if not args.resume:
-        if found:
-            raise ValueError(f"{out} holds checkpoints: pass --resume to go on, or another --run_name or --output_dir")
-        return None
-    for step, directory in sorted(found.items(), reverse=True):
-        fault = resume_fault(directory)
-        if fault is None:
-            return directory
-        say(f"--resume: {directory} is incomplete ({fault}): skipped, and written again when the run gets to step {step}")
-    if not found and not (out / "args.json").exists():
-        raise ValueError(f"--resume: no run under {out}; check --run_name, or start without --resume")
-    say(f"--resume: no complete checkpoint under {out}: starting anew")
     return None
 
 
@@ -1122,7 +1098,7 @@ def train(args, data_args, lora_args):
     mesh = make_mesh(device, args.shard_nodes)
     told_to_stop = []  # signals reach ranks at different times: a step's last all_reduce decides for all of them
     signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(1))
-    resume_from = find_resume_checkpoint(args)
+    resume_from = newest_checkpoint(args.output_dir, args.resume, resume_fault, say)
 
     config = plan.load_config(args.model_name_or_path, args.model_revision)
     plan.check_trainer(config, "moe")

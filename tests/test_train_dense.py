@@ -262,7 +262,7 @@ def test_another_base_is_not_resumed(workspace, unbroken):
 def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
     arguments = SimpleNamespace(output_dir=str(tmp_path), resume=True, process_index=0)
     (tmp_path / ".saving/checkpoint-9").mkdir(parents=True)
-    with pytest.raises(ValueError, match="--resume: no checkpoint"):
+    with pytest.raises(ValueError, match="--resume: no run under"):
         train_dense.find_resume_checkpoint(arguments)
     (tmp_path / "args.json").touch()  # a run that was killed before its first checkpoint
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
@@ -387,7 +387,7 @@ def test_measured_is_printed_beside_planned_once(monkeypatch, capsys):
         (["--global_batch_size", "0"], "--global_batch_size"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model_name_or_path", "./no-such-model"], "no-such-model"),
-        (["--resume", "--run_name", "never-started"], "--resume: no checkpoint"),
+        (["--resume", "--run_name", "never-started"], "--resume: no run under"),
         (["--model_name_or_path", "moe", "--prepare_only", "True"], "qwen3_moe has routed experts: train it with train_moe.py"),
         (["--no_such_flag", "1"], "no_such_flag"),
     ],
