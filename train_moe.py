@@ -6,7 +6,7 @@ Run it through a launcher, `bash fsdp2-fused-moe-Qwen3-30B-A3B-lora-256.sh`, on 
 
 Output, under outputs/<run_name>/:
     args.json           every argument, the git commit, the data's fingerprint
-    log.jsonl           one record a step: loss, grad_norm, lr, tokens_per_second, mfu, peak_gib, data_wait, router load
+    log.jsonl           one record a step: loss, grad_norm, learning_rate, tokens_per_second, mfu, peak_gib, data_wait, router load
     checkpoint-<step>/  once an epoch: a verified PEFT adapter; the newest also holds resume/, what `--resume` continues from
 
 How a step works. The model is transformers' own; the experts of every layer are one FusedMoELoRA (fused_moe_lora.py), the other
@@ -967,6 +967,8 @@ class Log:
             if args.report_to == "wandb":
                 options |= {"dir": args.output_dir, "mode": wandb_mode()}
             self.tracker.init(**options)
+            if args.report_to == "wandb":
+                self.tracker.define_metric("*", step_metric="train/global_step")  # as transformers does
 
     def write(self, record):
         if self.file is None:
@@ -975,7 +977,8 @@ class Log:
         values = {key: value for key, value in record.items() if value is not None}
         say("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()))
         if self.tracker is not None:
-            self.tracker.log(values, step=record["step"]) if self.tracker.__name__ == "wandb" else self.tracker.log(values)
+            # transformers' names, so that the dense runs of the project are drawn in the same charts
+            self.tracker.log({f"train/{key}": value for key, value in values.items()} | {"train/global_step": record["step"]})
 
     def close(self):
         if self.file is not None:
@@ -1175,7 +1178,7 @@ def train(args, data_args, lora_args):
             "epoch": round(step / steps_an_epoch, 4),
             "loss": loss / max(supervised.item(), 1),
             "grad_norm": grad_norm.item(),
-            "lr": lr,
+            "learning_rate": lr,
             "tokens": tokens,
             "supervised_tokens": int(supervised),
             "seconds": round(seconds, 3),

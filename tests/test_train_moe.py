@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.integration_utils import rewrite_logs
 
 import adapter
 import multipack
@@ -430,7 +432,7 @@ def test_steps_equal_a_plain_loop(checkpoints, conversations, one_process, tmp_p
     steps = -(-len(dataset) // 4)
     assert len(dataset) % 4 != 0 and steps >= 3, "the last step of an epoch must be a smaller one"
     optimizer = torch.optim.AdamW(tensors.values(), weight_decay=0.01, fused=False)
-    found = losses(out)
+    found, rates = losses(out), [record["learning_rate"] for record in read_log(out)]
     assert len(found) == 2 * steps
     for step in range(steps + 1):
         if step == steps:
@@ -444,6 +446,7 @@ def test_steps_equal_a_plain_loop(checkpoints, conversations, one_process, tmp_p
         norm = torch.nn.utils.clip_grad_norm_(tensors.values(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (step + 1) / 2 if step < 2 else 1e-2 * (2 * steps - step) / (2 * steps - 2)
+        assert rates[step] == pytest.approx(group["lr"])
         optimizer.step()
         optimizer.zero_grad()
         assert found[step] == pytest.approx((step + 1, loss.item(), norm.item()), rel=1e-4)
@@ -497,6 +500,22 @@ def test_the_record_of_a_run(one_process):
     assert len(list(out.glob("checkpoint-*"))) == len(log)
     assert [path.parent.name for path in out.glob("checkpoint-*/resume")] == [f"checkpoint-{len(log)}"], "only the newest is kept"
     assert adapter.verify_adapter(out / f"checkpoint-{len(log)}", record["model"]) == []
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_gets_the_names_that_the_dense_runs_have(tracker, process_group, tmp_path, monkeypatch):
+    """transformers' callback names the dense trainer's records; those of both trainers belong in the same charts."""
+    sent, options = [], {}
+    functions = {"init": options.update, "log": sent.append, "define_metric": lambda *_, **__: None, "finish": lambda: None}
+    monkeypatch.setitem(sys.modules, tracker, SimpleNamespace(**{key: lambda *a, f=f, **k: f(*a, **k) for key, f in functions.items()}))
+    args, *_ = train_moe.parse(arguments("none", "none", tmp_path, "--report_to", tracker))
+    log = train_moe.Log(args, {}, 0)
+    record = {"step": 3, "loss": 2.0, "learning_rate": 1e-4, "mfu": None}
+    log.write(record)
+    log.close()
+    known = {key: value for key, value in record.items() if value is not None}
+    assert sent == [rewrite_logs(known) | {"train/global_step": 3}] and options["name"] == args.run_name
+    assert read_log(tmp_path) == [record]
 
 
 def test_frozen_weights_do_not_change(one_process, checkpoints):
