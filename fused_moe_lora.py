@@ -109,6 +109,7 @@ def moe_lora_reference(
 #   offsets          (E+1,)   int32   first sorted row of an expert
 #   tile_expert      (tiles,) int32   expert of a row tile
 #   tile_row         (tiles,) int32   first sorted row of a row tile
+#   order            (E+1,)   int32   experts, those with most rows first; then how many of them are long: over twice the mean
 #   counters         (128,)   int32   work items drawn so far, every fourth for one launch of hopper_gemm_kernel
 # ------------------------------------------------------------------------------------------------------------------------------
 
@@ -140,10 +141,10 @@ def scan_kernel(counts_ptr, num_blocks, totals_ptr, BLOCK_B: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "max_tiles"])
 def tile_kernel(
-    totals_ptr, E, S, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, max_tiles, counters_ptr,
+    totals_ptr, E, S, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, max_tiles, counters_ptr, order_ptr,
     BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of BLOCK row tiles,): offsets, and the tile map: a tile belongs to the first expert whose tiles end after it."""
+    """Grid (blocks of BLOCK row tiles,): offsets, order and tile map: a tile belongs to the first expert whose tiles end after it."""
     experts = tl.arange(0, BLOCK_E)
     totals = tl.load(totals_ptr + experts, mask=experts < E, other=0)
     starts = tl.cumsum(totals, 0) - totals
@@ -156,10 +157,16 @@ def tile_kernel(
     used = (tile < max_tiles) & (owner < E)
     tl.store(tile_expert_ptr + tile, owner, mask=used)
     tl.store(tile_row_ptr + tile, row, mask=used)
+    # an expert's place in the order; there are at least as many row tiles as experts, so that every expert has its turn
+    rows = tl.load(totals_ptr + tile, mask=tile < E, other=0)
+    others = tl.where(experts < E, totals, -1)
+    before = (others[None, :] > rows[:, None]) | ((others[None, :] == rows[:, None]) & (experts[None, :] < tile[:, None]))
+    tl.store(order_ptr + tl.sum(before.to(tl.int32), 1), tile, mask=tile < E)
     if tl.program_id(0) == 0:
         tl.store(offsets_ptr + experts, starts, mask=experts < E)
         tl.store(offsets_ptr + E, S)
         tl.store(num_tiles_ptr, tl.sum(tiles, 0))
+        tl.store(order_ptr + E, tl.sum((totals > 2 * S // E).to(tl.int32), 0))
         tl.store(counters_ptr + tl.arange(0, COUNTERS), 0)
 
 
@@ -292,7 +299,7 @@ def swiglu_kernel(
 
 @triton.jit(do_not_specialize=["S"])
 def swiglu_backward_kernel(
-    da_ptr, gate_up_ptr, gate_scale_ptr, up_scale_ptr, row_weight_ptr, u_ptr, u_segment, dv_ptr, offsets_ptr,
+    da_ptr, gate_up_ptr, u_ptr, u_segment, dv_ptr, gate_scale_ptr, up_scale_ptr, row_weight_ptr, offsets_ptr, order_ptr,
     dB_gate_ptr, dB_up_ptr, dA_down_ptr, dw_ptr, dgate_scale_ptr, dup_scale_ptr, S, INTERMEDIATE, R,
     DORA: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -303,7 +310,7 @@ def swiglu_backward_kernel(
     d(router weight) = <a, da> to dw (column blocks, S).
     """
     block = tl.program_id(0)
-    expert = tl.program_id(1).to(tl.int64)
+    expert = tl.load(order_ptr + tl.program_id(1)).to(tl.int64)
     first = tl.load(offsets_ptr + expert)
     last = tl.load(offsets_ptr + expert + 1)
     columns = block * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -368,19 +375,34 @@ def swiglu_backward_kernel(
 
 
 @triton.jit
+def expert_and_block(order_ptr, E, blocks):
+    """Expert and column block of a program of a kernel that gathers (T, N) rows expert by expert. The long experts come first, because
+    the last of their programs would keep the others waiting; then, for each column block, all other experts: what programs that run
+    together gather is a few columns of all tokens, which stay in L2 while a token's top_k experts read them."""
+    item = tl.program_id(0)
+    longs = tl.load(order_ptr + E)
+    rest = item - longs * blocks
+    is_long = rest < 0
+    place = tl.where(is_long, item // blocks, longs + rest % tl.maximum(E - longs, 1))
+    block = tl.where(is_long, item % blocks, rest // tl.maximum(E - longs, 1))
+    return tl.load(order_ptr + place).to(tl.int64), block
+
+
+@triton.jit
 def lora_grad_kernel(
-    x_ptr, row_token_ptr, row_weight_ptr, y_ptr, y_segment, offsets_ptr, d0_ptr, d1_ptr, stride_de, stride_dn, stride_dr, N, R,
+    x_ptr, row_token_ptr, row_weight_ptr, y_ptr, y_segment, offsets_ptr, order_ptr, E,
+    d0_ptr, d1_ptr, stride_de, stride_dn, stride_dr, N, R,
     SEGMENTS: tl.constexpr, WEIGHTED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks of N, E): d{i}_e = X_e^T Y_i, the gradient of an A or a B, X (T, N) gathered through row_token.
+    """Grid (E * column blocks of N,): d{i}_e = X_e^T Y_i, the gradient of an A or a B, X (T, N) gathered through row_token.
 
     Y (SEGMENTS, S, R), its rows times row_weight if WEIGHTED; d{i} (E, N, R) with any strides.
     """
-    expert = tl.program_id(1).to(tl.int64)
+    expert, block = expert_and_block(order_ptr, E, tl.cdiv(N, BLOCK_N))
     first = tl.load(offsets_ptr + expert)
     last = tl.load(offsets_ptr + expert + 1)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < N
     rs = tl.arange(0, BLOCK_R)
     d0 = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
@@ -408,18 +430,18 @@ def lora_grad_kernel(
 
 @triton.jit
 def dora_down_kernel(
-    dout_ptr, row_token_ptr, row_weight_ptr, v_ptr, y_ptr, scale_ptr, offsets_ptr, dB_ptr, dscale_ptr, N, R,
+    dout_ptr, row_token_ptr, row_weight_ptr, v_ptr, y_ptr, scale_ptr, offsets_ptr, order_ptr, E, dB_ptr, dscale_ptr, N, R,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks of N = H, E): the start of DoRA's backward through the down projection, per unit of router weight.
+    """Grid (E * column blocks of N = H,): the start of DoRA's backward through the down projection, per unit of router weight.
 
     y (S, N), saved without its scale, is overwritten with scale * dout, the gradient of W2 a + s B2 A2 a; also dB (E, N, R) = its
     weighted product with v (S, R), and dscale (E, N) = sum of row_weight dout y. The next rows are loaded while these are worked on.
     """
-    expert = tl.program_id(1).to(tl.int64)
+    expert, block = expert_and_block(order_ptr, E, tl.cdiv(N, BLOCK_N))
     first = tl.load(offsets_ptr + expert)
     last = tl.load(offsets_ptr + expert + 1)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < N
     rs = tl.arange(0, BLOCK_R)
     scale = tl.load(scale_ptr + expert * N + columns, mask=column_mask, other=0.0)[None, :]
@@ -799,6 +821,143 @@ def hopper_gemm_kernel(
     ], [4, 4], [224, 64])  # fmt: skip
 
 
+@gluon.jit
+def hopper_swiglu_backward_load(
+    gate_up_desc, da_desc, u_desc, dv_desc, row, column, INTERMEDIATE, S, slot, pred,
+    full, gate_smem, up_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
+):  # fmt: skip
+    """Fetch what one step needs: rows of gate, of up and of da, 64 columns each, and of gate's u, up's u and dv."""
+    BLOCK_S: gl.constexpr = gate_up_desc.block_shape[0]
+    BLOCK_R: gl.constexpr = u_desc.block_shape[1]
+    bar = full.index(slot)
+    mbarrier.expect(bar, 3 * (64 + BLOCK_R) * BLOCK_S * 2, pred=pred)
+    tma.async_copy_global_to_shared(gate_up_desc, [row, column], bar, gate_smem.index(slot), pred=pred)
+    tma.async_copy_global_to_shared(gate_up_desc, [row, INTERMEDIATE + column], bar, up_smem.index(slot), pred=pred)
+    tma.async_copy_global_to_shared(da_desc, [row, column], bar, da_smem.index(slot), pred=pred)
+    tma.async_copy_global_to_shared(u_desc, [row, 0], bar, u_gate_smem.index(slot), pred=pred)
+    tma.async_copy_global_to_shared(u_desc, [S + row, 0], bar, u_up_smem.index(slot), pred=pred)
+    tma.async_copy_global_to_shared(dv_desc, [row, 0], bar, dv_smem.index(slot), pred=pred)
+
+
+@gluon.jit(do_not_specialize=["S"])
+def hopper_swiglu_backward_kernel(
+    gate_up_desc, gate_up_ptr, da_desc, u_desc, dv_desc, gate_scale_ptr, up_scale_ptr, row_weight_ptr, offsets_ptr, order_ptr,
+    dB_gate_ptr, dB_up_ptr, dA_down_ptr, dw_ptr, dgate_scale_ptr, dup_scale_ptr, S, INTERMEDIATE, R,
+    DORA: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """swiglu_backward_kernel for Hopper, INTERMEDIATE a multiple of 64. Grid (INTERMEDIATE / 64, E), one warpgroup each.
+
+    A stage of shared memory holds one step's rows. Its gate, up and da are overwritten with d(gate), d(up) and w a, which the tensor
+    cores then read for dB and dA while bulk stores write the first two out; the stage is filled again a step later.
+    """
+    BLOCK_S: gl.constexpr = gate_up_desc.block_shape[0]
+    BLOCK_R: gl.constexpr = u_desc.block_shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_R, 16])
+    gate_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, 64], gate_up_desc.layout)
+    up_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, 64], gate_up_desc.layout)
+    da_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, 64], da_desc.layout)
+    u_gate_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, BLOCK_R], u_desc.layout)
+    u_up_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, BLOCK_R], u_desc.layout)
+    dv_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, BLOCK_R], dv_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    fence_async_shared()
+
+    block = gl.program_id(0)
+    column = block * 64
+    expert = gl.load(order_ptr + gl.program_id(1))
+    first = gl.load(offsets_ptr + expert)
+    last = gl.load(offsets_ptr + expert + 1)
+    steps = gl.cdiv(last - first, BLOCK_S)
+    for i in gl.static_range(STAGES - 1):
+        hopper_swiglu_backward_load(
+            gate_up_desc, da_desc, u_desc, dv_desc, first + BLOCK_S * i, column, INTERMEDIATE, S, i, i < steps,
+            full, gate_smem, up_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
+        )  # fmt: skip
+    lane = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, layout))
+    columns = column + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    scale_columns = expert.to(gl.int64) * INTERMEDIATE + columns
+    if DORA:
+        gate_scale = gl.expand_dims(gl.load(gate_scale_ptr + scale_columns), 0)
+        up_scale = gl.expand_dims(gl.load(up_scale_ptr + scale_columns), 0)
+        dgate_scale = gl.zeros((BLOCK_S, 64), gl.float32, layout)  # summed over rows only once, at the end
+        dup_scale = gl.zeros((BLOCK_S, 64), gl.float32, layout)
+    dB_gate = gl.zeros((64, BLOCK_R), gl.float32, acc_layout)
+    dB_up = gl.zeros((64, BLOCK_R), gl.float32, acc_layout)
+    dA_down = gl.zeros((64, BLOCK_R), gl.float32, acc_layout)
+    for i in range(steps):
+        slot = i % STAGES
+        row = first + BLOCK_S * i
+        rows = row + lane
+        weight = gl.expand_dims(gl.load(row_weight_ptr + rows, mask=rows < last, other=0.0), 1)
+        mbarrier.wait(full.index(slot), (i // STAGES) & 1)
+        gate = gate_smem.index(slot).load(layout).to(gl.float32)
+        up = up_smem.index(slot).load(layout).to(gl.float32)
+        da = da_smem.index(slot).load(layout).to(gl.float32)
+        if row + BLOCK_S > last:  # the rest are another expert's rows, perhaps overwritten already
+            mine = gl.expand_dims(rows < last, 1)
+            gate = gl.where(mine, gate, 0.0)
+            up = gl.where(mine, up, 0.0)
+            da = gl.where(mine, da, 0.0)
+        if DORA:
+            gate_before, up_before = gate, up
+            gate *= gate_scale
+            up *= up_scale
+        sigmoid = 1.0 / (1.0 + gl.exp(-gate))
+        silu = gate * sigmoid
+        a = silu * up
+        gl.store(dw_ptr + block.to(gl.int64) * S + rows, gl.sum(a * da, axis=1), mask=rows < last)
+        da *= weight
+        dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
+        dup = da * silu
+        if DORA:
+            dgate_scale += dgate * gate_before
+            dup_scale += dup * up_before
+            dgate *= gate_scale
+            dup *= up_scale
+        dgate = dgate.to(gl.bfloat16)
+        dup = dup.to(gl.bfloat16)
+        dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=0, deps=(dB_gate, dB_up, dA_down))  # of the step before
+        gate_smem.index(slot).store(dgate)
+        up_smem.index(slot).store(dup)
+        da_smem.index(slot).store((a * weight).to(gl.bfloat16))
+        fence_async_shared()
+        dB_gate = warpgroup_mma(gate_smem.index(slot).permute((1, 0)), u_gate_smem.index(slot), dB_gate, is_async=True)
+        dB_up = warpgroup_mma(up_smem.index(slot).permute((1, 0)), u_up_smem.index(slot), dB_up, is_async=True)
+        dA_down = warpgroup_mma(da_smem.index(slot).permute((1, 0)), dv_smem.index(slot), dA_down, is_async=True)
+        dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=3, deps=(dB_gate, dB_up, dA_down))
+        if row + BLOCK_S <= last:
+            tma.async_copy_shared_to_global(gate_up_desc, [row, column], gate_smem.index(slot))
+            tma.async_copy_shared_to_global(gate_up_desc, [row, INTERMEDIATE + column], up_smem.index(slot))
+        else:
+            pointers = gate_up_ptr + gl.expand_dims(rows.to(gl.int64) * (2 * INTERMEDIATE), 1) + gl.expand_dims(columns, 0)
+            gl.store(pointers, dgate, mask=gl.expand_dims(rows < last, 1))
+            gl.store(pointers + INTERMEDIATE, dup, mask=gl.expand_dims(rows < last, 1))
+        # the stage of the step before is free: the tensor cores were waited for above, its bulk stores are now
+        tma.store_wait(2)
+        ahead = i + STAGES - 1
+        hopper_swiglu_backward_load(
+            gate_up_desc, da_desc, u_desc, dv_desc, first + BLOCK_S * ahead, column, INTERMEDIATE, S, ahead % STAGES, ahead < steps,
+            full, gate_smem, up_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
+        )  # fmt: skip
+    dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=0, deps=(dB_gate, dB_up, dA_down))
+
+    out_columns = column + gl.arange(0, 64, layout=gl.SliceLayout(1, acc_layout))
+    rs = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, acc_layout))
+    dB = gl.expand_dims((expert.to(gl.int64) * INTERMEDIATE + out_columns) * R, 1) + gl.expand_dims(rs, 0)
+    dA = gl.expand_dims((expert.to(gl.int64) * R + rs) * INTERMEDIATE, 0) + gl.expand_dims(out_columns, 1)
+    mask = gl.expand_dims(rs < R, 0)
+    gl.store(dB_gate_ptr + dB, dB_gate.to(dB_gate_ptr.dtype.element_ty), mask=mask)
+    gl.store(dB_up_ptr + dB, dB_up.to(dB_up_ptr.dtype.element_ty), mask=mask)
+    gl.store(dA_down_ptr + dA, dA_down.to(dA_down_ptr.dtype.element_ty), mask=mask)
+    if DORA:
+        gl.store(dgate_scale_ptr + scale_columns, gl.sum(dgate_scale, axis=0))
+        gl.store(dup_scale_ptr + scale_columns, gl.sum(dup_scale, axis=0))
+    tma.store_wait(0)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------
 # Launching the kernels
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -818,6 +977,7 @@ class Tiles:
     combine: int = 512
     sort: int = 128
     hopper: tuple | None = None  # stages, row tiles that share weights
+    hopper_swiglu_backward: tuple = (64, 3)  # rows, stages
 
 
 AMPERE = Tiles()
@@ -845,6 +1005,7 @@ class Routing(NamedTuple):
     tile_row: torch.Tensor
     num_tiles: torch.Tensor
     counters: torch.Tensor
+    order: torch.Tensor
 
 
 def route(top_k_index, top_k_weights, num_experts, tiles):
@@ -853,23 +1014,23 @@ def route(top_k_index, top_k_weights, num_experts, tiles):
     S, top_k, device = index.numel(), index.shape[1], index.device
     num_blocks, max_tiles = triton.cdiv(S, tiles.sort), S // tiles.block_m + num_experts
     block_e = triton.next_power_of_2(num_experts + 1)
-    sizes = [4 * WORK_COUNTERS, num_experts * num_blocks, num_experts, num_experts + 1, S, S, max_tiles, max_tiles, 1]
+    sizes = [4 * WORK_COUNTERS, num_experts * num_blocks, num_experts, num_experts + 1, S, S, max_tiles, max_tiles, 1, num_experts + 1]
     # every array begins at a multiple of 16 bytes whatever T is: Triton compiles a kernel anew for each mix of aligned pointers
     room = [triton.cdiv(size, 4) * 4 for size in sizes]
     ints = torch.empty(sum(room), dtype=torch.int32, device=device)
     arrays = [part[:size] for part, size in zip(ints.split(room), sizes, strict=True)]
-    counters, counts, totals, offsets, token_row, row_token, tile_expert, tile_row, num_tiles = arrays
+    counters, counts, totals, offsets, token_row, row_token, tile_expert, tile_row, num_tiles, order = arrays
     row_weight = torch.empty(S, dtype=torch.float32, device=device)
     count_kernel[(num_blocks,)](index, S, counts, num_blocks, num_experts, BLOCK=tiles.sort, BLOCK_E=block_e)
     scan_kernel[(num_experts,)](counts, num_blocks, totals, BLOCK_B=min(1024, triton.next_power_of_2(num_blocks)))
     tile_kernel[(triton.cdiv(max_tiles, 64),)](
-        totals, num_experts, S, offsets, tile_expert, tile_row, num_tiles, max_tiles, counters,
+        totals, num_experts, S, offsets, tile_expert, tile_row, num_tiles, max_tiles, counters, order,
         BLOCK_M=tiles.block_m, BLOCK=64, BLOCK_E=block_e, COUNTERS=4 * WORK_COUNTERS,
     )  # fmt: skip
     place_kernel[(num_blocks,)](
         index, weight, S, top_k, counts, num_blocks, offsets, token_row, row_token, row_weight, BLOCK=tiles.sort
     )  # fmt: skip
-    return Routing(index, weight, token_row, row_token, row_weight, offsets, tile_expert, tile_row, num_tiles, counters)
+    return Routing(index, weight, token_row, row_token, row_weight, offsets, tile_expert, tile_row, num_tiles, counters, order)
 
 
 def precision_of(dtype):
@@ -928,9 +1089,6 @@ def hopper_gemm(a, weight, out, routing, tiles, *, launch, gather=False, lora, a
     block_r = min(64, rank_block(r))
     k_major = weight.stride(2) == 1
 
-    def descriptor(tensor, block):
-        return TensorDescriptor.from_tensor(tensor, block, shared_layout(*block))
-
     def stacked(view, block_inner):
         """(E, N, inner) view -> a descriptor of it as one matrix, experts stacked along the rows, and the rows from expert to expert."""
         rows, columns, row_stride = (1, 2, view.stride(1)) if k_major else (2, 1, view.stride(2))
@@ -958,6 +1116,11 @@ def hopper_gemm(a, weight, out, routing, tiles, *, launch, gather=False, lora, a
 def shared_layout(rows, columns):
     """The swizzled shared-memory layout that bulk copies and the tensor cores agree on; cached because making one is slow."""
     return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+
+
+def descriptor(tensor, block):
+    """What a bulk copy of `block` (rows, columns) of a bf16 matrix needs."""
+    return TensorDescriptor.from_tensor(tensor, block, shared_layout(*block))
 
 
 @lru_cache
@@ -1039,11 +1202,40 @@ def lora_grad(x, y, d, routing, tiles, weighted=False):
     E, N, r = d[0].shape
     block_s, block_n, warps, stages = tiles.lora_grad
     block_n = columns_beside(r, block_n)
-    lora_grad_kernel[(triton.cdiv(N, block_n), E)](
-        x, routing.row_token, routing.row_weight, y, y.stride(0), routing.offsets, d[0], d[-1], *d[0].stride(), N, r,
+    lora_grad_kernel[(triton.cdiv(N, block_n) * E,)](
+        x, routing.row_token, routing.row_weight, y, y.stride(0), routing.offsets, routing.order, E, d[0], d[-1], *d[0].stride(), N, r,
         SEGMENTS=len(d), WEIGHTED=weighted,
         BLOCK_S=block_s, BLOCK_N=block_n, BLOCK_R=rank_block(r), PRECISION=precision_of(x.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+def swiglu_backward(da, gate_up, u, dv, p, routing, grads, tiles):
+    """gate_up (S, 2I) becomes its gradient, from da (S, I) and dv (S, r) per unit of router weight; fills grads: of gate's and up's B, of
+    down's A, of gate's and up's DoRA scale (or None, None). Returns d(router weight) in parts, (column blocks, S) fp32, to be added up."""
+    dB_gate, dB_up, dA_down, *dscales = grads
+    dora = p.gate_scale is not None
+    scales, dscales = ((p.gate_scale, p.up_scale), dscales) if dora else ((da, da), (da, da))
+    (S, I), E, r = da.shape, p.down.shape[0], dv.shape[1]  # noqa: E741
+    on_tensor_cores = on_hopper(da, p, tiles) and r <= 64
+    block_s, block_i, warps, stages = tiles.swiglu_backward
+    block_i = 64 if on_tensor_cores else columns_beside(r, block_i)
+    dw_parts = torch.empty(triton.cdiv(I, block_i), S, dtype=torch.float32, device=da.device)
+    after = routing.row_weight, routing.offsets, routing.order, dB_gate, dB_up, dA_down, dw_parts, *dscales, S, I, r
+    grid = (dw_parts.shape[0], E)
+    if on_tensor_cores:
+        rows, stages = tiles.hopper_swiglu_backward
+        tile, rank = [rows, block_i], [rows, rank_block(r)]
+        hopper_swiglu_backward_kernel[grid](
+            descriptor(gate_up, tile), gate_up, descriptor(da, tile), descriptor(u.view(-1, r), rank), descriptor(dv, rank),
+            *scales, *after, DORA=dora, STAGES=stages, num_warps=4,
+        )  # fmt: skip
+    else:
+        swiglu_backward_kernel[grid](
+            da, gate_up, u, u.stride(0), dv, *scales, *after,
+            DORA=dora, BLOCK_S=block_s, BLOCK_I=block_i, BLOCK_R=rank_block(r), PRECISION=precision_of(da.dtype),
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return dw_parts
 
 
 def dora_down(dout, v, y, scale, dB, dscale, routing, tiles):
@@ -1051,8 +1243,8 @@ def dora_down(dout, v, y, scale, dB, dscale, routing, tiles):
     E, H, r = dB.shape
     block_s, block_n, warps = tiles.dora_down
     block_n = columns_beside(r, block_n)
-    dora_down_kernel[(triton.cdiv(H, block_n), E)](
-        dout, routing.row_token, routing.row_weight, v, y, scale, routing.offsets, dB, dscale, H, r,
+    dora_down_kernel[(triton.cdiv(H, block_n) * E,)](
+        dout, routing.row_token, routing.row_weight, v, y, scale, routing.offsets, routing.order, E, dB, dscale, H, r,
         BLOCK_S=block_s, BLOCK_N=block_n, BLOCK_R=rank_block(r), PRECISION=precision_of(dout.dtype), num_warps=warps,
     )  # fmt: skip
 
@@ -1091,7 +1283,7 @@ class FusedExperts(torch.autograd.Function):
             raise RuntimeError("FusedMoELoRA's backward overwrites what it saved: backward twice through one forward is not supported")
         ctx.spent = True
         x, u, v, gate_up, y, *rest = ctx.saved_tensors
-        routing, p = Routing(*rest[:10]), Block(*rest[10:], ctx.scaling)
+        routing, p = Routing(*rest[:11]), Block(*rest[11:], ctx.scaling)
         tiles, dout = tiles_for(x.device), dout.contiguous()
         E, H, I = p.down.shape  # noqa: E741
         S, r = routing.row_token.numel(), p.gate_A.shape[1]
@@ -1122,19 +1314,12 @@ class FusedExperts(torch.autograd.Function):
         del dy, y
 
         # 9 and 10 with SwiGLU's backward, d(gate_up) over gate_up
-        block_s, block_i, warps, stages = tiles.swiglu_backward
-        block_i = columns_beside(r, block_i)
-        blocks = triton.cdiv(I, block_i)
-        dw_parts = torch.empty(blocks, S, dtype=torch.float32, device=x.device)
-        swiglu_backward_kernel[(blocks, E)](
-            da, gate_up, p.gate_scale if dora else da, p.up_scale if dora else da, routing.row_weight, u, u.stride(0), dv, routing.offsets,
-            dgate_B, dup_B, ddown_A, dw_parts, dscales[0] if dora else da, dscales[1] if dora else da, S, I, r,
-            DORA=dora, BLOCK_S=block_s, BLOCK_I=block_i, BLOCK_R=rank_block(r), PRECISION=precision_of(x.dtype),
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+        dw_parts = swiglu_backward(da, gate_up, u, dv, p, routing, (dgate_B, dup_B, ddown_A, *dscales[:2]), tiles)
         del da, dv
         dweights = torch.empty_like(routing.weight)
-        router_grad_kernel[(triton.cdiv(S, 1024),)](dw_parts, routing.token_row, dweights, S, BLOCKS=blocks, BLOCK=1024)
+        router_grad_kernel[(triton.cdiv(S, 1024),)](
+            dw_parts, routing.token_row, dweights, S, BLOCKS=dw_parts.shape[0], BLOCK=1024
+        )  # fmt: skip
 
         # 11 to 13
         lora_B = [p.gate_B.transpose(1, 2), p.up_B.transpose(1, 2)]
