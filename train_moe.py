@@ -65,10 +65,14 @@ class TrainingArguments:
     run_name: str = field(default="train_moe", metadata={"help": "the experiment's only name; a launcher passes its file name"})
     output_dir: str | None = field(default=None, metadata={"help": "default: outputs/<run_name>"})
     num_train_epochs: int = field(default=3, metadata={"help": "passes over the data; a checkpoint after each"})
-    max_steps: int | None = field(default=None, metadata={"help": "stop after this many steps (the schedule is still that of all epochs)"})
+    max_steps: int | None = field(
+        default=None, metadata={"help": "steps of the run and of its schedule, in place of num_train_epochs, fewer or more"}
+    )
     global_batch_size: int = field(default=32, metadata={"help": "packs in one optimiser step, over all ranks and micro-batches"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak of the schedule"})
-    warmup_steps: int = field(default=50, metadata={"help": "linear warm-up, then linear decay to the end of the last epoch"})
+    warmup_steps: int = field(
+        default=50, metadata={"help": "linear warm-up, its first step at 1/warmup_steps of the peak, then linear decay to the last step"}
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's, on lora_A and lora_B"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient's global norm to this"})
     router_aux_loss_coef: float = field(default=0.0, metadata={"help": "weight of the load-balancing loss; 0: off"})
@@ -997,7 +1001,7 @@ def router_record(counts):
     }
 
 
-def print_batch_arithmetic(args, dataset, data_args, steps_an_epoch):
+def print_batch_arithmetic(args, dataset, data_args, steps_an_epoch, total_steps):
     """Print, and assert, how packs become optimiser steps; returns the micro-batches of a rank and step."""
     world = dist.get_world_size()
     if args.global_batch_size % world:
@@ -1007,7 +1011,7 @@ def print_batch_arithmetic(args, dataset, data_args, steps_an_epoch):
     say(
         f"{world} ranks x {micro} packs, one at a time = {args.global_batch_size} packs a step = "
         f"{args.global_batch_size * data_args.max_seq_length:,} token places; {len(dataset):,} packs = {steps_an_epoch:,} steps an "
-        f"epoch, {args.num_train_epochs} epochs = {steps_an_epoch * args.num_train_epochs:,} steps"
+        f"epoch, {total_steps / steps_an_epoch:.4g} epochs = {total_steps:,} steps"
     )
     return micro
 
@@ -1111,9 +1115,8 @@ def train(args, data_args, lora_args):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     dataset = multipack.prepare(data_args, tokenizer, args.model_name_or_path, seed=args.seed)
     steps_an_epoch = math.ceil(len(dataset) / args.global_batch_size)
-    total_steps = steps_an_epoch * args.num_train_epochs
-    last_step = min(args.max_steps or total_steps, total_steps)
-    micro = print_batch_arithmetic(args, dataset, data_args, steps_an_epoch)
+    total_steps = args.max_steps or steps_an_epoch * args.num_train_epochs
+    micro = print_batch_arithmetic(args, dataset, data_args, steps_an_epoch, total_steps)
 
     peft_model, model = build_model(config, args, lora_args)
     shard(model, mesh, args, lora_args.use_dora)
@@ -1128,10 +1131,17 @@ def train(args, data_args, lora_args):
         "seed": args.seed,
         "data": dataset.fingerprint,
         "global_batch_size": args.global_batch_size,
+        "total_steps": total_steps,
+        "learning_rate": args.learning_rate,
+        "warmup_steps": args.warmup_steps,
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": args.max_grad_norm,
+        "router_aux_loss_coef": args.router_aux_loss_coef,
         "r": lora_args.r,
         "lora_alpha": lora_args.alpha,
         "expert_r": lora_args.expert_rank(config),
         "use_dora": lora_args.use_dora,
+        "lora_dropout": lora_args.lora_dropout,
     }
     checkpoints = Checkpointer(peft_model, model, optimizer, args, lora_args, tokenizer, facts)
     step = checkpoints.load(resume_from) if resume_from else 0
@@ -1141,9 +1151,9 @@ def train(args, data_args, lora_args):
     log = Log(args, write_arguments(args, data_args, lora_args, dataset.fingerprint, planned) if is_main() else None, step)
 
     first_step = step + 1
-    bar = tqdm(total=last_step, initial=step, desc=args.run_name, unit="step", disable=not (is_main() and sys.stderr.isatty()))
+    bar = tqdm(total=total_steps, initial=step, desc=args.run_name, unit="step", disable=not (is_main() and sys.stderr.isatty()))
     started = time.perf_counter()
-    while step < last_step:
+    while step < total_steps:
         # data: this rank's packs, and the sizes of the whole step
         indices = packs_of_step(dataset, step, steps_an_epoch, args.global_batch_size)
         lengths = np.concatenate([dataset.lengths[dataset.packs[i]] for i in indices])
@@ -1191,7 +1201,7 @@ def train(args, data_args, lora_args):
         if args.router_aux_loss_coef > 0:
             record["router_aux_loss"] = auxiliary / dist.get_world_size()
         end_of_epoch = step % steps_an_epoch == 0
-        if dataset.validation is not None and (end_of_epoch or step == last_step):
+        if dataset.validation is not None and (end_of_epoch or step == total_steps):
             record["validation_loss"] = validate(model, dataset.validation, device)
         log.write(record)
         bar.update()
@@ -1201,7 +1211,7 @@ def train(args, data_args, lora_args):
             say(plan.compare_peak(planned, torch.cuda.max_memory_allocated()))
         if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
             raise ValueError(f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; nothing was saved from this step")
-        if end_of_epoch or step == last_step or stop or (args.save_steps and step % args.save_steps == 0):
+        if end_of_epoch or step == total_steps or stop or (args.save_steps and step % args.save_steps == 0):
             checkpoints.save(step)
         if stop:
             break
@@ -1210,7 +1220,7 @@ def train(args, data_args, lora_args):
     bar.close()
     log.close()
     dist.barrier()
-    if step < last_step:
+    if step < total_steps:
         say(f"stopped by SIGTERM after step {step}; go on with --resume")
     say(f"done: {args.output_dir}")
 

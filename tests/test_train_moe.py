@@ -465,12 +465,25 @@ def test_bf16_follows_fp32(use_dora, one_process, tmp_path):
         train_moe.main(argv)
         runs[dtype] = [line[1] for line in losses(tmp_path / dtype)]
     assert runs["bfloat16"] != runs["float32"] and runs["bfloat16"] == pytest.approx(runs["float32"], rel=5e-3)
+    rates = [record["learning_rate"] for record in read_log(tmp_path / "bfloat16")]
+    assert rates == pytest.approx([5e-3, 1e-2, 1e-2, 5e-3]), "the schedule is that of --max_steps"
     saved = saved_adapter(tmp_path / "bfloat16" / "checkpoint-4")
     assert all(tensor.dtype == torch.float32 for tensor in saved.values())
     assert any((tensor != tensor.bfloat16().float()).any() for name, tensor in saved.items() if "lora_B" in name)
     if use_dora:
         magnitudes = [tensor for name, tensor in saved.items() if "magnitude" in name]
         assert magnitudes and all((tensor != tensor.bfloat16().float()).any() for tensor in magnitudes)
+
+
+def test_max_steps_in_place_of_epochs(one_process, tmp_path):
+    """More steps than the epochs have: on into further epochs, under one schedule, and resumed under that one only."""
+    steps = len(losses(one_process[1]))
+    argv = moved(one_process[0], tmp_path / "run", "--save_steps", 100, "--num_train_epochs", 1, "--max_steps", steps)
+    train_moe.main(argv)
+    assert losses(tmp_path / "run") == unchanged(losses(one_process[1])) and read_log(tmp_path / "run")[-1]["epoch"] == 2.0
+    train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True"))  # as many, counted in epochs
+    with pytest.raises(SystemExit, match=f"--resume: total_steps is {steps + 1}, but .* was trained with {steps}"):
+        train_moe.main([*argv, "--resume", "True", "--max_steps", str(steps + 1)])
 
 
 def test_norms_of_dora_are_those_of_the_step(one_process, tmp_path, monkeypatch):
@@ -810,10 +823,9 @@ def other_base(directory, copy):
 
 def test_another_run_is_not_resumed(one_process, tmp_path):
     shutil.copytree(one_process[1], tmp_path / "run")
-    with pytest.raises(SystemExit, match="seed is 5"):
-        train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--seed", 5, "--num_train_epochs", 3))
-    with pytest.raises(SystemExit, match="lora_alpha is 5, but .* was trained with"):
-        train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--lora_alpha", 5))
+    for key, value in dict(seed=5, lora_alpha=5, learning_rate=0.5, warmup_steps=5).items():
+        with pytest.raises(SystemExit, match=f"{key} is {value}, but .* was trained with"):
+            train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", f"--{key}", value))
     other = other_base(one_process[0][one_process[0].index("--model_name_or_path") + 1], tmp_path / "other")
     with pytest.raises(SystemExit, match="error: --resume: base .*other: .* is not that of .*: this is another base model's adapter"):
         train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--model_name_or_path", other))

@@ -30,36 +30,47 @@ def runs(tmp_path_factory):
             answer = " ".join(generator.choice(["saya", "makan", "nasi", "lemak", "esok"]) for _ in range(generator.randint(2, 25)))
             f.write(json.dumps({"question": "Apa khabar?", "answer": answer}) + "\n")
     common = f"--model_name_or_path {root}/model --dataset {root}/chat.jsonl --max_seq_length 512 --global_batch_size 4 --r 32"
-    common += f" --learning_rate 5e-3 --warmup_steps 2 --report_to none --max_steps {STEPS} --num_train_epochs 9"
+    common += f" --learning_rate 5e-3 --warmup_steps 2 --report_to none --max_steps {STEPS}"
     flags = {
         "cpu": "--dtype float32",
         "none": "--activations none",
         "selective": "--activations selective",
         "full": "--activations full --save_steps 1",
-        "broken": "--activations full --max_steps 3",
+        "broken": "--activations full",
         "offload": "--activations full --cpu_offload True",
         "dora": "--activations none --use_dora True",
     }
-    started = {name: start(root, name, [*common.split(), *more.split()]) for name, more in flags.items()}
+    started = {
+        name: start(root, name, [*common.split(), *more.split()], stop_in=3 if name == "broken" else 0) for name, more in flags.items()
+    }
     finish(started)
+    assert len(losses(root / "broken")) == 3
     finish({"broken": start(root, "broken", [*common.split(), *flags["full"].split(), "--resume"])})
     return {name: root / name for name in flags}
 
 
-def start(root, name, flags):
+RUN = """
+import signal, train_moe
+clip, calls = train_moe.clip_gradients, []
+
+def stopping(*args):
+    calls.append(1)
+    if len(calls) == {stop_in}:
+        signal.raise_signal(signal.SIGTERM)
+    return clip(*args)
+
+train_moe.clip_gradients = stopping
+train_moe.main()
+"""
+
+
+def start(root, name, flags, stop_in=0):
+    """A run in a process of its own, which gets SIGTERM in step `stop_in`."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if name == "cpu" else {}
-    command = [
-        sys.executable,
-        ROOT / "train_moe.py",
-        "--run_name",
-        name,
-        "--output_dir",
-        root / name,
-        "--data_cache",
-        root / f"{name}-data",
-    ]
-    environment = {**os.environ, **hidden, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    common = ["--run_name", name, "--output_dir", root / name, "--data_cache", root / f"{name}-data"]
+    command = [sys.executable, "-c", RUN.format(stop_in=stop_in), *common, *flags]
+    environment = {**os.environ, **hidden, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(started):
