@@ -68,7 +68,9 @@ class DenseTrainingArguments(TrainingArguments):
     num_train_epochs: float = 3.0
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "linear"
-    warmup_steps: float = 50
+    warmup_steps: float = field(
+        default=50, metadata={"help": "linear warm-up, its first step at a learning rate of 0; below 1: a share of all steps"}
+    )
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 1
@@ -337,17 +339,35 @@ def find_resume_checkpoint(training_args):
     return found and str(found)
 
 
-def refuse_another_run(training_args, lora_args, packs):
-    """Raise ValueError if the run in output_dir had other data or another shape: resumed, it would skip and repeat packs, or be another."""
-    path = Path(training_args.output_dir, "args.json")
+def run_arguments(model_args, data_args, lora_args, training_args):
+    """Every argument by its name, as args.json has it."""
+    arguments = {}
+    for group in (model_args, data_args, lora_args):
+        arguments |= dataclasses.asdict(group)
+    arguments |= {k: v for k, v in training_args.to_dict().items() if not k.endswith("_token")}
+    return json.loads(json.dumps(arguments, default=str))
+
+
+def refuse_another_run(arguments, packs):
+    """Raise ValueError if the run in output_dir had other data, another shape or another schedule: resumed, it would be another run."""
+    path = Path(arguments["output_dir"], "args.json")
     if not path.exists():
         raise ValueError(f"--resume: {path} is not there, so what the checkpoints were trained on is unknown")
     record = json.loads(path.read_text())
-    before = {"data": record["data"]} | {key: record["arguments"][key] for key in ("global_batch_size", "r", "lora_alpha", "use_dora")}
-    before["lora_alpha"] = before["lora_alpha"] or 2 * before["r"]
-    now = {"data": packs.fingerprint, "global_batch_size": training_args.global_batch_size}
-    now |= {"r": lora_args.r, "lora_alpha": lora_args.alpha, "use_dora": lora_args.use_dora}
-    for key, value in now.items():
+
+    # The optimiser and the scheduler come back with the learning rate and the decay that they were saved with: other values of these flags
+    # would do nothing, and args.json would say that they had.
+    same = "global_batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm r lora_alpha use_dora lora_dropout"
+
+    def facts(data, arguments):
+        facts = {"data": data} | {key: arguments[key] for key in same.split()}
+        facts["lora_alpha"] = facts["lora_alpha"] or 2 * facts["r"]
+        steps_an_epoch = math.ceil(len(packs) / facts["global_batch_size"])
+        of_epochs = math.ceil(arguments["num_train_epochs"] * steps_an_epoch)
+        return facts | {"total_steps": arguments["max_steps"] if arguments["max_steps"] > 0 else of_epochs}
+
+    before = facts(record["data"], record["arguments"])
+    for key, value in facts(packs.fingerprint, arguments).items():
         if before[key] != value:
             raise ValueError(f"--resume: {key} is {value}, but {path} says {before[key]}; that is another run, for another --run_name")
 
@@ -361,15 +381,11 @@ def trim_log(training_args, checkpoint):
         path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last))
 
 
-def write_arguments(model_args, data_args, lora_args, training_args, packs, planned):
+def write_arguments(arguments, training_args, packs, planned):
     """outputs/<run>/args.json: what another person needs to repeat the run."""
-    arguments = {}
-    for group in (model_args, data_args, lora_args):
-        arguments |= dataclasses.asdict(group)
-    arguments |= {k: v for k, v in training_args.to_dict().items() if not k.endswith("_token")}
     record = {
         "launcher": training_args.run_name,
-        "model": model_args.model_name_or_path,
+        "model": arguments["model_name_or_path"],
         "commit": git_commit(),
         "data": packs.fingerprint,
         "world_size": training_args.world_size,
@@ -378,7 +394,7 @@ def write_arguments(model_args, data_args, lora_args, training_args, packs, plan
     }
     os.makedirs(training_args.output_dir, exist_ok=True)
     temporary = Path(training_args.output_dir, "args.json.tmp")  # renamed: another process may be reading the old one
-    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(temporary, temporary.with_suffix(""))
 
 
@@ -410,9 +426,10 @@ def main():
         packs = multipack.prepare(data_args, tokenizer, model_args.model_name_or_path, seed=training_args.seed)
         if training_args.prepare_only:
             return print(multipack.format_report(packs.report))
+        arguments = run_arguments(model_args, data_args, lora_args, training_args)
         checkpoint = find_resume_checkpoint(training_args)
         if checkpoint:
-            refuse_another_run(training_args, lora_args, packs)
+            refuse_another_run(arguments, packs)
             if faults := adapter.base_faults(
                 adapter.Adapter(checkpoint).manifest, model_args.model_name_or_path, model_args.model_revision
             ):
@@ -422,7 +439,7 @@ def main():
 
     if training_args.process_index == 0:
         print_batch_arithmetic(training_args, packs, data_args.max_seq_length)
-        write_arguments(model_args, data_args, lora_args, training_args, packs, planned)
+        write_arguments(arguments, training_args, packs, planned)
         trim_log(training_args, checkpoint)
     gemm_flops = plan.measure_gemm() if torch.cuda.is_available() else None
     if packs.validation is not None:

@@ -139,6 +139,8 @@ def plain_loop(workspace):
 def test_equals_a_plain_loop_without_packing(unbroken, plain_loop):
     (log, adapters), (losses, norms, tensors) = unbroken, plain_loop
     assert log.keys() == losses.keys() == set(range(1, STEPS + 1))
+    rates = {step: 3e-3 * min((step - 1) / 2, (STEPS - step + 1) / (STEPS - 2)) for step in log}
+    assert {step: record["learning_rate"] for step, record in log.items()} == pytest.approx(rates)
     for step in log:
         assert log[step]["loss"] == pytest.approx(losses[step], rel=2e-4), step
         assert log[step]["grad_norm"] == pytest.approx(norms[step], rel=2e-3), step
@@ -242,6 +244,38 @@ def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
         assert adapter.verify_adapter(output / f"checkpoint-{step}", workspace / "model") == []
 
 
+TOLD_TO_STOP = """
+import signal, train_dense
+get_batch_samples = train_dense.DenseTrainer.get_batch_samples
+
+def told(self, *args):
+    if self.state.global_step == {step}:
+        signal.raise_signal(signal.SIGTERM)
+    return get_batch_samples(self, *args)
+
+train_dense.DenseTrainer.get_batch_samples = told
+train_dense.main()
+"""
+
+
+def test_stopped_in_the_middle_of_an_epoch_and_resumed_equals_unbroken(workspace, unbroken):
+    """SIGTERM in the second epoch saves after the step; `--resume` goes on in the middle of that epoch's order."""
+    middle = STEPS_AN_EPOCH + 4
+    script = workspace / "told_to_stop.py"
+    script.write_text(TOLD_TO_STOP.format(step=middle))
+    arguments = command(workspace, "stopped")
+    arguments[arguments.index(str(ROOT / "train_dense.py"))] = str(script)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=300)
+    output = workspace / "outputs/stopped"
+    assert max(read_log(output)) == middle + 1 == max(read_adapters(output)), done.stderr[-3000:]
+    log, adapters = run(workspace, "stopped", "--resume")
+    for step in range(1, STEPS + 1):
+        for key in ("loss", "grad_norm", "learning_rate", "tokens"):
+            assert log[step][key] == pytest.approx(unbroken[0][step][key], rel=1e-4), (step, key)
+    assert_same_adapter(adapters[STEPS], unbroken[1][STEPS], rtol=1e-3, atol=1e-4)
+
+
 def test_existing_run_is_not_overwritten(workspace, unbroken):
     done = subprocess.run(command(workspace, "unbroken"), cwd=workspace, capture_output=True, text=True)
     assert done.returncode != 0
@@ -282,21 +316,35 @@ def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(data="other"), dict(global_batch_size=8), dict(r=8), dict(lora_alpha=3), dict(use_dora=True)], ids=lambda c: [*c][0]
+    ("flags", "fault"),
+    [
+        ("--seed 4", "data is [0-9a-f]+,"),
+        ("--global_batch_size 8", "global_batch_size is 8,"),
+        ("--r 8", "r is 8,"),
+        ("--lora_alpha 3", "lora_alpha is 3,"),
+        ("--use_dora True", "use_dora is True,"),
+        ("--learning_rate 0.5", "learning_rate is 0.5,"),  # would not be used: the scheduler comes back with the one that it was saved with
+        ("--weight_decay 0.5", "weight_decay is 0.5,"),
+        ("--warmup_steps 7", "warmup_steps is 7.0,"),
+        ("--max_grad_norm 2.0", "max_grad_norm is 2.0,"),
+        (f"--max_steps {STEPS + 1}", f"total_steps is {STEPS + 1},"),
+        ("--num_train_epochs 3", f"total_steps is {3 * STEPS_AN_EPOCH},"),
+    ],
 )
-def test_another_run_is_not_resumed(tmp_path, change):
-    made = {"data": "d", "arguments": {"global_batch_size": 4, "r": 4, "lora_alpha": None, "use_dora": False}}
-    (tmp_path / "args.json").write_text(json.dumps(made))
+def test_another_run_is_not_resumed(workspace, unbroken, monkeypatch, flags, fault):
+    def no_further(*_):
+        raise ValueError("taken for the same run")
 
-    def resume(data="d", global_batch_size=4, **lora):
-        training_args = SimpleNamespace(output_dir=str(tmp_path), global_batch_size=global_batch_size)
-        lora_args = adapter.LoraArguments(**{"r": 4, "lora_alpha": 8, **lora})
-        train_dense.refuse_another_run(training_args, lora_args, SimpleNamespace(fingerprint=data))
+    def resume(*more):
+        monkeypatch.setattr(sys, "argv", command(workspace, "unbroken", "--resume", *more)[1:])
+        train_dense.main()
 
-    resume()
-    [(key, value)] = change.items()
-    with pytest.raises(ValueError, match=f"--resume: {key} is {value}, but .*args.json says"):
-        resume(**change)
+    monkeypatch.chdir(workspace)
+    monkeypatch.setattr(adapter, "base_faults", no_further)  # what is looked at next
+    with pytest.raises(SystemExit, match=f"error: --resume: {fault} but .*args.json says"):
+        resume(*flags.split())
+    with pytest.raises(SystemExit, match="taken for the same run"):
+        resume("--lora_alpha", "8", "--num_train_epochs", "1", "--max_steps", str(STEPS), "--save_steps", "7")
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
