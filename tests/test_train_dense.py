@@ -239,6 +239,7 @@ def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
     for step in range(1, STEPS + 1):
         assert log[step]["loss"] == pytest.approx(unbroken[0][step]["loss"], rel=tolerance), step
         assert log[step]["grad_norm"] == pytest.approx(unbroken[0][step]["grad_norm"], rel=10 * tolerance), step
+        assert log[step]["learning_rate"] == pytest.approx(unbroken[0][step]["learning_rate"]), step
     for step, expected in unbroken[1].items():
         assert_same_adapter(adapters[step], expected, rtol=1e-3, atol=1e-4)
         assert adapter.verify_adapter(output / f"checkpoint-{step}", workspace / "model") == []
