@@ -275,10 +275,10 @@ class RouterLoad:
             module.register_forward_pre_hook(lambda _, inputs, layer=layer: self._count(layer, inputs[1]))
 
     def _count(self, layer, top_k_index):
-        if not self.enabled:  # a recomputation in the backward
-            return
         if self.counts is None:
             self.counts = torch.zeros(len(self.experts), self.experts[0].num_experts, dtype=torch.int64, device=top_k_index.device)
+        if not self.enabled:  # a recomputation in the backward, validation, a place without a pack
+            return
         index = top_k_index.reshape(-1)
         self.counts[layer].scatter_add_(0, index, torch.ones_like(index))  # bincount would wait for the GPU
 
@@ -322,15 +322,16 @@ class ModelWithLoss(nn.Module):
             module.forget_norms()
 
     def forward(self, batch):
-        """(summed negative log-likelihood, load-balancing loss or 0) of a batch made by `to_batch`."""
+        """(summed negative log-likelihood, load-balancing loss or 0) of a batch made by `to_batch`; an EMPTY_PACK's are both 0."""
         batch = dict(batch)
         predicting, targets = batch.pop("predicting"), batch.pop("targets")
-        self.router_load.enabled = self.training
+        empty = len(targets) == 0
+        self.router_load.enabled = self.training and not empty
         outputs = self.causal_lm.base_model(**batch, use_cache=False, output_router_logits=self.router_aux_loss_coef > 0)
         self.router_load.enabled = False
         hidden = outputs.last_hidden_state[0].index_select(0, predicting)  # (n, H)
         loss = SummedCrossEntropy.apply(hidden, self.causal_lm.get_output_embeddings().weight, targets, self.chunk_loss)
-        if self.router_aux_loss_coef == 0:
+        if self.router_aux_loss_coef == 0 or empty:
             return loss, torch.zeros_like(loss)
         return loss, load_balancing_loss(outputs.router_logits, self.causal_lm.config.num_experts_per_tok)
 
@@ -788,13 +789,15 @@ def learning_rate(step, total_steps, args):
     return args.learning_rate * (total_steps - step) / max(1, total_steps - args.warmup_steps)
 
 
-def forward_backward(model, batches, supervised, args, device):
-    """Gradients of the step's loss from this rank's batches; returns this rank's [summed loss, mean auxiliary loss].
+def forward_backward(model, batches, supervised, args, device, packs=None):
+    """Gradients of the step's loss from this rank's batches; returns this rank's [summed loss, summed auxiliary loss].
 
-    supervised: how many tokens of the whole step, over all ranks, have a loss. FSDP averages gradients over the ranks, and the loss
-    is a sum over them, hence the factor of world_size.
+    supervised: how many tokens of the whole step, over all ranks, have a loss; packs: how many packs it has, if fewer than places.
+    The loss is a mean over the ones, the auxiliary loss over the others. FSDP averages gradients over the ranks, and these are sums
+    over them, hence the factor of world_size.
     """
     world = dist.get_world_size()
+    packs = packs or world * len(batches)
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
@@ -802,8 +805,8 @@ def forward_backward(model, batches, supervised, args, device):
         model.set_requires_all_reduce(last)  # across copies of the model, once a step
         model.set_is_last_backward(last)
         loss, auxiliary = model(to_device(batch, device))
-        (loss * (world / supervised) + auxiliary * (args.router_aux_loss_coef / len(batches))).backward()
-        totals += torch.stack([loss.detach(), auxiliary.detach() / len(batches)])
+        (loss * (world / supervised) + auxiliary * (args.router_aux_loss_coef * world / packs)).backward()
+        totals += torch.stack([loss.detach(), auxiliary.detach()])
     return totals
 
 
@@ -1164,7 +1167,7 @@ def train(args, data_args, lora_args):
 
         # one optimiser step; random numbers depend on the position alone
         torch.manual_seed(args.seed * 10**9 + step * dist.get_world_size() + dist.get_rank())
-        totals = forward_backward(model, batches, supervised.clamp(min=1), args, device)
+        totals = forward_backward(model, batches, supervised.clamp(min=1), args, device, len(indices))
         grad_norm = clip_gradients(parameters, args.max_grad_norm, mesh)
         lr = learning_rate(step, total_steps, args)
         for group in optimizer.param_groups:
@@ -1199,7 +1202,7 @@ def train(args, data_args, lora_args):
             **router_record(model.router_load.take()),
         }
         if args.router_aux_loss_coef > 0:
-            record["router_aux_loss"] = auxiliary / dist.get_world_size()
+            record["router_aux_loss"] = auxiliary / len(indices)
         end_of_epoch = step % steps_an_epoch == 0
         if dataset.validation is not None and (end_of_epoch or step == total_steps):
             record["validation_loss"] = validate(model, dataset.validation, device)

@@ -307,6 +307,27 @@ def test_router_loss_and_load_equal_transformers(checkpoints, process_group):
         build(checkpoints["glm4_moe"], "--router_aux_loss_coef", 0.1)
 
 
+def test_a_place_without_a_pack_counts_in_nothing(checkpoints, process_group):
+    """The last step of an epoch has some: no load of their tokens, no gradient of a load-balancing loss, and none less for the others."""
+    _, model = build(checkpoints["qwen3_moe"], "--router_aux_loss_coef", 0.1)
+    args = train_moe.parse(arguments("none", "none", "none", "--router_aux_loss_coef", 0.1, "--reduce_every_micro_batch", False))[0]
+    randomise_adapter(model)
+    train_moe.shard(model, train_moe.make_mesh(torch.device("cpu"), 1), args, use_dora=False)
+    pack, empty = train_moe.to_batch(random_pack(40, 12)), train_moe.to_batch(train_moe.EMPTY_PACK)
+
+    def step(*batches):
+        model.zero_grad()
+        totals = train_moe.forward_backward(model, batches, torch.tensor(20.0), args, torch.device("cpu"), packs=1)
+        return totals, model.router_load.take(), [p.grad.full_tensor() for p in model.parameters() if p.requires_grad]
+
+    _, counts, gradients = step(empty)
+    assert counts.sum() == 0 and not any(gradient.any() for gradient in gradients)
+    alone, with_empty = step(pack), step(empty, pack)
+    assert alone[0][1] > 0 and alone[1].sum() == 2 * 2 * 52, "2 layers, 2 experts a token"
+    for ours, expected in zip(with_empty, alone, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_upcycled_model_computes_the_same_function(tmp_path):
     save_tiny_checkpoint(tmp_path / "dense", "llama", tie_word_embeddings=True)
     train_moe.upcycle(tmp_path / "dense", tmp_path / "moe")
