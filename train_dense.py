@@ -77,6 +77,7 @@ class DenseTrainingArguments(TrainingArguments):
     bf16: bool = True
     gradient_checkpointing: bool = True
     logging_steps: float = 1
+    logging_nan_inf_filter: bool = False  # it would log the mean of earlier losses in place of one that is not finite
     save_strategy: str = "epoch"
     report_to: str = field(default="wandb", metadata={"help": "wandb, trackio, none, ..."})
     remove_unused_columns: bool = False
@@ -200,6 +201,8 @@ class DenseTrainer(Trainer):
         packs = EvenPacks(self.eval_dataset, world)  # every rank takes part in every forward
         for i in range(self.accelerator.process_index, len(packs), world):
             batch = self._prepare_inputs(multipack.collate([packs[i]]))
+            if self.args.use_liger_kernel:
+                batch["skip_logits"] = True  # Liger's own default is to make them all outside of training
             count = (batch["labels"] != multipack.IGNORE).sum()
             loss = self.compute_loss(model, batch, num_items_in_batch=count.clamp(min=1)) / world  # which compute_loss multiplies by
             totals += torch.stack([loss.double() * count, count.double()])
@@ -231,6 +234,9 @@ class DenseTrainer(Trainer):
             with open(os.path.join(self.args.output_dir, "log.jsonl"), "a") as f:
                 f.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
             self.compare_with_plan()
+        loss, norm = logs.get("loss", 0.0), logs.get("grad_norm", 0.0)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(f"step {self.state.global_step}: loss {loss}, gradient norm {norm}; nothing was saved from this step")
 
     def compare_with_plan(self):
         """After the first step: the planned peak beside the measured one, and the measured matrix products beside the peak of MFU."""
@@ -457,7 +463,10 @@ def main():
         planned=planned,
         gemm_flops=gemm_flops,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()  # leaving it to the interpreter's exit aborts now and then

@@ -45,12 +45,12 @@ def workspace(tmp_path_factory):
     return root
 
 
-def command(workspace, name, *extra, processes=1, torchrun=False):
+def command(workspace, name, *extra, processes=1, torchrun=False, script=ROOT / "train_dense.py"):
     launcher = f"-m torch.distributed.run --nproc_per_node {processes} --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:0".split()
     return [
         sys.executable,
         *(launcher if torchrun or processes > 1 else []),
-        str(ROOT / "train_dense.py"),
+        str(script),
         *("--model_name_or_path", str(workspace / "model"), "--dataset", str(workspace / "train.jsonl"), "--run_name", name),
         *("--data_cache", str(workspace / "cache")),
         *FLAGS,
@@ -148,7 +148,14 @@ def test_equals_a_plain_loop_without_packing(unbroken, plain_loop):
 
 
 WITH_LIGER = """
-import sys, train_dense
+import torch, train_dense
+linear = torch.nn.Linear.forward
+
+def all_but_the_head(self, hidden):
+    assert self.out_features != 320, "logits of all positions"
+    return linear(self, hidden)
+
+torch.nn.Linear.forward = all_but_the_head
 post_init = train_dense.DenseTrainingArguments.__post_init__
 
 def with_liger(self):  # on a CPU its kernels run only in Triton's interpreter, and of them only this one
@@ -166,8 +173,7 @@ def test_ligers_loss_equals_the_plain_loop(workspace, plain_loop):
     losses, norms, _ = plain_loop
     script = workspace / "with_liger.py"
     script.write_text(WITH_LIGER)
-    arguments = command(workspace, "liger", "--max_steps", "3")
-    arguments[arguments.index(str(ROOT / "train_dense.py"))] = str(script)
+    arguments = command(workspace, "liger", "--max_steps", "3", script=script)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=300)
     log = read_log(workspace / "outputs/liger")
@@ -245,36 +251,40 @@ def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
         assert adapter.verify_adapter(output / f"checkpoint-{step}", workspace / "model") == []
 
 
-TOLD_TO_STOP = """
-import signal, train_dense
-get_batch_samples = train_dense.DenseTrainer.get_batch_samples
+@pytest.fixture
+def main(workspace, monkeypatch):
+    """train_dense.main in this process, which starts in a second and not in ten: main(run name, *flags)."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(workspace)
 
-def told(self, *args):
-    if self.state.global_step == {step}:
-        signal.raise_signal(signal.SIGTERM)
-    return get_batch_samples(self, *args)
+    def main(name, *flags):
+        monkeypatch.setattr(sys, "argv", command(workspace, name, *flags)[1:])
+        train_dense.main()
 
-train_dense.DenseTrainer.get_batch_samples = told
-train_dense.main()
-"""
+    yield main
+    signal.signal(signal.SIGTERM, handler)
 
 
-def test_stopped_in_the_middle_of_an_epoch_and_resumed_equals_unbroken(workspace, unbroken):
+def test_stopped_in_the_middle_of_an_epoch_and_resumed_equals_unbroken(workspace, unbroken, main, monkeypatch):
     """SIGTERM in the second epoch saves after the step; `--resume` goes on in the middle of that epoch's order."""
-    middle = STEPS_AN_EPOCH + 4
-    script = workspace / "told_to_stop.py"
-    script.write_text(TOLD_TO_STOP.format(step=middle))
-    arguments = command(workspace, "stopped")
-    arguments[arguments.index(str(ROOT / "train_dense.py"))] = str(script)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=300)
-    output = workspace / "outputs/stopped"
-    assert max(read_log(output)) == middle + 1 == max(read_adapters(output)), done.stderr[-3000:]
-    log, adapters = run(workspace, "stopped", "--resume")
+    stop_in, output = STEPS_AN_EPOCH + 5, workspace / "outputs/stopped"
+    get_batch_samples = train_dense.DenseTrainer.get_batch_samples
+
+    def told(self, *args):
+        if self.state.global_step == stop_in - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return get_batch_samples(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dense.DenseTrainer, "get_batch_samples", told)
+        main("stopped")
+    assert max(read_log(output)) == stop_in and sorted(read_adapters(output)) == [STEPS_AN_EPOCH, stop_in]
+    main("stopped", "--resume")
+    log = read_log(output)
     for step in range(1, STEPS + 1):
         for key in ("loss", "grad_norm", "learning_rate", "tokens"):
             assert log[step][key] == pytest.approx(unbroken[0][step][key], rel=1e-4), (step, key)
-    assert_same_adapter(adapters[STEPS], unbroken[1][STEPS], rtol=1e-3, atol=1e-4)
+    assert_same_adapter(read_adapters(output)[STEPS], unbroken[1][STEPS], rtol=1e-3, atol=1e-4)
 
 
 def test_existing_run_is_not_overwritten(workspace, unbroken):
@@ -332,28 +342,25 @@ def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
         ("--num_train_epochs 3", f"total_steps is {3 * STEPS_AN_EPOCH},"),
     ],
 )
-def test_another_run_is_not_resumed(workspace, unbroken, monkeypatch, flags, fault):
+def test_another_run_is_not_resumed(main, unbroken, monkeypatch, flags, fault):
     def no_further(*_):
         raise ValueError("taken for the same run")
 
-    def resume(*more):
-        monkeypatch.setattr(sys, "argv", command(workspace, "unbroken", "--resume", *more)[1:])
-        train_dense.main()
-
-    monkeypatch.chdir(workspace)
     monkeypatch.setattr(adapter, "base_faults", no_further)  # what is looked at next
     with pytest.raises(SystemExit, match=f"error: --resume: {fault} but .*args.json says"):
-        resume(*flags.split())
+        main("unbroken", "--resume", *flags.split())
     with pytest.raises(SystemExit, match="taken for the same run"):
-        resume("--lora_alpha", "8", "--num_train_epochs", "1", "--max_steps", str(STEPS), "--save_steps", "7")
+        main("unbroken", "--resume", "--lora_alpha", "8", "--num_train_epochs", "1", "--max_steps", str(STEPS), "--save_steps", "7")
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_validation_loss_is_that_of_the_held_out_documents(workspace, processes):
+@pytest.mark.parametrize(("processes", "liger"), [(1, False), (1, True), pytest.param(2, False, marks=pytest.mark.slow)])
+def test_validation_loss_is_that_of_the_held_out_documents(workspace, processes, liger):
     """After a step of learning rate 0: the base model's loss. Two ranks are under ZeRO-3."""
-    name, zero3 = f"validation-{processes}", ["--deepspeed", str(ROOT / "ds3.json")] if processes == 2 else []
-    arguments = command(workspace, name, "--validation_share", "0.2", "--max_steps", "1", *zero3, processes=processes)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    name, zero3 = f"validation-{processes}-{liger}", ["--deepspeed", str(ROOT / "ds3.json")] if processes == 2 else []
+    script = workspace / "with_liger.py" if liger else ROOT / "train_dense.py"
+    (workspace / "with_liger.py").write_text(WITH_LIGER)
+    arguments = command(workspace, name, "--validation_share", "0.2", "--max_steps", "1", *zero3, processes=processes, script=script)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({"TRITON_INTERPRET": "1"} if liger else {})
     done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=300)
     log = (workspace / "outputs" / name / "log.jsonl").read_text().splitlines()
     [found] = [record["validation_loss"] for record in map(json.loads, log) if "validation_loss" in record]
@@ -369,6 +376,19 @@ def test_validation_loss_is_that_of_the_held_out_documents(workspace, processes)
         total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         count += int((labels != -100).sum())
     assert found == pytest.approx(total / count, rel=1e-5), done.stderr[-3000:]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(workspace, main, monkeypatch):
+    compute_loss = train_dense.DenseTrainer.compute_loss
+
+    def exploding(self, *args, **options):
+        return compute_loss(self, *args, **options) * (math.nan if self.state.global_step == 1 else 1)
+
+    monkeypatch.setattr(train_dense.DenseTrainer, "compute_loss", exploding)
+    with pytest.raises(SystemExit, match="error: step 2: loss nan, gradient norm nan; nothing was saved"):
+        main("exploding", "--save_strategy", "steps", "--save_steps", "1")
+    assert [path.name for path in (workspace / "outputs/exploding").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert math.isnan(read_log(workspace / "outputs/exploding")[2]["loss"])
 
 
 def test_magnitudes_of_dora_are_not_decayed():
