@@ -156,6 +156,7 @@ class DenseTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Write the whole checkpoint under `.saving/` and rename it: a crash while saving leaves the previous one whole."""
+        started = time.perf_counter()
         self.staging = os.path.join(self.args.output_dir, ".saving")
         name = f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
@@ -171,6 +172,7 @@ class DenseTrainer(Trainer):
             shutil.rmtree(self.staging)
         self.accelerator.wait_for_everyone()
         self.staging = None
+        self.last_log_time += time.perf_counter() - started  # is no part of the next step's speed
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not self.is_deepspeed_enabled:  # DeepSpeed restores the parameters together with its optimiser
@@ -195,6 +197,7 @@ class DenseTrainer(Trainer):
 
         The Trainer's own evaluation would join several packs into one batch, and weigh batches alike, whatever they supervise.
         """
+        started = time.perf_counter()
         model, world = self.model_wrapped, self.accelerator.num_processes
         model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
@@ -210,6 +213,7 @@ class DenseTrainer(Trainer):
             dist.all_reduce(totals)
         metrics = {"validation_loss": (totals[0] / totals[1]).item()}
         self.log(dict(metrics))
+        self.last_log_time += time.perf_counter() - started  # is no part of the next step's speed
         return metrics
 
     def get_decay_parameter_names(self, model):

@@ -1155,8 +1155,8 @@ def train(args, data_args, lora_args):
 
     first_step = step + 1
     bar = tqdm(total=total_steps, initial=step, desc=args.run_name, unit="step", disable=not (is_main() and sys.stderr.isatty()))
-    started = time.perf_counter()
     while step < total_steps:
+        started = time.perf_counter()  # a step's speed is without the validation and the saving that follow it
         # data: this rank's packs, and the sizes of the whole step
         indices = packs_of_step(dataset, step, steps_an_epoch, args.global_batch_size)
         lengths = np.concatenate([dataset.lengths[dataset.packs[i]] for i in indices])
@@ -1182,7 +1182,6 @@ def train(args, data_args, lora_args):
         dist.all_reduce(totals)
         loss, auxiliary, stop = totals.tolist()
         seconds = time.perf_counter() - started
-        started = time.perf_counter()
         tokens, squares = int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
         flops = plan.train_flops(config, tokens, squares, lora_args.r, lora_args.expert_r, lora_args.use_dora)
         device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"

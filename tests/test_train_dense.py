@@ -391,6 +391,24 @@ def test_a_loss_that_is_not_finite_ends_the_run(workspace, main, monkeypatch):
     assert math.isnan(read_log(workspace / "outputs/exploding")[2]["loss"])
 
 
+def test_validation_and_saving_are_no_part_of_a_step_s_speed(workspace, main, monkeypatch):
+    late = [0.0]
+
+    def slow(function):
+        def call(*args, **options):
+            late[0] += 1000
+            return function(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(adapter, "save_adapter", slow(adapter.save_adapter))
+    monkeypatch.setattr(torch.nn.Module, "eval", slow(torch.nn.Module.eval))  # called where validation begins
+    monkeypatch.setattr(train_dense, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
+    main("slow", "--validation_share", "0.2", "--save_strategy", "steps", "--save_steps", "1")
+    log = read_log(workspace / "outputs/slow")
+    assert late[0] > 1000 * len(log) and all(record["tokens"] / record["tokens_per_second"] < 1000 for record in log.values())
+
+
 def test_magnitudes_of_dora_are_not_decayed():
     model = adapter.apply_lora(tiny_model("llama"), adapter.LoraArguments(r=4, use_dora=True))
     trainer = train_dense.DenseTrainer.__new__(train_dense.DenseTrainer)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -721,6 +722,21 @@ def test_sigterm_saves_and_exits(one_process, tmp_path, monkeypatch):
     assert len(losses(tmp_path / "run")) == 2 and (tmp_path / "run" / "checkpoint-2" / "resume").is_dir()
     train_moe.main([*argv, "--resume", "True"])
     assert losses(tmp_path / "run") == unchanged(losses(one_process[1]))
+
+
+def test_validation_is_no_part_of_a_step_s_time(one_process, tmp_path, monkeypatch):
+    late = [0.0]
+
+    def validate(*_):
+        late[0] += 1000
+        return 1.0
+
+    monkeypatch.setattr(train_moe, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
+    monkeypatch.setattr(train_moe, "validate", validate)
+    train_moe.main(moved(one_process[0], tmp_path / "run", "--validation_share", 0.2, "--save_steps", 100))
+    log = read_log(tmp_path / "run")
+    assert sum("validation_loss" in record for record in log) == 2
+    assert all(record["seconds"] < 1000 > record["data_wait"] for record in log)
 
 
 def test_validation_loss_is_that_of_the_held_out_documents(one_process, checkpoints, tmp_path, process_group):
