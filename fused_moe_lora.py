@@ -430,18 +430,18 @@ def lora_grad_kernel(
 
 @triton.jit
 def dora_down_kernel(
-    dout_ptr, row_token_ptr, row_weight_ptr, v_ptr, y_ptr, scale_ptr, offsets_ptr, order_ptr, E, dB_ptr, dscale_ptr, N, R,
+    dout_ptr, row_token_ptr, row_weight_ptr, v_ptr, y_ptr, scale_ptr, offsets_ptr, order_ptr, dB_ptr, dscale_ptr, N, R,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (E * column blocks of N = H,): the start of DoRA's backward through the down projection, per unit of router weight.
+    """Grid (column blocks of N = H, E): the start of DoRA's backward through the down projection, per unit of router weight.
 
     y (S, N), saved without its scale, is overwritten with scale * dout, the gradient of W2 a + s B2 A2 a; also dB (E, N, R) = its
     weighted product with v (S, R), and dscale (E, N) = sum of row_weight dout y. The next rows are loaded while these are worked on.
     """
-    expert, block = expert_and_block(order_ptr, E, tl.cdiv(N, BLOCK_N))
+    expert = tl.load(order_ptr + tl.program_id(1)).to(tl.int64)
     first = tl.load(offsets_ptr + expert)
     last = tl.load(offsets_ptr + expert + 1)
-    columns = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < N
     rs = tl.arange(0, BLOCK_R)
     scale = tl.load(scale_ptr + expert * N + columns, mask=column_mask, other=0.0)[None, :]
@@ -826,11 +826,12 @@ def hopper_swiglu_backward_load(
     gate_up_desc, da_desc, u_desc, dv_desc, row, column, INTERMEDIATE, S, slot, pred,
     full, gate_smem, up_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
 ):  # fmt: skip
-    """Fetch what one step needs: rows of gate, of up and of da, 64 columns each, and of gate's u, up's u and dv."""
+    """Fetch what one step needs: rows of gate, of up and of da, WIDTH columns each, and of gate's u, up's u and dv."""
     BLOCK_S: gl.constexpr = gate_up_desc.block_shape[0]
+    WIDTH: gl.constexpr = gate_up_desc.block_shape[1]
     BLOCK_R: gl.constexpr = u_desc.block_shape[1]
     bar = full.index(slot)
-    mbarrier.expect(bar, 3 * (64 + BLOCK_R) * BLOCK_S * 2, pred=pred)
+    mbarrier.expect(bar, 3 * (WIDTH + BLOCK_R) * BLOCK_S * 2, pred=pred)
     tma.async_copy_global_to_shared(gate_up_desc, [row, column], bar, gate_smem.index(slot), pred=pred)
     tma.async_copy_global_to_shared(gate_up_desc, [row, INTERMEDIATE + column], bar, up_smem.index(slot), pred=pred)
     tma.async_copy_global_to_shared(da_desc, [row, column], bar, da_smem.index(slot), pred=pred)
@@ -839,24 +840,35 @@ def hopper_swiglu_backward_load(
     tma.async_copy_global_to_shared(dv_desc, [row, 0], bar, dv_smem.index(slot), pred=pred)
 
 
+@gluon.jit
+def hopper_sigmoid(x):
+    """1 / (1 + exp(-x)) by approximate instructions, whose error is far below bf16's: the exact division alone takes ten."""
+    return gl.inline_asm_elementwise(
+        "{ ex2.approx.ftz.f32 $0, $1; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0; }",
+        "=f,f", [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
 @gluon.jit(do_not_specialize=["S"])
 def hopper_swiglu_backward_kernel(
     gate_up_desc, gate_up_ptr, da_desc, u_desc, dv_desc, gate_scale_ptr, up_scale_ptr, row_weight_ptr, offsets_ptr, order_ptr,
     dB_gate_ptr, dB_up_ptr, dA_down_ptr, dw_ptr, dgate_scale_ptr, dup_scale_ptr, S, INTERMEDIATE, R,
     DORA: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """swiglu_backward_kernel for Hopper, INTERMEDIATE a multiple of 64. Grid (INTERMEDIATE / 64, E), one warpgroup each.
+    """swiglu_backward_kernel for Hopper, INTERMEDIATE a multiple of WIDTH. Grid (INTERMEDIATE / WIDTH, E).
 
     A stage of shared memory holds one step's rows. Its gate, up and da are overwritten with d(gate), d(up) and w a, which the tensor
     cores then read for dB and dA while bulk stores write the first two out; the stage is filled again a step later.
     """
     BLOCK_S: gl.constexpr = gate_up_desc.block_shape[0]
+    WIDTH: gl.constexpr = gate_up_desc.block_shape[1]
     BLOCK_R: gl.constexpr = u_desc.block_shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_R, 16])
-    gate_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, 64], gate_up_desc.layout)
-    up_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, 64], gate_up_desc.layout)
-    da_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, 64], da_desc.layout)
+    WARPS: gl.constexpr = gl.num_warps()
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [WARPS, 1], [1, 0])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_R, 16])
+    gate_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, WIDTH], gate_up_desc.layout)
+    up_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, WIDTH], gate_up_desc.layout)
+    da_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, WIDTH], da_desc.layout)
     u_gate_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, BLOCK_R], u_desc.layout)
     u_up_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, BLOCK_R], u_desc.layout)
     dv_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, BLOCK_R], dv_desc.layout)
@@ -866,7 +878,7 @@ def hopper_swiglu_backward_kernel(
     fence_async_shared()
 
     block = gl.program_id(0)
-    column = block * 64
+    column = block * WIDTH
     expert = gl.load(order_ptr + gl.program_id(1))
     first = gl.load(offsets_ptr + expert)
     last = gl.load(offsets_ptr + expert + 1)
@@ -877,16 +889,16 @@ def hopper_swiglu_backward_kernel(
             full, gate_smem, up_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
         )  # fmt: skip
     lane = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, layout))
-    columns = column + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    columns = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     scale_columns = expert.to(gl.int64) * INTERMEDIATE + columns
     if DORA:
         gate_scale = gl.expand_dims(gl.load(gate_scale_ptr + scale_columns), 0)
         up_scale = gl.expand_dims(gl.load(up_scale_ptr + scale_columns), 0)
-        dgate_scale = gl.zeros((BLOCK_S, 64), gl.float32, layout)  # summed over rows only once, at the end
-        dup_scale = gl.zeros((BLOCK_S, 64), gl.float32, layout)
-    dB_gate = gl.zeros((64, BLOCK_R), gl.float32, acc_layout)
-    dB_up = gl.zeros((64, BLOCK_R), gl.float32, acc_layout)
-    dA_down = gl.zeros((64, BLOCK_R), gl.float32, acc_layout)
+        dgate_scale = gl.zeros((BLOCK_S, WIDTH), gl.float32, layout)  # summed over rows only once, at the end
+        dup_scale = gl.zeros((BLOCK_S, WIDTH), gl.float32, layout)
+    dB_gate = gl.zeros((WIDTH, BLOCK_R), gl.float32, acc_layout)
+    dB_up = gl.zeros((WIDTH, BLOCK_R), gl.float32, acc_layout)
+    dA_down = gl.zeros((WIDTH, BLOCK_R), gl.float32, acc_layout)
     for i in range(steps):
         slot = i % STAGES
         row = first + BLOCK_S * i
@@ -905,10 +917,10 @@ def hopper_swiglu_backward_kernel(
             gate_before, up_before = gate, up
             gate *= gate_scale
             up *= up_scale
-        sigmoid = 1.0 / (1.0 + gl.exp(-gate))
+        sigmoid = hopper_sigmoid(gate)
         silu = gate * sigmoid
         a = silu * up
-        gl.store(dw_ptr + block.to(gl.int64) * S + rows, gl.sum(a * da, axis=1), mask=rows < last)
+        dw = gl.sum(a * da, axis=1)
         da *= weight
         dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
         dup = da * silu
@@ -942,9 +954,10 @@ def hopper_swiglu_backward_kernel(
             gate_up_desc, da_desc, u_desc, dv_desc, first + BLOCK_S * ahead, column, INTERMEDIATE, S, ahead % STAGES, ahead < steps,
             full, gate_smem, up_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
         )  # fmt: skip
+        gl.store(dw_ptr + block.to(gl.int64) * S + rows, dw, mask=rows < last)  # last, because the fences wait for writes under way
     dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=0, deps=(dB_gate, dB_up, dA_down))
 
-    out_columns = column + gl.arange(0, 64, layout=gl.SliceLayout(1, acc_layout))
+    out_columns = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, acc_layout))
     rs = gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, acc_layout))
     dB = gl.expand_dims((expert.to(gl.int64) * INTERMEDIATE + out_columns) * R, 1) + gl.expand_dims(rs, 0)
     dA = gl.expand_dims((expert.to(gl.int64) * R + rs) * INTERMEDIATE, 0) + gl.expand_dims(out_columns, 1)
@@ -977,11 +990,11 @@ class Tiles:
     combine: int = 512
     sort: int = 128
     hopper: tuple | None = None  # stages, row tiles that share weights
-    hopper_swiglu_backward: tuple = (64, 3)  # rows, stages
+    hopper_swiglu_backward: tuple = ((64, 64, 4, 3), (32, 64, 4, 4))  # the same; and where DoRA or a rank over 32 takes more registers
 
 
 AMPERE = Tiles()
-HOPPER = Tiles(hopper=(4, 16))
+HOPPER = Tiles(hopper=(4, 8))
 INTERPRETER = Tiles(16, (16, 16, 4, 1), (16, 4, 1), (16, 4), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4), 32, 32)
 
 
@@ -1217,17 +1230,19 @@ def swiglu_backward(da, gate_up, u, dv, p, routing, grads, tiles):
     scales, dscales = ((p.gate_scale, p.up_scale), dscales) if dora else ((da, da), (da, da))
     (S, I), E, r = da.shape, p.down.shape[0], dv.shape[1]  # noqa: E741
     on_tensor_cores = on_hopper(da, p, tiles) and r <= 64
-    block_s, block_i, warps, stages = tiles.swiglu_backward
-    block_i = 64 if on_tensor_cores else columns_beside(r, block_i)
+    if on_tensor_cores:
+        block_s, block_i, warps, stages = tiles.hopper_swiglu_backward[dora or r > 32]
+    else:
+        block_s, block_i, warps, stages = tiles.swiglu_backward
+        block_i = columns_beside(r, block_i)
     dw_parts = torch.empty(triton.cdiv(I, block_i), S, dtype=torch.float32, device=da.device)
     after = routing.row_weight, routing.offsets, routing.order, dB_gate, dB_up, dA_down, dw_parts, *dscales, S, I, r
     grid = (dw_parts.shape[0], E)
     if on_tensor_cores:
-        rows, stages = tiles.hopper_swiglu_backward
-        tile, rank = [rows, block_i], [rows, rank_block(r)]
+        tile, rank = [block_s, block_i], [block_s, rank_block(r)]
         hopper_swiglu_backward_kernel[grid](
             descriptor(gate_up, tile), gate_up, descriptor(da, tile), descriptor(u.view(-1, r), rank), descriptor(dv, rank),
-            *scales, *after, DORA=dora, STAGES=stages, num_warps=4,
+            *scales, *after, DORA=dora, STAGES=stages, num_warps=warps,
         )  # fmt: skip
     else:
         swiglu_backward_kernel[grid](
@@ -1243,8 +1258,8 @@ def dora_down(dout, v, y, scale, dB, dscale, routing, tiles):
     E, H, r = dB.shape
     block_s, block_n, warps = tiles.dora_down
     block_n = columns_beside(r, block_n)
-    dora_down_kernel[(triton.cdiv(H, block_n) * E,)](
-        dout, routing.row_token, routing.row_weight, v, y, scale, routing.offsets, routing.order, E, dB, dscale, H, r,
+    dora_down_kernel[(triton.cdiv(H, block_n), E)](
+        dout, routing.row_token, routing.row_weight, v, y, scale, routing.offsets, routing.order, dB, dscale, H, r,
         BLOCK_S=block_s, BLOCK_N=block_n, BLOCK_R=rank_block(r), PRECISION=precision_of(dout.dtype), num_warps=warps,
     )  # fmt: skip
 

@@ -34,6 +34,7 @@ ON_GPU = {
     "one token": (1, 256, 128, 8, 2, 32, "random"),
     "all rows to the same experts": (500, 256, 128, 8, 2, 16, "same"),
     "experts without rows, partial column tiles": (300, 1024, 1408, 8, 1, 64, "skewed"),
+    "a rank between powers of two": (300, 512, 384, 8, 2, 24, "random"),
     "nothing fits the tiles": (77, 200, 72, 6, 3, 12, "random"),
     "every expert for every token, large rank": (129, 256, 128, 4, 4, 256, "random"),
 }
@@ -125,6 +126,13 @@ def run_interpreted():
         routing = fused_moe_lora.route(torch.zeros(T, 3, dtype=torch.int64), torch.ones(T, 3), 5, fused_moe_lora.INTERPRETER)
         pointers = {name: getattr(routing, name).data_ptr() % 16 for name in routing._fields}
         assert not any(pointers.values()), (T, pointers)
+    for T, E, top_k in ((40, 5, 2), (3, 300, 2), (60, 7, 1)):
+        index = torch.rand(T, E).topk(top_k).indices
+        index[: 3 * T // 4, 0] = E - 1  # so that one expert is long
+        rows = torch.bincount(index.reshape(-1), minlength=E)
+        order = fused_moe_lora.route(index, torch.ones(T, top_k), E, fused_moe_lora.INTERPRETER).order
+        assert torch.equal(order[:E].long(), rows.argsort(descending=True, stable=True)), (T, E)
+        assert order[E] == (rows > 2 * T * top_k // E).sum() >= 1
 
 
 def test_kernels_in_the_interpreter():
