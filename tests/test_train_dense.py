@@ -1,5 +1,6 @@
 """train_dense.py, run as users run it: against a plain loop without packing, on two ranks under ZeRO-3, killed and resumed."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -212,6 +214,31 @@ def test_bf16_on_a_gpu_follows_the_plain_fp32_loop(workspace, plain_loop, dora):
     assert adapters[STEPS].keys() >= tensors.keys()
 
 
+WAITING = """
+import time, train_dense
+get_batch_samples = train_dense.DenseTrainer.get_batch_samples
+
+def wait_for_the_kill(self, *args):
+    while self.state.global_step == {step}:
+        time.sleep(1)
+    return get_batch_samples(self, *args)
+
+train_dense.DenseTrainer.get_batch_samples = wait_for_the_kill
+train_dense.main()
+"""
+
+
+def kill_with_all_it_started(process):
+    """kill -9. Workers of torchrun have sessions of their own: a kill of its process group would leave them training."""
+    started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()  # first, so that it starts nothing in place of what dies
+    for each in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+    assert not psutil.wait_procs(started, timeout=60)[1]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
     """kill -9 after the first epoch's checkpoint; `--resume` must go on with the same batches to the same numbers.
@@ -220,23 +247,23 @@ def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
     """
     name = f"killed-{processes}"
     zero3 = ["--deepspeed", str(ROOT / "ds3.json")] if processes == 2 else []
-    output = workspace / "outputs" / name
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output, script = workspace / "outputs" / name, workspace / "waiting.py"
+    script.write_text(WAITING.format(step=STEPS - 1))  # so that no kill comes too late, however busy the machine is
     process = subprocess.Popen(
-        command(workspace, name, *zero3, processes=processes),
+        command(workspace, name, *zero3, processes=processes, script=script),
         cwd=workspace,
-        env=env,
-        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     deadline = time.time() + 240
-    while not (output / f"checkpoint-{STEPS_AN_EPOCH}").exists():
-        assert process.poll() is None and time.time() < deadline, "the run ended before its first checkpoint"
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (output / f"checkpoint-{STEPS}").exists(), "killed too late to show anything"
+    try:
+        while not (output / f"checkpoint-{STEPS_AN_EPOCH}").exists():
+            assert process.poll() is None and time.time() < deadline, "the run ended before its first checkpoint"
+            time.sleep(0.01)
+    finally:
+        kill_with_all_it_started(process)
+    assert not (output / f"checkpoint-{STEPS}").exists()
     # as if the last checkpoint had been cut short: an adapter without a trainer's state is passed over, and written again
     shutil.copytree(output / f"checkpoint-{STEPS_AN_EPOCH}", output / f"checkpoint-{STEPS}", ignore=lambda *_: ["trainer_state.json"])
     log, adapters = run(workspace, name, "--resume", *zero3, processes=processes)

@@ -637,8 +637,9 @@ train_moe.os = type("os", (), {**vars(os), "replace": staticmethod(dying)})
 """
     out = tmp_path_factory.mktemp("killed") / "run"
     code, output = run_processes(1, moved(one_process[0], out), patch)
-    assert code == -signal.SIGKILL and (out / "checkpoint-1/resume/position.json").exists(), output
-    assert (out / ".saving/checkpoint-2/resume/position.json").exists() and not (out / "checkpoint-2").exists()
+    assert code == -signal.SIGKILL, f"exit code {code}, not that of the kill: {output}"
+    assert (out / "checkpoint-1/resume/position.json").exists() and not (out / "checkpoint-2").exists(), output
+    assert (out / ".saving/checkpoint-2/resume/position.json").exists(), output
     return out
 
 
