@@ -1,5 +1,6 @@
-"""What both trainers do in the same way: write down the commit of the code, talk to wandb or not, find what to resume from."""
+"""What both trainers do in the same way: note the commit of the code, talk to wandb or not, find what to resume from, keep others out."""
 
+import fcntl
 import os
 import re
 import subprocess
@@ -24,6 +25,21 @@ def wandb_mode():
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text())
     return os.environ.get("WANDB_MODE", "online" if has_key else "offline")
+
+
+def claim(output_dir):
+    """Keep other runs out of output_dir while the file that is returned is open; the kernel closes it when the process dies.
+
+    torchrun that dies by kill -9 leaves its workers training: a run that is resumed beside them would write over theirs, and they over
+    its. Raises ValueError if another process is there.
+    """
+    os.makedirs(output_dir, exist_ok=True)
+    lock = open(os.path.join(output_dir, ".lock"), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{output_dir}: another process is training there; end it, or take another --run_name") from None
+    return lock
 
 
 def newest_checkpoint(output_dir, resume, fault, say):

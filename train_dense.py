@@ -44,7 +44,7 @@ from transformers.trainer_utils import IntervalStrategy
 import adapter
 import multipack
 import plan
-from record import git_commit, newest_checkpoint, wandb_mode
+from record import claim, git_commit, newest_checkpoint, wandb_mode
 
 
 @dataclass
@@ -444,6 +444,7 @@ def main():
                 adapter.Adapter(checkpoint).manifest, model_args.model_name_or_path, model_args.model_revision
             ):
                 raise ValueError(f"--resume: {faults[0]}")
+        lock = claim(training_args.output_dir) if training_args.process_index == 0 else None
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -471,6 +472,8 @@ def main():
         trainer.train(resume_from_checkpoint=checkpoint)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if lock:
+        lock.close()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()  # leaving it to the interpreter's exit aborts now and then

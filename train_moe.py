@@ -53,7 +53,7 @@ import adapter
 import multipack
 import plan
 from fused_moe_lora import FusedMoELoRA, dora_norm, local_part, local_tensor, squared_row_norms, wrap_experts
-from record import git_commit, newest_checkpoint, wandb_mode
+from record import claim, git_commit, newest_checkpoint, wandb_mode
 
 
 @dataclass
@@ -1120,6 +1120,7 @@ def train(args, data_args, lora_args):
     steps_an_epoch = math.ceil(len(dataset) / args.global_batch_size)
     total_steps = args.max_steps or steps_an_epoch * args.num_train_epochs
     micro = print_batch_arithmetic(args, dataset, data_args, steps_an_epoch, total_steps)
+    lock = claim(args.output_dir) if is_main() else None
 
     peft_model, model = build_model(config, args, lora_args)
     shard(model, mesh, args, lora_args.use_dora)
@@ -1221,6 +1222,8 @@ def train(args, data_args, lora_args):
     checkpoints.wait()
     bar.close()
     log.close()
+    if lock:
+        lock.close()
     dist.barrier()
     if step < total_steps:
         say(f"stopped by SIGTERM after step {step}; go on with --resume")

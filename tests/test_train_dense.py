@@ -22,6 +22,7 @@ import adapter
 import multipack
 import train_dense
 from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from record import claim
 
 ROOT = Path(__file__).parent.parent
 STEPS_AN_EPOCH = 12  # of 4 packs; many and quick, so that a kill lands in the middle
@@ -319,6 +320,16 @@ def test_existing_run_is_not_overwritten(workspace, unbroken):
     assert done.returncode != 0
     assert f"checkpoint-{STEPS} exists: pass --resume" in done.stderr.splitlines()[-1]
     assert len(read_log(workspace / "outputs/unbroken")) == STEPS
+
+
+def test_two_runs_do_not_share_a_directory(workspace, main):
+    output = workspace / "outputs/shared"
+    with claim(output), pytest.raises(SystemExit, match="error: .*shared: another process is training there"):
+        main("shared", "--max_steps", "1")
+    assert [path.name for path in output.iterdir()] == [".lock"]
+    main("shared", "--max_steps", "1")
+    with claim(output):
+        assert len(read_log(output)) == 1
 
 
 def test_another_base_is_not_resumed(workspace, unbroken):

@@ -25,6 +25,7 @@ import adapter
 import multipack
 import train_moe
 from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from record import claim
 
 FAMILIES = ["qwen3_moe", "glm4_moe", "qwen2_moe"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -849,6 +850,16 @@ def test_a_dense_model_is_refused(flags, one_process, tmp_path):
 def test_a_run_is_not_written_over(one_process):
     with pytest.raises(SystemExit, match="pass --resume"):
         train_moe.main(one_process[0])
+
+
+def test_two_runs_do_not_share_a_directory(one_process, tmp_path):
+    """Workers that outlive a killed torchrun, say, and the run that was started to go on from it."""
+    with claim(tmp_path / "run"), pytest.raises(SystemExit, match="error: .*run: another process is training there"):
+        train_moe.main(moved(one_process[0], tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    train_moe.main(moved(one_process[0], tmp_path / "run", "--max_steps", 1))
+    with claim(tmp_path / "run"):
+        assert len(losses(tmp_path / "run")) == 1
 
 
 def other_base(directory, copy):
