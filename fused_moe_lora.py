@@ -252,7 +252,7 @@ def grouped_gemm_kernel(
         w += BLOCK_K * stride_wk
 
     if LORA != "no":
-        for r in range(0, R, BLOCK_R):
+        for r in tl.range(0, R, BLOCK_R, num_stages=1):  # a ring for these too would not fit beside the first one on small GPUs
             rs = r + tl.arange(0, BLOCK_R)
             u_mask = row_mask[:, None] & (rs < R)[None, :]
             l_mask = column_mask[None, :] & (rs < R)[:, None]
@@ -995,13 +995,19 @@ class Tiles:
 
 AMPERE = Tiles()
 HOPPER = Tiles(hopper=(4, 8))
+FULL_PRECISION = Tiles(64, (64, 32, 4, 3), (32, 4, 3), (64, 8), (16, 32, 4, 2), (32, 64, 4, 3), (16, 64, 4))  # fp32: twice the bytes
 INTERPRETER = Tiles(16, (16, 16, 4, 1), (16, 4, 1), (16, 4), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4), 32, 32)
 
 
-def tiles_for(device):
-    """The tile sizes for a device; on a CPU, where only the interpreter can run the kernels, tiny ones."""
+def tiles_for(device, dtype):
+    """The tile sizes for a device and a compute dtype; on a CPU, where only the interpreter can run the kernels, tiny ones.
+
+    The portable ones fit the 99 KiB of shared memory that a program has on the smallest GPUs since Ampere, at any rank up to 256.
+    """
     if device.type != "cuda":
         return INTERPRETER
+    if dtype == torch.float32:
+        return FULL_PRECISION
     return HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else AMPERE
 
 
@@ -1147,10 +1153,10 @@ def on_hopper(x, p, tiles):
     return tiles.hopper is not None and x.dtype == torch.bfloat16 and H % 64 == 0 and I % 128 == 0 and r % 8 == 0
 
 
-def combine(y, routing, out, weighted, scale=None):
+def combine(y, routing, out, tiles, weighted, scale=None):
     """out (T, N) = sum over a token's choices of [router weight] [DoRA scale] y (S, N)."""
     tokens, top_k = routing.index.shape
-    block = min(triton.next_power_of_2(out.shape[1]), tiles_for(y.device).combine)
+    block = min(triton.next_power_of_2(out.shape[1]), tiles.combine)
     combine_kernel[(tokens, triton.cdiv(out.shape[1], block))](
         y, y.stride(0), routing.token_row, routing.index, routing.weight, y if scale is None else scale, out, out.stride(0),
         out.shape[1], out.shape[1], TOP_K=top_k, WEIGHTED=weighted, DORA=scale is not None, BLOCK_N=block,
@@ -1271,7 +1277,7 @@ class FusedExperts(torch.autograd.Function):
     def forward(ctx, x, top_k_weights, gate_A, gate_B, up_A, up_B, down_A, down_B, gate_scale, up_scale, down_scale, frozen):
         top_k_index, gate_up_proj, down_proj, scaling, mode = frozen
         x = x.contiguous()
-        tiles = tiles_for(x.device)
+        tiles = tiles_for(x.device, x.dtype)
         adapters = [t.to(x.dtype).contiguous() for t in (gate_A, gate_B, up_A, up_B, down_A, down_B)]
         scales = [None if t is None else t.float().contiguous() for t in (gate_scale, up_scale, down_scale)]
         p = Block(gate_up_proj, down_proj, *adapters, *scales, scaling)
@@ -1282,10 +1288,10 @@ class FusedExperts(torch.autograd.Function):
         out, y = torch.empty_like(x), None
         if p.down_scale is None:
             for i, columns in enumerate(column_slices(x.shape[1], H_SLICES)):
-                combine(compute_down(a, v, p, routing, tiles, 1 + i, columns), routing, out[:, columns], weighted=True)
+                combine(compute_down(a, v, p, routing, tiles, 1 + i, columns), routing, out[:, columns], tiles, weighted=True)
         else:
             y = compute_down(a, v, p, routing, tiles, launch=1)
-            combine(y, routing, out, weighted=True, scale=p.down_scale)
+            combine(y, routing, out, tiles, weighted=True, scale=p.down_scale)
         del a
         kept = (u, v, gate_up, y) if mode == "fast" else (None, None, None, None)
         ctx.save_for_backward(x, *kept, *routing, *p[:-1])
@@ -1299,7 +1305,7 @@ class FusedExperts(torch.autograd.Function):
         ctx.spent = True
         x, u, v, gate_up, y, *rest = ctx.saved_tensors
         routing, p = Routing(*rest[:11]), Block(*rest[11:], ctx.scaling)
-        tiles, dout = tiles_for(x.device), dout.contiguous()
+        tiles, dout = tiles_for(x.device, x.dtype), dout.contiguous()
         E, H, I = p.down.shape  # noqa: E741
         S, r = routing.row_token.numel(), p.gate_A.shape[1]
         dora = p.gate_scale is not None
@@ -1349,7 +1355,7 @@ class FusedExperts(torch.autograd.Function):
                 hopper_gemm(gate_up, weight, part, routing, tiles, launch=13 + i, lora=lora)
             else:
                 grouped_gemm(gate_up, [weight], part, routing, tiles, lora=lora, both=True)
-            combine(part, routing, dx[:, columns], weighted=False)
+            combine(part, routing, dx[:, columns], tiles, weighted=False)
             del part  # before the next one is allocated
         return dx, dweights, *grads, *dscales, None
 

@@ -450,7 +450,7 @@ class gl:
     def BlockedLayout(*_):
         pass
 
-    SliceLayout = SwizzledSharedLayout = NVMMADistributedLayout = BlockedLayout
+    SliceLayout = SwizzledSharedLayout = BlockedLayout
 
     class NVMMASharedLayout:
         @staticmethod
@@ -540,9 +540,7 @@ class gl:
         """The first partition runs in the calling task, the others in tasks of their own."""
         program = MACHINE.current.program
         (first, arguments), *others = partitions
-        tasks = [
-            MACHINE.start(lambda f=f, a=a: f(*a), program, count) for (f, a), count in zip(others, warps, strict=True)
-        ]
+        tasks = [MACHINE.start(lambda f=f, a=a: f(*a), program, count) for (f, a), count in zip(others, warps, strict=True)]
         first(*arguments)
         MACHINE.switch(lambda: all(task.done for task in tasks))
 
@@ -608,7 +606,7 @@ def installed(seed, timing, multiprocessors=3, mistake=None, **tiles):
     on_hopper = fused_moe_lora.on_hopper
     replaced = {
         **kernels,
-        "tiles_for": lambda device: sizes,
+        "tiles_for": lambda device, dtype: sizes,
         "multiprocessors": lambda device: multiprocessors,
         "descriptor": Descriptor,
         "on_hopper": lambda x, p, tiles: on_hopper(types.SimpleNamespace(dtype=torch.bfloat16), p, tiles),

@@ -1,14 +1,18 @@
 """The experts block: reference, module and kernels.
 
-`pytest tests/test_fused_moe_lora.py` runs on a CPU, the kernels in Triton's interpreter (fp32, tiny shapes, in a process of its own);
+`pytest tests/test_fused_moe_lora.py` runs on a CPU: the Triton kernels in Triton's interpreter, the Gluon kernels in hopper_simulator.py
+(fp32, small shapes, in processes of their own), and all of them through the compiler for several GPUs, to see that they fit.
 `pytest -m gpu tests/test_fused_moe_lora.py` runs them in bf16 on a GPU.
 """
 
 import copy
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +33,38 @@ INTERPRETED = {
     "all rows to the same experts": (33, 32, 16, 6, 2, 4, True, "fast", "same"),
     "every expert for every token, rank over one block": (10, 24, 16, 3, 3, 20, False, "fast", "random"),
 }
+# name of the edge -> the same, and what of the Hopper path's sizes is not as usual
+SIMULATED = {
+    "last column tile moved inwards, rank between powers of two": (200, 320, 384, 3, 2, 24, False, "fast", "random", {}),
+    "dora, several slices of H": (130, 768, 128, 4, 1, 32, True, "fast", "skewed", {}),
+    "one token": (1, 128, 128, 4, 2, 16, True, "frugal", "random", {}),
+    "experts without rows, column tiles beyond the matrix": (90, 192, 128, 9, 2, 64, False, "frugal", "skewed", {"multiprocessors": 5}),
+    "row tiles in several groups, few steps along K": (200, 64, 256, 2, 2, 8, False, "fast", "same", {"hopper": (3, 1)}),
+    "rank over one block, and too large for the tensor cores' sweep": (100, 128, 256, 3, 3, 72, True, "fast", "random", {}),
+}
+# function -> part of its source -> what to put there instead: what must not go unnoticed
+MISTAKES = [
+    (
+        "hopper_consumer",
+        "                if GATHER:\n                    fence_async_shared()\n",
+        "",
+        "tensor cores read .* without a fence",
+    ),
+    ("hopper_consumer", "            fence_async_shared()\n            second", "            second", "bulk store read .* without a fence"),
+    ("hopper_consumer", "            mbarrier.wait(multiplied, count & 1)\n            held", "            held", "wrong"),
+    ("hopper_consumer", "tma.store_wait(1)", "tma.store_wait(2)", "wrong"),
+    (
+        "hopper_consumer",
+        "            acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))\n",
+        "",
+        "before its products were waited for",
+    ),
+    ("hopper_hand_back", "tma.store_wait(0)", "tma.store_wait(2)", "wrong"),
+    ("hopper_producer", "(128 + 256) * 64 * 2", "(128 + 128) * 64 * 2", "more bytes than a barrier expects"),
+    ("hopper_producer", "(128 + 256) * BLOCK_R * 2", "(128 + 256) * BLOCK_R * 2 + 2", "deadlock"),
+    ("hopper_store", "rows < last, 1", "rows < last + 1, 1", "wrong|outside a storage"),
+    ("hopper_swiglu_backward_kernel", "tma.store_wait(2)", "tma.store_wait(4)", "wrong"),
+]
 ON_GPU = {
     "hopper tiles": (700, 512, 256, 16, 4, 32, "random"),
     "one token": (1, 256, 128, 8, 2, 32, "random"),
@@ -135,12 +171,142 @@ def run_interpreted():
         assert order[E] == (rows > 2 * T * top_k // E).sum() >= 1
 
 
-def test_kernels_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", "import test_fused_moe_lora as t; t.run_interpreted()"]
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+def run_simulated():
+    import hopper_simulator
+
+    for name, (*case, dora, mode, routing, options) in SIMULATED.items():
+        leaves, fixed, upstream = make_case(*case, dora, routing, dtype=torch.float32)
+        truth = run(moe_lora_reference, leaves, fixed, upstream, torch.float64)
+        plain = relative_errors(run(moe_lora_reference, leaves, fixed, upstream), truth)
+        results = []
+        for timing in ("early", "late", "random"):
+            with hopper_simulator.installed(timing, timing, **options) as kernels:
+                results.append(run(moe_lora, leaves, fixed, upstream, mode=mode))
+            assert kernels["hopper_gemm_kernel"].launches >= 4
+            assert kernels["hopper_swiglu_backward_kernel"].launches == (case[-1] <= 64)
+        errors = relative_errors(results[0], truth)
+        wrong = {n: (error, plain[n]) for n, error in errors.items() if not error <= plain[n] * 1.1 + 1e-6}
+        assert not wrong, f"{name}: (kernel's error, plain PyTorch's error): {wrong}"
+        for other in results[1:]:
+            assert all(torch.equal(other[n], results[0][n]) for n in other), f"{name}: the result depends on the schedule"
+        print("ok", name, flush=True)
+
+
+def run_mistakes():
+    import hopper_simulator
+
+    leaves, fixed, upstream = make_case(300, 192, 256, 3, 2, 24, False, "random", dtype=torch.float32)
+    truth = run(moe_lora_reference, leaves, fixed, upstream, torch.float64)
+    for function, right, wrong, found in MISTAKES:
+        for seed in range(4):
+            try:
+                with hopper_simulator.installed(seed, "late", mistake=(function, right, wrong)):
+                    errors = relative_errors(run(moe_lora, leaves, fixed, upstream, mode="fast"), truth)
+                what = "wrong" if not max(errors.values()) < 1e-5 else ""
+            except hopper_simulator.Race as race:
+                what = str(race)
+            if what:
+                break
+        assert re.search(found, what), f"{right!r} -> {wrong!r} in {function}: expected {found!r}, found {what!r}"
+        print("ok", function, flush=True)
+
+
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one program may have, by compute capability
+COMPILED = [  # capability, dtype, rank, DoRA
+    *[(90, torch.bfloat16, r, dora) for r, dora in ((32, False), (32, True), (64, True))],
+    *[(86, torch.bfloat16, r, dora) for r, dora in ((64, False), (256, True))],
+    (120, torch.bfloat16, 64, False),
+    (86, torch.float32, 64, True),
+]
+MORE_COMPILED = [
+    *[(90, torch.bfloat16, r, dora) for r in (8, 24, 64, 128, 256) for dora in (False, True)],
+    *[(capability, torch.bfloat16, r, dora) for capability in (80, 89, 100, 120) for r in (32, 256) for dora in (False, True)],
+    *[(capability, torch.float32, r, False) for capability in (80, 90) for r in (32, 64, 256)],
+]
+
+
+def run_compiler(settings=COMPILED):
+    """Compile every kernel that a block launches, forward and backward, as for a GPU of each capability; check what it would take there."""
+    from unittest import mock
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        """The part of a Triton driver that compiling needs; each capability is a device of its own."""
+
+        def __init__(self, capability):
+            self.get_current_device = lambda: capability
+            self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+            self.get_current_stream = lambda device: 0
+
+    def launch(kernel, grid):
+        return lambda *arguments, **options: launched.append((kernel.fn.__name__, kernel.warmup(*arguments, grid=grid, **options)))
+
+    cuda = SimpleNamespace(type="cuda")
+    for capability, dtype, r, dora in settings:
+        launched = []
+        triton.runtime.driver.set_active(Driver(capability))
+        with (
+            mock.patch("torch.cuda.get_device_capability", lambda device, c=capability: divmod(c, 10)),
+            mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", launch),
+            mock.patch.object(fused_moe_lora, "multiprocessors", lambda device: 100),
+            mock.patch.object(fused_moe_lora, "tiles_for", lambda device, dtype, choose=fused_moe_lora.tiles_for: choose(cuda, dtype)),
+        ):
+            leaves, fixed, upstream = make_case(300, 512, 256, 4, 2, r, dora, "random", dtype=dtype)
+            run(moe_lora, leaves, fixed, upstream)
+        names = {name for name, _ in launched}
+        hopper = capability == 90 and dtype == torch.bfloat16
+        assert ("hopper_gemm_kernel" in names) == hopper, names
+        assert ("hopper_swiglu_backward_kernel" in names) == (hopper and r <= 64), names
+        for name, kernel in launched:
+            what = f"{name} for capability {capability}, {dtype}, rank {r}, DoRA {dora}"
+            assert kernel.metadata.shared <= SHARED_MEMORY[capability] << 10, f"{what}: {kernel.metadata.shared} bytes of shared memory"
+            if hopper and r <= 64:
+                assert stack_bytes(kernel) == 0, f"{what}: registers spilled into {stack_bytes(kernel)} bytes a thread"
+        print("ok", capability, dtype, r, dora, flush=True)
+
+
+def stack_bytes(kernel):
+    """Bytes of local memory that a thread of a compiled kernel needs: none unless registers do not suffice."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage).group(1))
+
+
+def in_a_process(call, count, timeout=300, **environment):
+    """Call one of the functions above, which change Triton as a whole, in a process of its own."""
+    environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", f"import test_fused_moe_lora as t; t.{call}"]
+    result = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("ok ") == len(INTERPRETED)
+    assert result.stdout.count("ok ") == count
+
+
+def test_kernels_in_the_interpreter():
+    in_a_process("run_interpreted()", len(INTERPRETED), TRITON_INTERPRET="1")
+
+
+def test_hopper_kernels_on_simulated_schedules():
+    in_a_process("run_simulated()", len(SIMULATED), TRITON_INTERPRET="1")
+
+
+def test_the_simulator_finds_mistakes():
+    in_a_process("run_mistakes()", len(MISTAKES), TRITON_INTERPRET="1")
+
+
+def test_kernels_fit_the_gpus_they_are_for():
+    in_a_process("run_compiler()", len(COMPILED))
+
+
+@pytest.mark.slow
+def test_kernels_fit_more_gpus():
+    in_a_process("run_compiler(t.MORE_COMPILED)", len(MORE_COMPILED), timeout=900)
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -425,7 +591,7 @@ def cuda():
 @pytest.mark.parametrize("edge", ON_GPU)
 def test_kernels_in_bf16(cuda, monkeypatch, edge, dora, mode, path):
     if path == "portable":
-        monkeypatch.setattr(fused_moe_lora, "tiles_for", lambda device: fused_moe_lora.AMPERE)
+        monkeypatch.setattr(fused_moe_lora, "tiles_for", lambda device, dtype: fused_moe_lora.AMPERE)
     *case, routing = ON_GPU[edge]
     assert_three_way(case, dora, mode, routing, cuda, torch.bfloat16, torch.float32, slack=5e-4)
 
