@@ -112,7 +112,10 @@ class Machine:
         if not choices:
             return False
         queue, index = self.random.choice(choices)
-        queue.pop(index)()
+        try:
+            queue.pop(index)()
+        except BaseException as error:  # noqa: BLE001  it need not be the fault of the thread that runs now, which may have ended
+            self.error = self.error or error
         return True
 
     def issue(self, queue, action):
@@ -136,10 +139,10 @@ class Machine:
             self.start(*program)
         self.pass_on()
         self.finished.wait()
+        while self.error is None and self.advance():  # bulk loads that nobody waited for
+            pass
         if self.error is not None:
             raise self.error
-        while self.advance():  # bulk loads that nobody waited for
-            pass
 
 
 MACHINE = None  # the one that runs now
