@@ -978,7 +978,7 @@ def hopper_swiglu_backward_kernel(
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of one GPU generation. block_m is common to all kernels because the tile map is made once."""
+    """Tile sizes of one GPU generation, or of one dtype. block_m is common to all kernels because the tile map is made once."""
 
     block_m: int = 128
     wide: tuple = (128, 64, 8, 3)  # BLOCK_N, BLOCK_K, warps, stages: gate_up, down, da, dx

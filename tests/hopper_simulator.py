@@ -5,13 +5,14 @@
 The kernels' own Python source is executed with names like `tma` and `mbarrier` bound to this file's. What Hopper does concurrently is
 concurrent here: every partition of every program is a thread, one of which runs at a time, chosen at random; bulk copies, cp.async,
 tensor-core products and bulk stores happen later than they are issued. `timing` says when: "early" at once, "late" only when somebody
-waits for them, "random". Results that depend on it are a race: a stage refilled before it was read, a store that reads what came after.
+waits for them, or "random". Results that depend on it are a race: a stage refilled before it was read, a store that reads what came after.
 Found and raised by name: deadlocks, a barrier with more arrivals or bytes than it expects, addresses outside a tensor, tensor cores or bulk
 stores that read what ordinary stores wrote without a fence between, results used before they were waited for, descriptors that the
 hardware would refuse.
 
 Not modelled: registers, layouts and swizzles (memory is as the kernel sees it), threads within a warpgroup (one program order stands for
-all 128), bf16: values are fp32, so that a comparison can be exact, while sizes and alignments count two bytes a value.
+all 128), whose fence it is (one counts for every partition of its program), and bf16: values are fp32, so that a comparison can be exact,
+while sizes and alignments count two bytes a value.
 """
 
 import contextlib
@@ -184,13 +185,15 @@ def value(x, dtype=None):
 class Pointer:
     """Addresses within the storage of one tensor, counted in its elements."""
 
-    def __init__(self, tensor, offset=None):
-        if offset is None:
-            self.memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-            self.offset = value(tensor.storage_offset(), torch.int64)
-        else:
-            self.memory, self.offset = tensor, offset
-        self.dtype = types.SimpleNamespace(element_ty=self.memory.dtype)
+    def __init__(self, memory, offset):
+        self.memory, self.offset = memory, offset  # the whole storage (n,); int64 of any shape
+        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
+
+    @classmethod
+    def to(cls, tensor):
+        """The address of a tensor's first element."""
+        memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        return cls(memory, value(tensor.storage_offset(), torch.int64))
 
     def __add__(self, other):
         return Pointer(self.memory, self.offset + other)
@@ -263,7 +266,7 @@ class Shared:
     def _reinterpret(self, dtype, shape, layout):
         count = torch.Size(shape).numel()
         assert count <= self.memory.numel(), f"{shape} does not fit into {tuple(self.memory.shape)}"
-        return Shared(self.memory.reshape(-1)[:count].view(shape), self.dirty.reshape(-1)[:count].view(shape))
+        return Shared(self.memory.view(-1)[:count].view(shape), self.dirty.view(-1)[:count].view(shape))
 
     def load(self, layout):
         MACHINE.switch()
@@ -282,23 +285,22 @@ class Shared:
 
 
 class Barrier:
-    def __init__(self):
-        self.count = None
+    """An mbarrier: a phase ends when `count` arrivals have come and all the bytes that were expected."""
 
     def start(self, count):
-        self.count, self.pending, self.bytes, self.phase, self.expecting = count, count, 0, 0, False
+        self.count, self.pending, self.bytes, self.phase = count, count, 0, 0
 
     def arrive(self, count):
         if count > self.pending:
             raise Race(f"{count} arrivals at a barrier that awaits {self.pending} of {self.count}")
         self.pending -= count
-        self.turn()
+        self.end_phase_if_complete()
 
     def transfer(self, count):
         self.bytes -= count
-        self.turn()
+        self.end_phase_if_complete()
 
-    def turn(self):
+    def end_phase_if_complete(self):
         if self.pending == 0 and self.bytes == 0:
             self.pending, self.phase = self.count, self.phase ^ 1
         elif self.pending == 0 and self.bytes < 0:
@@ -314,6 +316,7 @@ class Barriers:
 
 
 def only(barrier):
+    """The barrier itself where an allocation of one is used without index()."""
     return barrier.barriers[0] if isinstance(barrier, Barriers) else barrier
 
 
@@ -588,7 +591,7 @@ class Kernel:
     def launch(self, grid, arguments, options):
         global MACHINE
         warps = options.pop("num_warps")
-        arguments = [Pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        arguments = [Pointer.to(a) if isinstance(a, torch.Tensor) else a for a in arguments]
         self.launches += 1
         MACHINE = Machine(f"{self.seed} {self.launches}", self.timing)
         sizes = (*grid, 1)[:2]
@@ -599,8 +602,9 @@ class Kernel:
 
 @contextlib.contextmanager
 def installed(seed, timing, multiprocessors=3, mistake=None, **tiles):
-    """Within: moe_lora takes the Hopper path for CPU tensors in fp32. Yields the simulated kernels by name.
+    """Within: moe_lora takes the Hopper path for CPU tensors in fp32. Yields the simulated kernels by name, which count their launches.
 
+    seed: anything that prints; timing: "early", "late" or "random"; multiprocessors: how many programs hopper_gemm_kernel has.
     mistake: see simulated_functions. tiles: what to change of fused_moe_lora.HOPPER's tile sizes.
     """
     names = simulated_functions(mistake)
