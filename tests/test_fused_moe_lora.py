@@ -278,7 +278,7 @@ def in_a_process(call, count, timeout=300, **environment):
     environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", f"import test_fused_moe_lora as t; t.{call}"]
     result = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=timeout)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-3000:]
     assert result.stdout.count("ok ") == count
 
 
