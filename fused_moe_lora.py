@@ -21,7 +21,8 @@ r LoRA rank; s = scaling. Per routed row, with x its token's hidden state, w its
                                                   13 dx = sum over the token's rows of d(gate_up) W1 + du A1
 
 There is no dW: the base is frozen. DoRA multiplies the outputs of 2 and 4 by magnitude / ||W + s B A||, row by row of W; then y is
-kept, and dout is multiplied by the scale before 7 and 8. The reference, the kernels and the launches below keep these numbers' order.
+kept, and dout is multiplied by the scale before 8 (B2 is, before 7). The reference, the kernels and the launches below keep these
+numbers' order.
 """
 
 import inspect
@@ -42,7 +43,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 WORK_COUNTERS = 32  # for hopper_gemm_kernel's launches on one routing, 16 bytes apart
-H_SLICES = 4  # an (S, H) temporary exists one part of its columns at a time
+Y_SLICES, DX_SLICES = 2, 4  # an (S, H) temporary exists one part of its columns at a time; beside dx's are the adapters' gradients
+TINY = tl.constexpr(2.0**-60)
 
 # ------------------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -274,11 +276,18 @@ def grouped_gemm_kernel(
 
 
 @triton.jit
+def nonzero(x):
+    """x, but at least 2^-60 in size. Only gate and a are kept: the backward divides a by silu(gate) to have up again, which loses no
+    precision in a format with fp32's exponents, unless silu(gate) or DoRA's scale of up is zero."""
+    return tl.where(tl.abs(x) < TINY, TINY, x)
+
+
+@triton.jit
 def swiglu_kernel(
-    gate_up_ptr, a_ptr, gate_scale_ptr, up_scale_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, INTERMEDIATE,
+    gate_up_ptr, gate_scale_ptr, up_scale_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, INTERMEDIATE,
     DORA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, column blocks of I): a (S, I) = silu(gate) up from gate_up (S, 2I), DoRA's scales (E, I) applied first."""
+    """Grid (row tiles, column blocks of I): in gate_up (S, 2I), a = silu(gate) up takes up's place, DoRA's scales (E, I) applied first."""
     tile = tl.program_id(0)
     if tile >= tl.load(num_tiles_ptr):
         return
@@ -288,26 +297,28 @@ def swiglu_kernel(
     column_mask = columns < INTERMEDIATE
     mask = (rows < tl.load(offsets_ptr + expert + 1))[:, None] & column_mask[None, :]
     rows = rows.to(tl.int64)[:, None]
-    gate = tl.load(gate_up_ptr + rows * (2 * INTERMEDIATE) + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + rows * (2 * INTERMEDIATE) + INTERMEDIATE + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate_ptr = gate_up_ptr + rows * (2 * INTERMEDIATE) + columns[None, :]
+    up_ptr = gate_ptr + INTERMEDIATE
+    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr, mask=mask, other=0.0).to(tl.float32)
     if DORA:
         gate *= tl.load(gate_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
-        up *= tl.load(up_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
-    a = gate * tl.sigmoid(gate) * up
-    tl.store(a_ptr + rows * INTERMEDIATE + columns[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
+        up *= nonzero(tl.load(up_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0))[None, :]
+    gate = nonzero(gate)
+    tl.store(up_ptr, (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["S"])
 def swiglu_backward_kernel(
-    da_ptr, gate_up_ptr, u_ptr, u_segment, dv_ptr, gate_scale_ptr, up_scale_ptr, row_weight_ptr, offsets_ptr, order_ptr,
+    da_ptr, gate_a_ptr, u_ptr, u_segment, dv_ptr, gate_scale_ptr, up_scale_ptr, row_weight_ptr, offsets_ptr, order_ptr,
     dB_gate_ptr, dB_up_ptr, dA_down_ptr, dw_ptr, dgate_scale_ptr, dup_scale_ptr, S, INTERMEDIATE, R,
     DORA: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks of I, E): everything that needs a, d(gate) and d(up), in one sweep over the expert's rows.
 
-    da (S, I) and dv (S, R) are per unit of router weight. Overwrites gate_up (S, 2I) with its gradient (before DoRA's scale:
-    of W x + s B A x); writes dB_gate, dB_up (E, I, R), dA_down (E, R, I), DoRA's dscale (E, I), and this block's part of
-    d(router weight) = <a, da> to dw (column blocks, S).
+    da (S, I) and dv (S, R) are per unit of router weight. Overwrites gate and a (S, 2I) with the gradients of gate and up (before
+    DoRA's scale: of W x + s B A x); writes dB_gate, dB_up (E, I, R), dA_down (E, R, I), DoRA's dscale (E, I), and this block's part
+    of d(router weight) = <a, da> to dw (column blocks, S).
     """
     block = tl.program_id(0)
     expert = tl.load(order_ptr + tl.program_id(1)).to(tl.int64)
@@ -321,7 +332,7 @@ def swiglu_backward_kernel(
     dA_down = tl.zeros((BLOCK_I, BLOCK_R), dtype=tl.float32)
     if DORA:
         gate_scale = tl.load(gate_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
-        up_scale = tl.load(up_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
+        up_scale = nonzero(tl.load(up_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0))
         dgate_scale = tl.zeros((BLOCK_S, BLOCK_I), dtype=tl.float32)  # summed over rows only once, at the end
         dup_scale = tl.zeros((BLOCK_S, BLOCK_I), dtype=tl.float32)
     dtype: tl.constexpr = da_ptr.dtype.element_ty
@@ -333,33 +344,33 @@ def swiglu_backward_kernel(
         low_rank = rows[:, None] * R + rs[None, :]
         low_rank_mask = row_mask[:, None] & (rs < R)[None, :]
         offsets = rows[:, None] * (2 * INTERMEDIATE) + columns[None, :]
-        gate = tl.load(gate_up_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(gate_up_ptr + offsets + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_a_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        a = tl.load(gate_a_ptr + offsets + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
         da = tl.load(da_ptr + rows[:, None] * INTERMEDIATE + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(row_weight_ptr + rows, mask=row_mask, other=0.0)
         u_gate = tl.load(u_ptr + low_rank, mask=low_rank_mask, other=0.0)
         u_up = tl.load(u_ptr + u_segment + low_rank, mask=low_rank_mask, other=0.0)
         dv = tl.load(dv_ptr + low_rank, mask=low_rank_mask, other=0.0).to(tl.float32) * weight[:, None]
         if DORA:
-            gate_before, up_before = gate, up
+            gate_before = gate
             gate *= gate_scale
-            up *= up_scale
+        gate = nonzero(gate)
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
-        a = silu * up
+        up = tl.where(tl.abs(silu) < TINY * TINY, 0.0, a / silu)
         tl.store(dw_ptr + block.to(tl.int64) * S + rows, tl.sum(a * da, 1), mask=row_mask)
         da *= weight[:, None]
         dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
         dup = da * silu
         if DORA:
             dgate_scale += dgate * gate_before
-            dup_scale += dup * up_before
+            dup_scale += da * a  # dup * up, and so up_scale times what is wanted
             dgate *= gate_scale
-            dup *= up_scale
+            dup *= up_scale[None, :]
         dgate = dgate.to(dtype)
         dup = dup.to(dtype)
-        tl.store(gate_up_ptr + offsets, dgate, mask=mask)
-        tl.store(gate_up_ptr + offsets + INTERMEDIATE, dup, mask=mask)
+        tl.store(gate_a_ptr + offsets, dgate, mask=mask)
+        tl.store(gate_a_ptr + offsets + INTERMEDIATE, dup, mask=mask)
         dB_gate = tl.dot(tl.trans(dgate), u_gate, dB_gate, input_precision=PRECISION)
         dB_up = tl.dot(tl.trans(dup), u_up, dB_up, input_precision=PRECISION)
         dA_down = tl.dot(tl.trans(a.to(dtype)), dv.to(dtype), dA_down, input_precision=PRECISION)
@@ -371,7 +382,7 @@ def swiglu_backward_kernel(
     tl.store(dA_down_ptr + dA, dA_down.to(dA_down_ptr.dtype.element_ty), mask=mask)
     if DORA:
         tl.store(dgate_scale_ptr + expert * INTERMEDIATE + columns, tl.sum(dgate_scale, 0), mask=column_mask)
-        tl.store(dup_scale_ptr + expert * INTERMEDIATE + columns, tl.sum(dup_scale, 0), mask=column_mask)
+        tl.store(dup_scale_ptr + expert * INTERMEDIATE + columns, tl.sum(dup_scale, 0) / up_scale, mask=column_mask)
 
 
 @triton.jit
@@ -668,7 +679,7 @@ def hopper_store(smem, desc, ptr, stride, row, column, last, limit):
 
 @gluon.jit
 def hopper_consumer(
-    out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
+    out_desc, out_ptr, stride_om, scale0_ptr, scale1_ptr,
     a_smem, w_smem, o_smem, full, empty, work, announced, taken, multiplied, N, K, R,
     WHO: gl.constexpr, BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
     LORAS: gl.constexpr, DORA: gl.constexpr,
@@ -729,21 +740,18 @@ def hopper_consumer(
             mbarrier.arrive(multiplied, count=1)
             mbarrier.wait(multiplied, count & 1)
             held = (step + STAGES - 1) % STAGES
-            left, right = acc.to(gl.bfloat16).reshape([64, 2, 128]).permute(0, 2, 1).split()
+            left, right = acc.reshape([64, 2, 128]).permute(0, 2, 1).split()
             o0 = o_smem.index(WHO)
             o1 = w_smem.index(held)._reinterpret(gl.bfloat16, [2, 64, 128], o_layout).index(WHO)
+            left = left.to(gl.bfloat16)
             o0.store(left)
-            o1.store(right)
+            if HALVES == 2:
+                right = hopper_swiglu(left.to(gl.float32), right, scale0_ptr, scale1_ptr, expert * N + column, DORA)
+            o1.store(right.to(gl.bfloat16))
             fence_async_shared()
             second = column + 128 if HALVES == 1 else column + N
             hopper_store(o0, out_desc, out_ptr, stride_om, row, column, last, N * HALVES)
             hopper_store(o1, out_desc, out_ptr, stride_om, row, second, last, N * HALVES)
-            if HALVES == 2:
-                act = hopper_swiglu(left, right, scale0_ptr, scale1_ptr, expert * N + column, DORA)
-                tma.store_wait(1)  # o0 has been read
-                o0.store(act)
-                fence_async_shared()
-                hopper_store(o0, act_desc, act_ptr, N, row, column, last, N)
         count += 1
         expert, row, column, last = hopper_next(count, work, announced, taken)
     tma.store_wait(0)
@@ -761,19 +769,24 @@ def hopper_hand_back(held, empty):
 @gluon.jit
 def hopper_swiglu(gate, up, gate_scale_ptr, up_scale_ptr, offset, DORA: gl.constexpr):
     """silu(gate) up, of 64 x 128 values, DoRA's scales (per column, from `offset`) applied first."""
-    gate = gate.to(gl.float32)
-    up = up.to(gl.float32)
     if DORA:
         columns = gl.arange(0, 128, layout=gl.SliceLayout(0, gate.type.layout))
         gate *= gl.expand_dims(gl.load(gate_scale_ptr + offset + columns), 0)
-        up *= gl.expand_dims(gl.load(up_scale_ptr + offset + columns), 0)
-    return (gate / (1.0 + gl.exp(-gate)) * up).to(gl.bfloat16)
+        up *= gl.expand_dims(hopper_nonzero(gl.load(up_scale_ptr + offset + columns)), 0)
+    gate = hopper_nonzero(gate)
+    return gate / (1.0 + gl.exp(-gate)) * up
+
+
+@gluon.jit
+def hopper_nonzero(x):
+    """`nonzero`"""
+    return gl.where(gl.abs(x) < TINY, TINY, x)
 
 
 @gluon.jit(do_not_specialize=["S"])
 def hopper_gemm_kernel(
     a_desc, a_ptr, stride_am, row_token_ptr, w_desc, w_rows, u_desc, l0_desc, l1_desc, l_rows,
-    out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
+    out_desc, out_ptr, stride_om, scale0_ptr, scale1_ptr,
     tile_expert_ptr, tile_row_ptr, num_tiles_ptr, offsets_ptr, counter_ptr, N, K, R, S,
     BLOCK_R: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, K_MAJOR: gl.constexpr, HALVES: gl.constexpr,
     LORAS: gl.constexpr, GROUP: gl.constexpr, DORA: gl.constexpr,
@@ -781,7 +794,7 @@ def hopper_gemm_kernel(
     """Grid (multiprocessors,): grouped_gemm_kernel's out = A W_e^T + U L_e^T, every operand a 2-D matrix with experts stacked by rows.
 
     w_desc: (E * w_rows, K) if K_MAJOR, else K rows of N columns per expert; l_desc likewise with R for K. HALVES = 2: columns n of gate
-    and of up (N rows further down in W) make one tile, out is (S, 2N), and act (S, N) = silu(gate) up is written too.
+    and of up (N rows further down in W) make one tile, and out (S, 2N) gets gate and, in up's place, a = silu(gate) up.
     """
     w_shape: gl.constexpr = [256, 64] if K_MAJOR else [64, 256]
     a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
@@ -806,11 +819,11 @@ def hopper_gemm_kernel(
     fence_async_shared()
     gl.warp_specialize([
         (hopper_consumer, (
-            out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
+            out_desc, out_ptr, stride_om, scale0_ptr, scale1_ptr,
             a_smem, w_smem, o_smem, full, empty, work, announced, taken, multiplied, N, K, R,
             0, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, DORA)),
         (hopper_consumer, (
-            out_desc, out_ptr, stride_om, act_desc, act_ptr, scale0_ptr, scale1_ptr,
+            out_desc, out_ptr, stride_om, scale0_ptr, scale1_ptr,
             a_smem, w_smem, o_smem, full, empty, work, announced, taken, multiplied, N, K, R,
             1, BLOCK_R, STAGES, GATHER, K_MAJOR, HALVES, LORAS, DORA)),
         (hopper_producer, (
@@ -823,17 +836,17 @@ def hopper_gemm_kernel(
 
 @gluon.jit
 def hopper_swiglu_backward_load(
-    gate_up_desc, da_desc, u_desc, dv_desc, row, column, INTERMEDIATE, S, slot, pred,
-    full, gate_smem, up_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
+    gate_a_desc, da_desc, u_desc, dv_desc, row, column, INTERMEDIATE, S, slot, pred,
+    full, gate_smem, a_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
 ):  # fmt: skip
-    """Fetch what one step needs: rows of gate, of up and of da, WIDTH columns each, and of gate's u, up's u and dv."""
-    BLOCK_S: gl.constexpr = gate_up_desc.block_shape[0]
-    WIDTH: gl.constexpr = gate_up_desc.block_shape[1]
+    """Fetch what one step needs: rows of gate, of a and of da, WIDTH columns each, and of gate's u, up's u and dv."""
+    BLOCK_S: gl.constexpr = gate_a_desc.block_shape[0]
+    WIDTH: gl.constexpr = gate_a_desc.block_shape[1]
     BLOCK_R: gl.constexpr = u_desc.block_shape[1]
     bar = full.index(slot)
     mbarrier.expect(bar, 3 * (WIDTH + BLOCK_R) * BLOCK_S * 2, pred=pred)
-    tma.async_copy_global_to_shared(gate_up_desc, [row, column], bar, gate_smem.index(slot), pred=pred)
-    tma.async_copy_global_to_shared(gate_up_desc, [row, INTERMEDIATE + column], bar, up_smem.index(slot), pred=pred)
+    tma.async_copy_global_to_shared(gate_a_desc, [row, column], bar, gate_smem.index(slot), pred=pred)
+    tma.async_copy_global_to_shared(gate_a_desc, [row, INTERMEDIATE + column], bar, a_smem.index(slot), pred=pred)
     tma.async_copy_global_to_shared(da_desc, [row, column], bar, da_smem.index(slot), pred=pred)
     tma.async_copy_global_to_shared(u_desc, [row, 0], bar, u_gate_smem.index(slot), pred=pred)
     tma.async_copy_global_to_shared(u_desc, [S + row, 0], bar, u_up_smem.index(slot), pred=pred)
@@ -841,8 +854,14 @@ def hopper_swiglu_backward_load(
 
 
 @gluon.jit
+def hopper_reciprocal(x):
+    """1 / x by the approximate instruction, whose error is far below bf16's: the exact division takes ten."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def hopper_sigmoid(x):
-    """1 / (1 + exp(-x)) by approximate instructions, whose error is far below bf16's: the exact division alone takes ten."""
+    """1 / (1 + exp(-x)) by approximate instructions."""
     return gl.inline_asm_elementwise(
         "{ ex2.approx.ftz.f32 $0, $1; add.ftz.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0; }",
         "=f,f", [x * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1,
@@ -851,23 +870,23 @@ def hopper_sigmoid(x):
 
 @gluon.jit(do_not_specialize=["S"])
 def hopper_swiglu_backward_kernel(
-    gate_up_desc, gate_up_ptr, da_desc, u_desc, dv_desc, gate_scale_ptr, up_scale_ptr, row_weight_ptr, offsets_ptr, order_ptr,
+    gate_a_desc, gate_a_ptr, da_desc, u_desc, dv_desc, gate_scale_ptr, up_scale_ptr, row_weight_ptr, offsets_ptr, order_ptr,
     dB_gate_ptr, dB_up_ptr, dA_down_ptr, dw_ptr, dgate_scale_ptr, dup_scale_ptr, S, INTERMEDIATE, R,
     DORA: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """swiglu_backward_kernel for Hopper, INTERMEDIATE a multiple of WIDTH. Grid (INTERMEDIATE / WIDTH, E).
 
-    A stage of shared memory holds one step's rows. Its gate, up and da are overwritten with d(gate), d(up) and w a, which the tensor
+    A stage of shared memory holds one step's rows. Its gate, a and da are overwritten with d(gate), d(up) and w a, which the tensor
     cores then read for dB and dA while bulk stores write the first two out; the stage is filled again a step later.
     """
-    BLOCK_S: gl.constexpr = gate_up_desc.block_shape[0]
-    WIDTH: gl.constexpr = gate_up_desc.block_shape[1]
+    BLOCK_S: gl.constexpr = gate_a_desc.block_shape[0]
+    WIDTH: gl.constexpr = gate_a_desc.block_shape[1]
     BLOCK_R: gl.constexpr = u_desc.block_shape[1]
     WARPS: gl.constexpr = gl.num_warps()
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [WARPS, 1], [1, 0])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK_R, 16])
-    gate_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, WIDTH], gate_up_desc.layout)
-    up_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, WIDTH], gate_up_desc.layout)
+    gate_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, WIDTH], gate_a_desc.layout)
+    a_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, WIDTH], gate_a_desc.layout)
     da_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, WIDTH], da_desc.layout)
     u_gate_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, BLOCK_R], u_desc.layout)
     u_up_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_S, BLOCK_R], u_desc.layout)
@@ -885,15 +904,15 @@ def hopper_swiglu_backward_kernel(
     steps = gl.cdiv(last - first, BLOCK_S)
     for i in gl.static_range(STAGES - 1):
         hopper_swiglu_backward_load(
-            gate_up_desc, da_desc, u_desc, dv_desc, first + BLOCK_S * i, column, INTERMEDIATE, S, i, i < steps,
-            full, gate_smem, up_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
+            gate_a_desc, da_desc, u_desc, dv_desc, first + BLOCK_S * i, column, INTERMEDIATE, S, i, i < steps,
+            full, gate_smem, a_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
         )  # fmt: skip
     lane = gl.arange(0, BLOCK_S, layout=gl.SliceLayout(1, layout))
     columns = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     scale_columns = expert.to(gl.int64) * INTERMEDIATE + columns
     if DORA:
         gate_scale = gl.expand_dims(gl.load(gate_scale_ptr + scale_columns), 0)
-        up_scale = gl.expand_dims(gl.load(up_scale_ptr + scale_columns), 0)
+        up_scale = hopper_nonzero(gl.load(up_scale_ptr + scale_columns))
         dgate_scale = gl.zeros((BLOCK_S, WIDTH), gl.float32, layout)  # summed over rows only once, at the end
         dup_scale = gl.zeros((BLOCK_S, WIDTH), gl.float32, layout)
     dB_gate = gl.zeros((WIDTH, BLOCK_R), gl.float32, acc_layout)
@@ -906,53 +925,53 @@ def hopper_swiglu_backward_kernel(
         weight = gl.expand_dims(gl.load(row_weight_ptr + rows, mask=rows < last, other=0.0), 1)
         mbarrier.wait(full.index(slot), (i // STAGES) & 1)
         gate = gate_smem.index(slot).load(layout).to(gl.float32)
-        up = up_smem.index(slot).load(layout).to(gl.float32)
+        a = a_smem.index(slot).load(layout).to(gl.float32)
         da = da_smem.index(slot).load(layout).to(gl.float32)
         if row + BLOCK_S > last:  # the rest are another expert's rows, perhaps overwritten already
             mine = gl.expand_dims(rows < last, 1)
             gate = gl.where(mine, gate, 0.0)
-            up = gl.where(mine, up, 0.0)
+            a = gl.where(mine, a, 0.0)
             da = gl.where(mine, da, 0.0)
         if DORA:
-            gate_before, up_before = gate, up
+            gate_before = gate
             gate *= gate_scale
-            up *= up_scale
+        gate = hopper_nonzero(gate)
         sigmoid = hopper_sigmoid(gate)
         silu = gate * sigmoid
-        a = silu * up
+        up = gl.where(gl.abs(silu) < TINY * TINY, 0.0, a * hopper_reciprocal(silu))
         dw = gl.sum(a * da, axis=1)
         da *= weight
         dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
         dup = da * silu
         if DORA:
             dgate_scale += dgate * gate_before
-            dup_scale += dup * up_before
+            dup_scale += da * a  # dup * up, and so up_scale times what is wanted
             dgate *= gate_scale
-            dup *= up_scale
+            dup *= gl.expand_dims(up_scale, 0)
         dgate = dgate.to(gl.bfloat16)
         dup = dup.to(gl.bfloat16)
         dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=0, deps=(dB_gate, dB_up, dA_down))  # of the step before
         gate_smem.index(slot).store(dgate)
-        up_smem.index(slot).store(dup)
+        a_smem.index(slot).store(dup)
         da_smem.index(slot).store((a * weight).to(gl.bfloat16))
         fence_async_shared()
         dB_gate = warpgroup_mma(gate_smem.index(slot).permute((1, 0)), u_gate_smem.index(slot), dB_gate, is_async=True)
-        dB_up = warpgroup_mma(up_smem.index(slot).permute((1, 0)), u_up_smem.index(slot), dB_up, is_async=True)
+        dB_up = warpgroup_mma(a_smem.index(slot).permute((1, 0)), u_up_smem.index(slot), dB_up, is_async=True)
         dA_down = warpgroup_mma(da_smem.index(slot).permute((1, 0)), dv_smem.index(slot), dA_down, is_async=True)
         dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=3, deps=(dB_gate, dB_up, dA_down))
         if row + BLOCK_S <= last:
-            tma.async_copy_shared_to_global(gate_up_desc, [row, column], gate_smem.index(slot))
-            tma.async_copy_shared_to_global(gate_up_desc, [row, INTERMEDIATE + column], up_smem.index(slot))
+            tma.async_copy_shared_to_global(gate_a_desc, [row, column], gate_smem.index(slot))
+            tma.async_copy_shared_to_global(gate_a_desc, [row, INTERMEDIATE + column], a_smem.index(slot))
         else:
-            pointers = gate_up_ptr + gl.expand_dims(rows.to(gl.int64) * (2 * INTERMEDIATE), 1) + gl.expand_dims(columns, 0)
+            pointers = gate_a_ptr + gl.expand_dims(rows.to(gl.int64) * (2 * INTERMEDIATE), 1) + gl.expand_dims(columns, 0)
             gl.store(pointers, dgate, mask=gl.expand_dims(rows < last, 1))
             gl.store(pointers + INTERMEDIATE, dup, mask=gl.expand_dims(rows < last, 1))
         # the stage of the step before is free: the tensor cores were waited for above, its bulk stores are now
         tma.store_wait(2)
         ahead = i + STAGES - 1
         hopper_swiglu_backward_load(
-            gate_up_desc, da_desc, u_desc, dv_desc, first + BLOCK_S * ahead, column, INTERMEDIATE, S, ahead % STAGES, ahead < steps,
-            full, gate_smem, up_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
+            gate_a_desc, da_desc, u_desc, dv_desc, first + BLOCK_S * ahead, column, INTERMEDIATE, S, ahead % STAGES, ahead < steps,
+            full, gate_smem, a_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
         )  # fmt: skip
         gl.store(dw_ptr + block.to(gl.int64) * S + rows, dw, mask=rows < last)  # last, because the fences wait for writes under way
     dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=0, deps=(dB_gate, dB_up, dA_down))
@@ -967,7 +986,7 @@ def hopper_swiglu_backward_kernel(
     gl.store(dA_down_ptr + dA, dA_down.to(dA_down_ptr.dtype.element_ty), mask=mask)
     if DORA:
         gl.store(dgate_scale_ptr + scale_columns, gl.sum(dgate_scale, axis=0))
-        gl.store(dup_scale_ptr + scale_columns, gl.sum(dup_scale, axis=0))
+        gl.store(dup_scale_ptr + scale_columns, gl.sum(dup_scale, axis=0) / up_scale)
     tma.store_wait(0)
 
 
@@ -1094,15 +1113,15 @@ def grouped_gemm(a, weights, out, routing, tiles, *, gather=False, lora=None, bo
     return out
 
 
-def hopper_gemm(a, weight, out, routing, tiles, *, launch, gather=False, lora, act=None, scales=None):
+def hopper_gemm(a, weight, out, routing, tiles, *, launch, gather=False, lora, swiglu=False, scales=None):
     """out (S, N) = A W_e^T + U L_e^T by hopper_gemm_kernel. weight, and each of lora's, an (E, N, K) view with K or N contiguous.
 
-    act (S, N): weight is the whole gate_up_proj, out (S, 2N), lora has gate's and up's B, and act becomes silu(gate) up, after DoRA's
-    scales (gate's and up's (E, N)) if given. launch: a number below WORK_COUNTERS, different for every launch on one routing.
+    swiglu: weight is the whole gate_up_proj, lora has gate's and up's B, and out (S, 2N) gets gate and silu(gate) up, the latter after
+    DoRA's scales (gate's and up's (E, N)) if given. launch: a number below WORK_COUNTERS, different for every launch on one routing.
     """
     u, loras = lora
     stages, group = tiles.hopper
-    halves = 1 if act is None else 2
+    halves = 2 if swiglu else 1
     E, N, K = weight.shape[0], weight.shape[1] // halves, weight.shape[2]
     r = loras[0].shape[2]
     block_r = min(64, rank_block(r))
@@ -1117,13 +1136,11 @@ def hopper_gemm(a, weight, out, routing, tiles, *, launch, gather=False, lora, a
 
     w_desc, w_rows = stacked(weight, 64)
     lora_descs = [stacked(view, block_r) for view in loras]
-    out_desc = descriptor(out, [64, 128])
-    act, act_desc = (out, out_desc) if act is None else (act, descriptor(act, [64, 128]))
     gate_scale, up_scale = scales if scales is not None else (out, out)
     hopper_gemm_kernel[(multiprocessors(a.device.index),)](
         descriptor(a, [64, 64]), a, a.stride(0), routing.row_token, w_desc, w_rows,
         descriptor(u.view(-1, r), [64, block_r]), lora_descs[0][0], lora_descs[-1][0], lora_descs[0][1],
-        out_desc, out, out.stride(0), act_desc, act, gate_scale, up_scale,
+        descriptor(out, [64, 128]), out, out.stride(0), gate_scale, up_scale,
         routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, routing.counters[4 * launch :], N, K, r, out.shape[0],
         BLOCK_R=block_r, STAGES=stages, GATHER=gather, K_MAJOR=k_major, HALVES=halves, LORAS=len(loras), GROUP=group,
         DORA=scales is not None, num_warps=4,
@@ -1188,27 +1205,27 @@ class Block(NamedTuple):
 
 
 def compute_up(x, p, routing, tiles, launch):
-    """1 to 3: u (2, S, r); gate_up (S, 2I), DoRA's scale not yet applied; a (S, I) = silu(gate) up, applied; v (S, r)."""
+    """1 to 3: u (2, S, r); gate_a (S, 2I), that is gate, DoRA's scale not yet applied, and silu(gate) up, applied; v (S, r)."""
     S, r, I = routing.row_token.numel(), p.gate_A.shape[1], p.down.shape[2]  # noqa: E741
     u = grouped_gemm(x, [p.gate_A, p.up_A], x.new_empty(2, S, r), routing, tiles, gather=True, alpha=p.scaling)
-    gate_up, a = x.new_empty(S, 2 * I), x.new_empty(S, I)
-    lora = (u, [p.gate_B, p.up_B])
+    gate_a, lora = x.new_empty(S, 2 * I), (u, [p.gate_B, p.up_B])
     if on_hopper(x, p, tiles):
         scales = None if p.gate_scale is None else (p.gate_scale, p.up_scale)
-        hopper_gemm(x, p.gate_up, gate_up, routing, tiles, launch=launch, gather=True, lora=lora, act=a, scales=scales)
+        hopper_gemm(x, p.gate_up, gate_a, routing, tiles, launch=launch, gather=True, lora=lora, swiglu=True, scales=scales)
     else:
-        grouped_gemm(x, [p.gate_up[:, :I], p.gate_up[:, I:]], gate_up, routing, tiles, gather=True, lora=lora)
+        grouped_gemm(x, [p.gate_up[:, :I], p.gate_up[:, I:]], gate_a, routing, tiles, gather=True, lora=lora)
         dora, (block_i, warps) = p.gate_scale is not None, tiles.swiglu
         swiglu_kernel[(routing.tile_expert.numel(), triton.cdiv(I, block_i))](
-            gate_up, a, p.gate_scale if dora else a, p.up_scale if dora else a,
+            gate_a, p.gate_scale if dora else gate_a, p.up_scale if dora else gate_a,
             routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, I,
             DORA=dora, BLOCK_M=tiles.block_m, BLOCK_I=block_i, num_warps=warps,
         )  # fmt: skip
-    return u, gate_up, a, grouped_gemm(a, [p.down_A], x.new_empty(S, r), routing, tiles, alpha=p.scaling)
+    return u, gate_a, grouped_gemm(gate_a[:, I:], [p.down_A], x.new_empty(S, r), routing, tiles, alpha=p.scaling)
 
 
-def compute_down(a, v, p, routing, tiles, launch, columns=slice(None)):
+def compute_down(gate_a, v, p, routing, tiles, launch, columns=slice(None)):
     """4: y (S, columns of H), DoRA's scale not yet applied."""
+    a = gate_a[:, p.down.shape[2] :]
     weight, lora = p.down[:, columns], (v.unsqueeze(0), [p.down_B[:, columns]])
     y = a.new_empty(a.shape[0], weight.shape[1])
     if on_hopper(a, p, tiles):
@@ -1228,9 +1245,10 @@ def lora_grad(x, y, d, routing, tiles, weighted=False):
     )  # fmt: skip
 
 
-def swiglu_backward(da, gate_up, u, dv, p, routing, grads, tiles):
-    """gate_up (S, 2I) becomes its gradient, from da (S, I) and dv (S, r) per unit of router weight; fills grads: of gate's and up's B, of
-    down's A, of gate's and up's DoRA scale (or None, None). Returns d(router weight) in parts, (column blocks, S) fp32, to be added up."""
+def swiglu_backward(da, gate_a, u, dv, p, routing, grads, tiles):
+    """gate_a (S, 2I) becomes the gradient of gate and up, from da (S, I) and dv (S, r) per unit of router weight; fills grads: of gate's
+    and up's B, of down's A, of gate's and up's DoRA scale (or None, None). Returns d(router weight) in parts, (column blocks, S) fp32,
+    to be added up."""
     dB_gate, dB_up, dA_down, *dscales = grads
     dora = p.gate_scale is not None
     scales, dscales = ((p.gate_scale, p.up_scale), dscales) if dora else ((da, da), (da, da))
@@ -1247,12 +1265,12 @@ def swiglu_backward(da, gate_up, u, dv, p, routing, grads, tiles):
     if on_tensor_cores:
         tile, rank = [block_s, block_i], [block_s, rank_block(r)]
         hopper_swiglu_backward_kernel[grid](
-            descriptor(gate_up, tile), gate_up, descriptor(da, tile), descriptor(u.view(-1, r), rank), descriptor(dv, rank),
+            descriptor(gate_a, tile), gate_a, descriptor(da, tile), descriptor(u.view(-1, r), rank), descriptor(dv, rank),
             *scales, *after, DORA=dora, STAGES=stages, num_warps=warps,
         )  # fmt: skip
     else:
         swiglu_backward_kernel[grid](
-            da, gate_up, u, u.stride(0), dv, *scales, *after,
+            da, gate_a, u, u.stride(0), dv, *scales, *after,
             DORA=dora, BLOCK_S=block_s, BLOCK_I=block_i, BLOCK_R=rank_block(r), PRECISION=precision_of(da.dtype),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -1271,7 +1289,7 @@ def dora_down(dout, v, y, scale, dB, dscale, routing, tiles):
 
 
 class FusedExperts(torch.autograd.Function):
-    """The block with hand-written backward. Saved in "fast" mode: gate_up, u, v (and for DoRA y); in "frugal": where rows go, no more."""
+    """The block with hand-written backward. Saved in "fast" mode: gate, a, u, v (and for DoRA y); in "frugal": where rows go, no more."""
 
     @staticmethod
     def forward(ctx, x, top_k_weights, gate_A, gate_B, up_A, up_B, down_A, down_B, gate_scale, up_scale, down_scale, frozen):
@@ -1282,18 +1300,15 @@ class FusedExperts(torch.autograd.Function):
         scales = [None if t is None else t.float().contiguous() for t in (gate_scale, up_scale, down_scale)]
         p = Block(gate_up_proj, down_proj, *adapters, *scales, scaling)
         routing = route(top_k_index, top_k_weights, gate_up_proj.shape[0], tiles)
-        u, gate_up, a, v = compute_up(x, p, routing, tiles, launch=0)
-        if mode == "frugal" or not any(ctx.needs_input_grad):
-            gate_up = None
+        u, gate_a, v = compute_up(x, p, routing, tiles, launch=0)
         out, y = torch.empty_like(x), None
         if p.down_scale is None:
-            for i, columns in enumerate(column_slices(x.shape[1], H_SLICES)):
-                combine(compute_down(a, v, p, routing, tiles, 1 + i, columns), routing, out[:, columns], tiles, weighted=True)
+            for i, columns in enumerate(column_slices(x.shape[1], Y_SLICES)):
+                combine(compute_down(gate_a, v, p, routing, tiles, 1 + i, columns), routing, out[:, columns], tiles, weighted=True)
         else:
-            y = compute_down(a, v, p, routing, tiles, launch=1)
+            y = compute_down(gate_a, v, p, routing, tiles, launch=1)
             combine(y, routing, out, tiles, weighted=True, scale=p.down_scale)
-        del a
-        kept = (u, v, gate_up, y) if mode == "fast" else (None, None, None, None)
+        kept = (u, v, gate_a, y) if mode == "fast" else (None, None, None, None)
         ctx.save_for_backward(x, *kept, *routing, *p[:-1])
         ctx.scaling, ctx.dtypes, ctx.spent = scaling, [t.dtype for t in (gate_A, gate_B, up_A, up_B, down_A, down_B)], False
         return out
@@ -1303,7 +1318,7 @@ class FusedExperts(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("FusedMoELoRA's backward overwrites what it saved: backward twice through one forward is not supported")
         ctx.spent = True
-        x, u, v, gate_up, y, *rest = ctx.saved_tensors
+        x, u, v, gate_a, y, *rest = ctx.saved_tensors
         routing, p = Routing(*rest[:11]), Block(*rest[11:], ctx.scaling)
         tiles, dout = tiles_for(x.device, x.dtype), dout.contiguous()
         E, H, I = p.down.shape  # noqa: E741
@@ -1313,19 +1328,20 @@ class FusedExperts(torch.autograd.Function):
         dgate_A, dgate_B, dup_A, dup_B, ddown_A, ddown_B = grads
         dscales = [torch.empty_like(scale) for scale in p[8:11]] if dora else [None, None, None]
 
-        if gate_up is None:
-            u, gate_up, a, v = compute_up(x, p, routing, tiles, launch=10)
-            y = compute_down(a, v, p, routing, tiles, launch=11) if dora else None
-            del a
+        if gate_a is None:
+            u, gate_a, v = compute_up(x, p, routing, tiles, launch=10)
+            y = compute_down(gate_a, v, p, routing, tiles, launch=11) if dora else None
 
         # 6 to 8, dout read through row_token
         if dora:
             dora_down(dout, v, y, p.down_scale, ddown_B, dscales[2], routing, tiles)
             dy, gather = y, False
+            # for 7 the scale is put on the small B2 instead: the same product, but of dout, which is top_k times smaller than dy
+            B2 = torch.mul(p.down_B, p.down_scale.unsqueeze(-1), out=torch.empty_like(p.down_B))
         else:
             lora_grad(dout, v.unsqueeze(0), [ddown_B], routing, tiles, weighted=True)
-            dy, gather = dout, True
-        dv = grouped_gemm(dy, [p.down_B.transpose(1, 2)], x.new_empty(S, r), routing, tiles, gather=gather, alpha=p.scaling)
+            dy, gather, B2 = dout, True, p.down_B
+        dv = grouped_gemm(dout, [B2.transpose(1, 2)], x.new_empty(S, r), routing, tiles, gather=True, alpha=p.scaling)
         lora = (dv.unsqueeze(0), [p.down_A.transpose(1, 2)])
         da = x.new_empty(S, I)
         if on_hopper(x, p, tiles):
@@ -1334,27 +1350,29 @@ class FusedExperts(torch.autograd.Function):
             grouped_gemm(dy, [p.down.transpose(1, 2)], da, routing, tiles, gather=gather, lora=lora)
         del dy, y
 
-        # 9 and 10 with SwiGLU's backward, d(gate_up) over gate_up
-        dw_parts = swiglu_backward(da, gate_up, u, dv, p, routing, (dgate_B, dup_B, ddown_A, *dscales[:2]), tiles)
+        # 9 and 10 with SwiGLU's backward
+        dw_parts = swiglu_backward(da, gate_a, u, dv, p, routing, (dgate_B, dup_B, ddown_A, *dscales[:2]), tiles)
         del da, dv
         dweights = torch.empty_like(routing.weight)
         router_grad_kernel[(triton.cdiv(S, 1024),)](
             dw_parts, routing.token_row, dweights, S, BLOCKS=dw_parts.shape[0], BLOCK=1024
         )  # fmt: skip
+        del dw_parts
 
         # 11 to 13
+        dgate_up = gate_a  # which it has become
         lora_B = [p.gate_B.transpose(1, 2), p.up_B.transpose(1, 2)]
-        du = grouped_gemm(gate_up, lora_B, x.new_empty(2, S, r), routing, tiles, alpha=p.scaling)
+        du = grouped_gemm(dgate_up, lora_B, x.new_empty(2, S, r), routing, tiles, alpha=p.scaling)
         lora_grad(x, du, [dgate_A.transpose(1, 2), dup_A.transpose(1, 2)], routing, tiles)
         dx = torch.empty_like(x)
-        for i, columns in enumerate(column_slices(H, H_SLICES)):
+        for i, columns in enumerate(column_slices(H, DX_SLICES)):
             lora = (du, [p.gate_A[:, :, columns].transpose(1, 2), p.up_A[:, :, columns].transpose(1, 2)])
             weight = p.gate_up[:, :, columns].transpose(1, 2)
             part = x.new_empty(S, weight.shape[1])
             if on_hopper(x, p, tiles):
-                hopper_gemm(gate_up, weight, part, routing, tiles, launch=13 + i, lora=lora)
+                hopper_gemm(dgate_up, weight, part, routing, tiles, launch=13 + i, lora=lora)
             else:
-                grouped_gemm(gate_up, [weight], part, routing, tiles, lora=lora, both=True)
+                grouped_gemm(dgate_up, [weight], part, routing, tiles, lora=lora, both=True)
             combine(part, routing, dx[:, columns], tiles, weighted=False)
             del part  # before the next one is allocated
         return dx, dweights, *grads, *dscales, None
@@ -1380,12 +1398,16 @@ def moe_lora(
 ):
     """The experts block by the kernels: `moe_lora_reference`'s signature and result. Base weights must have hidden_states' dtype.
 
-    mode: "fast" keeps gate, up and the LoRA inner products for the backward, "frugal" recomputes them. Router weights are used in fp32.
+    mode: "fast" keeps gate, silu(gate) up and the LoRA inner products for the backward, "frugal" recomputes them. Router weights are
+    used in fp32. Raises ValueError unless hidden_states and base weights are all bf16 or all fp32 (fp16 has too few exponents, see
+    `nonzero`).
     """
     if hidden_states.dtype != gate_up_proj.dtype or hidden_states.dtype != down_proj.dtype:
         raise ValueError(
             f"hidden_states are {hidden_states.dtype}, base weights {gate_up_proj.dtype} and {down_proj.dtype}; expected one dtype"
         )
+    if hidden_states.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"hidden_states are {hidden_states.dtype}; the kernels compute in torch.bfloat16 or torch.float32")
     frozen = (top_k_index, gate_up_proj.detach().contiguous(), down_proj.detach().contiguous(), scaling, mode)
     adapters = gate_proj_lora_A, gate_proj_lora_B, up_proj_lora_A, up_proj_lora_B, down_proj_lora_A, down_proj_lora_B
     return FusedExperts.apply(hidden_states, top_k_weights, *adapters, gate_scale, up_scale, down_scale, frozen)
@@ -1430,8 +1452,8 @@ class FusedMoELoRA(nn.Module):
     `{gate,up,down}_proj_lora_magnitude (E, out)` fp32 and trainable. `forward(hidden_states, top_k_index, top_k_weights)` is the
     signature of transformers' experts modules.
 
-    mode: "fast" keeps gate, up and the LoRA inner products for the backward, "frugal" recomputes them. shared_A: gate and up use one
-    lora_A (the parameter is registered under both names). cache_norms: DoRA's row norms are computed once and kept until
+    mode: "fast" keeps gate, silu(gate) up and the LoRA inner products for the backward, "frugal" recomputes them. shared_A: gate and up
+    use one lora_A (the parameter is registered under both names). cache_norms: DoRA's row norms are computed once and kept until
     `forget_norms()`, which the training loop then has to call after every optimiser step; by default every forward computes them.
     """
 

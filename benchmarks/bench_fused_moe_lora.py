@@ -10,7 +10,8 @@ How: one process per implementation, each checked against fp32 at every setting 
 of every gradient, compared with plain PyTorch in bf16 on the same inputs); times are medians of CUDA-graph replays where the
 implementation can be captured and of back-to-back runs where not, `idle_start_ms` that of single runs from an idle device; a dense
 8192^3 product per process tells how fast the device ran. saved_mib is the memory kept for the backward beyond input and output.
-`back_to_back_ms` is there for all, since not every peer can be captured.
+`back_to_back_ms` is there for all, since not every peer can be captured; `sustained_ms` is the time under --seconds of load, where large
+blocks meet the device's power limit (with nvidia-ml-py installed its watts and MHz are recorded too).
 
 The peers are in moe_lora_peers.py and measured if they are installed: torch's grouped_mm with LoRA by grouped_mm, transformers with PEFT's
 target_parameters, axolotl's scattermoe_lora, unsloth_zoo, sonic-moe. Records with shared_A are of peers with one lora_A for gate and up, so
@@ -23,6 +24,7 @@ import math
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -33,12 +35,13 @@ from moe_lora_peers import NEEDS, PEERS, SHARED_A
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fused_moe_lora import H_SLICES, column_slices, moe_lora, moe_lora_reference  # noqa: E402
+from fused_moe_lora import DX_SLICES, Y_SLICES, column_slices, moe_lora, moe_lora_reference  # noqa: E402
 from record import git_commit  # noqa: E402
 
 # hidden, intermediate, experts, experts per token
 MODELS = {"qwen3-30b-a3b": (2048, 768, 128, 8), "qwen3-235b-a22b": (4096, 1536, 128, 8), "glm-4.5-air": (4096, 1408, 128, 8)}
 RANK, SCALING = 32, 2.0
+CAPTURED = ("fused_moe_lora", "torch_grouped_mm")  # the others cannot be replayed as a CUDA graph, or were not tried
 
 
 @dataclass
@@ -53,6 +56,7 @@ class Arguments:
     output: str = "results/fused_moe_lora.json"
     commit: str = ""  # taken from git if empty
     per_op: bool = False  # also print every kernel's time and record the four big products beside cuBLAS, ours only
+    seconds: float = 2.0  # of runs without a break for sustained_ms
     autotune: str = "short"  # how far peers search: "short" | "full", see moe_lora_peers.py
     seed: int = 1
 
@@ -184,6 +188,33 @@ def time_runs(run, repeats=7, inner=5):
     return median, (max(times) - min(times)) / median
 
 
+def sustained(run, ms, seconds):
+    """What remains of the speed under load: ms of one run in the second half of `seconds` of them, and there the device's watts and MHz.
+
+    `ms`: about what a run takes. A short measurement may end before the device lowers its clock to keep to its power limit.
+    """
+    runs = max(10, int(seconds * 1e3 / ms / 2))
+    marks = events(3)
+    for mark in marks[:2]:
+        mark.record()
+        for _ in range(runs):
+            run()
+    marks[2].record()
+    samples = []
+    while not marks[2].query():
+        time.sleep(0.02)
+        if marks[1].query():
+            try:
+                samples.append((torch.cuda.power_draw() / 1e3, torch.cuda.clock_rate()))
+            except ModuleNotFoundError:  # nvidia-ml-py is not installed
+                pass
+    record = {"sustained_ms": round(marks[1].elapsed_time(marks[2]) / runs, 4)}
+    if samples:
+        watts, mhz = (statistics.median(part) for part in zip(*samples, strict=True))
+        record.update(sustained_watts=round(watts), sustained_mhz=round(mhz))
+    return record
+
+
 def capture(run):
     """`run` as a CUDA graph, or None if it cannot be captured."""
     stream = torch.cuda.Stream()
@@ -202,7 +233,7 @@ def capture(run):
     return graph
 
 
-def measure(forward, leaves, dout, can_capture):
+def measure(forward, leaves, dout, can_capture, seconds):
     """The record's times and memory; fwd_ms and bwd_ms by graph replay if the implementation can be captured, else by single runs."""
 
     def both():
@@ -222,6 +253,7 @@ def measure(forward, leaves, dout, can_capture):
         timing = "graph"
         fwd = time_runs(graphs[0].replay)[0]
         total, spread = time_runs(graphs[1].replay)
+    under_load = sustained(both if None in graphs else graphs[1].replay, total, seconds)
     del graphs
     clear(leaves)
     torch.cuda.synchronize()
@@ -238,7 +270,8 @@ def measure(forward, leaves, dout, can_capture):
     clear(leaves)
     times = {"fwd_ms": fwd, "bwd_ms": total - fwd, "total_ms": total, "spread": spread}
     times.update(back_to_back_ms=back_to_back, idle_start_ms=fwd_single + bwd_single)
-    return {**{k: round(v, 4) for k, v in times.items()}, "timing": timing, "saved_mib": saved >> 20, "peak_mib": peak >> 20}
+    memory = {"saved_mib": saved >> 20, "peak_mib": peak >> 20}
+    return {**{k: round(v, 4) for k, v in times.items()}, "timing": timing, **under_load, **memory}
 
 
 def dense_tflops():
@@ -275,22 +308,23 @@ def kernel_times(forward, leaves, dout, repeats=5):
 
 
 def per_op(forward, leaves, dout, setting):
-    """The four big products of our block beside dense cuBLAS products of the same size: a list for the record. Prints every kernel.
+    """The four big products of our block beside cuBLAS's of the same size: a list for the record. Prints every kernel.
 
-    TFLOP/s of the frozen weights' FLOPs alone, while the time includes gathering, LoRA and SwiGLU where the kernel does them. Empty on
-    GPUs before Hopper, where the big products share their kernel with the small ones.
+    TFLOP/s of the frozen weights' FLOPs alone, while the time includes gathering, LoRA and SwiGLU where the kernel does them. cuBLAS:
+    one dense product, whose weights stay in L2; and a batch of one product for each expert, all with equally many rows. Empty on GPUs
+    before Hopper, where the big products share their kernel with the small ones.
     """
     model, adapter, _, mode, tokens = setting
-    H, I, _, top_k = MODELS[model]  # noqa: E741
+    H, I, E, top_k = MODELS[model]  # noqa: E741
     S = tokens * top_k
     kernels = kernel_times(forward, leaves, dout)
     for name, us in kernels:
         print(f"    {us:9.1f} us  {name[:100]}")
     print(f"    {sum(us for _, us in kernels):9.1f} us  all kernels", flush=True)
     gemms = [us for name, us in kernels if "hopper_gemm_kernel" in name]
-    slices = len(column_slices(H, H_SLICES))
+    y_slices, dx_slices = (len(column_slices(H, wanted)) for wanted in (Y_SLICES, DX_SLICES))
     recomputed = (2 if adapter == "dora" else 1) if mode == "frugal" else 0
-    launches = {"gate_up": 1, "down": 1 if adapter == "dora" else slices, "recomputed": recomputed, "da": 1, "dx": slices}
+    launches = {"gate_up": 1, "down": 1 if adapter == "dora" else y_slices, "recomputed": recomputed, "da": 1, "dx": dx_slices}
     if len(gemms) != sum(launches.values()):
         return []
     rows = []
@@ -299,13 +333,15 @@ def per_op(forward, leaves, dout, setting):
         if name == "recomputed":
             continue
         K, N = {"gate_up": (H, 2 * I), "down": (I, H), "da": (H, I), "dx": (2 * I, H)}[name]
-        a, b = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((S, K), (K, N)))
         flops = 2 * S * K * N
-        a @ b
-        dense = time_runs(lambda a=a, b=b: a @ b)[0] * 1e3
-        del a, b
-        rows.append({"name": name, "us": round(us, 1), "tflops": round(flops / us / 1e6, 1), "dense_tflops": round(flops / dense / 1e6, 1)})
-        print("    {name:8} {us:9.1f} us  {tflops:6.1f} TFLOP/s, dense {dense_tflops:6.1f}".format(**rows[-1]), flush=True)
+        rows.append({"name": name, "us": round(us, 1), "tflops": round(flops / us / 1e6, 1)})
+        for kind, shapes in (("dense", ((S, K), (K, N))), ("batched", ((E, S // E, K), (E, K, N)))):
+            a, b = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+            a @ b
+            rows[-1][f"{kind}_tflops"] = round(flops / time_runs(lambda a=a, b=b: a @ b)[0] / 1e9, 1)
+            del a, b
+        line = "    {name:8} {us:9.1f} us  {tflops:6.1f} TFLOP/s; cuBLAS dense {dense_tflops:6.1f}, batched {batched_tflops:6.1f}"
+        print(line.format(**rows[-1]), flush=True)
     return rows
 
 
@@ -347,7 +383,7 @@ def worker(implementation, settings, arguments):
             if wrong:
                 record["failed"] = f"wrong: {wrong}"
             else:
-                record.update(measure(forward, leaves, fixed["dout"], implementation in ("fused_moe_lora", "torch_grouped_mm")))
+                record.update(measure(forward, leaves, fixed["dout"], implementation in CAPTURED, arguments.seconds))
                 record["tflops"] = round(useful_flops(model, tokens, shared_A) / record["total_ms"] / 1e9, 1)
                 if arguments.per_op and implementation == "fused_moe_lora":
                     record["per_op"] = per_op(forward, leaves, fixed["dout"], (model, adapter, routing, mode, tokens))
@@ -397,8 +433,8 @@ def store(record, output):
 
 
 def print_table(records):
-    columns = "model tokens adapter routing mode implementation fwd_ms bwd_ms total_ms back_to_back_ms idle_start_ms tflops".split()
-    columns += ["saved_mib", "peak_mib", "max_error"]
+    columns = "model tokens adapter routing mode implementation fwd_ms bwd_ms total_ms back_to_back_ms idle_start_ms".split()
+    columns += ["sustained_ms", "tflops", "saved_mib", "peak_mib", "max_error"]
     rows = [[str(r.get(c, r.get("failed", "")[:14] if c == "total_ms" else "")) for c in columns] for r in records]
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     for row in [columns, *rows]:

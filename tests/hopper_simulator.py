@@ -335,10 +335,16 @@ class Accumulator:
     def __init__(self, start):
         self.sum, self.outstanding = start.clone(), 0
 
-    def to(self, dtype):
+    def finished(self):
         if self.outstanding:
             raise Race("an accumulator was used before its products were waited for")
-        return value(self.sum).to(dtype)
+        return value(self.sum)
+
+    def to(self, dtype):
+        return self.finished().to(dtype)
+
+    def reshape(self, shape):
+        return self.finished().reshape(shape)
 
 
 def warpgroup_mma(a, b, acc, is_async):
@@ -450,7 +456,7 @@ class gl:
     int32, int64 = torch.int32, torch.int64
     constexpr = None
     static_range = range
-    where, exp = staticmethod(torch.where), staticmethod(torch.exp)
+    where, exp, abs = staticmethod(torch.where), staticmethod(torch.exp), staticmethod(torch.abs)
 
     @staticmethod
     def BlockedLayout(*_):
@@ -569,7 +575,9 @@ def simulated_functions(mistake=None):
     for name, jit in vars(fused_moe_lora).items():
         if getattr(jit, "is_gluon", lambda: False)():
             names[name] = types.FunctionType(jit.fn.__code__, names)
-    names["hopper_sigmoid"] = torch.sigmoid  # PTX in the kernel
+        if isinstance(jit, fused_moe_lora.tl.constexpr):
+            names[name] = jit.value
+    names.update(hopper_sigmoid=torch.sigmoid, hopper_reciprocal=torch.reciprocal)  # PTX in the kernel
     if mistake is not None:
         name, right, wrong = mistake
         source = inspect.getsource(getattr(fused_moe_lora, name).fn)

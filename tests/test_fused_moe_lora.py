@@ -34,6 +34,8 @@ INTERPRETED = {
     "experts without rows": (13, 32, 16, 9, 1, 4, False, "frugal", "random"),
     "all rows to the same experts": (33, 32, 16, 6, 2, 4, True, "fast", "same"),
     "every expert for every token, rank over one block": (10, 24, 16, 3, 3, 20, False, "fast", "random"),
+    "gates of zero, large gates": (30, 24, 20, 3, 2, 4, False, "fast", "odd gates"),
+    "dora, gates and scales of zero": (30, 24, 20, 3, 2, 4, True, "frugal", "odd gates"),
 }
 # name of the edge -> the same, and what of the Hopper path's sizes is not as usual
 SIMULATED = {
@@ -43,13 +45,15 @@ SIMULATED = {
     "experts without rows, column tiles beyond the matrix": (90, 192, 128, 9, 2, 64, False, "frugal", "skewed", {"multiprocessors": 5}),
     "row tiles in several groups, few steps along K": (200, 64, 256, 2, 2, 8, False, "fast", "same", {"hopper": (3, 1)}),
     "rank over one block, and too large for the tensor cores' sweep": (100, 128, 256, 3, 3, 72, True, "fast", "random", {}),
+    "gates of zero, large gates": (130, 128, 128, 2, 1, 16, False, "fast", "odd gates", {}),
+    "dora, gates and scales of zero": (130, 128, 128, 2, 1, 16, True, "fast", "odd gates", {}),
 }
 # function, part of its source, what to put there instead, what has to be found
 MISTAKES = [
     ("hopper_consumer", " " * 20 + "fence_async_shared()", " " * 20 + "pass", "tensor cores read .* without a fence"),
     ("hopper_consumer", "fence_async_shared()\n            second", "second", "bulk store read .* without a fence"),
     ("hopper_consumer", "mbarrier.wait(multiplied, count & 1)\n            held", "held", "wrong"),
-    ("hopper_consumer", "tma.store_wait(1)", "tma.store_wait(2)", "wrong"),
+    ("hopper_consumer", "held = (step + STAGES - 1) % STAGES", "held = step % STAGES", "deadlock|wrong"),
     ("hopper_consumer", "warpgroup_mma_wait(num_outstanding=0, deps=(acc,))", "acc", "before its products were waited for"),
     ("hopper_hand_back", "tma.store_wait(0)", "tma.store_wait(2)", "wrong"),
     ("hopper_producer", "(128 + 256) * 64 * 2", "(128 + 128) * 64 * 2", "more bytes than a barrier expects"),
@@ -64,6 +68,7 @@ ON_GPU = {
     "experts without rows, partial column tiles": (300, 1024, 1408, 8, 1, 64, "skewed"),
     "a rank between powers of two": (300, 512, 384, 8, 2, 24, "random"),
     "nothing fits the tiles": (77, 200, 72, 6, 3, 12, "random"),
+    "gates and scales of zero, and large ones": (300, 256, 128, 4, 2, 16, "odd gates"),
     "every expert for every token, large rank": (129, 256, 128, 4, 4, 256, "random"),
 }
 
@@ -91,9 +96,17 @@ def make_case(T, H, I, E, top_k, r, dora, routing, device="cpu", dtype=torch.flo
         scores += torch.arange(E)
     if routing == "skewed":
         scores[:, : E // 2] -= 0.9
+    weights = normal(E, 2 * I, H, std=H**-0.5)
+    if routing == "odd gates":
+        weights[:, :4] = leaves["gate_proj_lora_B"][:, :4] = 0  # gates of zero, whose gradient is not
+        weights[:, 4:6] *= 200  # silu(gate) is gate or, by underflow, zero
+        weights[:, I + 6 : I + 9] = leaves["up_proj_lora_B"][:, 6:9] = 0
+        if dora:
+            leaves["up_scale"][:, 9:12] = 0
+            leaves["gate_scale"][:, 12:15] = 0
     fixed = {
         "top_k_index": scores.topk(top_k, dim=-1).indices.to(device),
-        "gate_up_proj": normal(E, 2 * I, H, std=H**-0.5),
+        "gate_up_proj": weights,
         "down_proj": normal(E, H, I, std=I**-0.5),
     }
     return leaves, fixed, normal(T, H)
@@ -511,6 +524,14 @@ def test_cached_norms_are_used_until_forgotten():
     assert (stale - fresh).abs().max() > 1e-2
 
 
+def test_dtypes_that_the_kernels_cannot_compute_in_are_refused():
+    leaves, fixed, _ = make_case(3, 16, 8, 2, 1, 4, False, "random", dtype=torch.float16)
+    with pytest.raises(ValueError, match="float16; the kernels compute in torch.bfloat16 or torch.float32"):
+        moe_lora(**leaves, **fixed, scaling=0.7)
+    with pytest.raises(ValueError, match="expected one dtype"):
+        moe_lora(**{**leaves, "hidden_states": leaves["hidden_states"].float()}, **fixed, scaling=0.7)
+
+
 def test_refusals_say_what_differs():
     import transformers
 
@@ -587,7 +608,8 @@ def test_kernels_in_bf16(cuda, monkeypatch, edge, dora, mode, path):
     if path == "portable":
         monkeypatch.setattr(fused_moe_lora, "tiles_for", lambda device, dtype: fused_moe_lora.AMPERE)
     *case, routing = ON_GPU[edge]
-    assert_three_way(case, dora, mode, routing, cuda, torch.bfloat16, torch.float32, slack=5e-4)
+    slack = 1e-3 if edge == "one token" else 5e-4  # a gradient of two numbers has whatever error they happen to have
+    assert_three_way(case, dora, mode, routing, cuda, torch.bfloat16, torch.float32, slack)
 
 
 @pytest.mark.gpu
