@@ -245,9 +245,9 @@ FULL_TOKENS = 16384  # tokens of a micro-batch from which a larger one gains not
 def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r, mode, use_dora=False, shared_A=False):
     """What a routed-experts block keeps for backward beyond its input and output, in bytes.
 
-    Per routed row (tokens x top_k of them), in bf16: in fast mode the pre-activations of gate and up, 2 x 2 intermediate_size bytes, the
-    LoRA inner products of gate, up and down, 2 x 3 expert_r (2 x 2 expert_r where gate and up share one A), and for DoRA the output
-    before the magnitude, 2 hidden_size; in both modes 16 bytes of indices and router weights. Frugal mode recomputes the rest.
+    Per routed row (tokens x top_k of them), in bf16: in fast mode gate and silu(gate) up, 2 x 2 intermediate_size bytes, the LoRA
+    inner products of gate, up and down, 2 x 3 expert_r (2 x 2 expert_r where gate and up share one A), and for DoRA the output before
+    the magnitude, 2 hidden_size; in both modes 16 bytes of indices and router weights. Frugal mode recomputes the rest.
     """
     kept = 0
     if mode == "fast":
@@ -295,18 +295,20 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
 def layer_working_bytes(config, matrices, tokens, mode, use_dora=False):
     """The most that one layer's forward or backward holds for a moment beyond what is kept, in bytes; bf16.
 
-    Routed experts: the activation's (routed rows, intermediate_size) or its gradient and a quarter of (routed rows, H), as the block
-    works on a quarter of the columns at a time (with DoRA: all of them); in frugal mode also the recomputed pre-activations. A dense
-    or shared MLP: two of (tokens, intermediate_size), the LoRA's share of a projection's output or the gradient of the product.
-    And four of (tokens, H): the residual stream's gradient, the two norms', the attention's.
+    Routed experts, per routed row: in the forward half of H, as the output is made from half of its columns at a time (with DoRA it is
+    whole, and kept unless in frugal mode); in the backward intermediate_size, the gradient of silu(gate) up; in frugal mode also
+    2 intermediate_size, gate and silu(gate) up. A dense or shared MLP: two of (tokens, intermediate_size), the LoRA's share of a
+    projection's output or the gradient of the product. And four of (tokens, H): the residual stream's gradient, the two norms', the
+    attention's.
     """
     width = 0
     for m in matrices:
         if m.kind in ("mlp", "shared_expert") and "down_proj" in m.name:
             width = max(width, 2 * m.in_features)
         if m.kind == "expert" and m.name.endswith("down_proj"):
-            columns = m.out_features if use_dora else m.out_features // 4
-            width = max(width, m.active * (m.in_features * (3 if mode == "frugal" else 1) + columns))
+            hidden, frugal = m.out_features, mode == "frugal"
+            forward, backward = (hidden * frugal, m.in_features + hidden * frugal) if use_dora else (hidden // 2, m.in_features)
+            width = max(width, m.active * (max(forward, backward) + 2 * m.in_features * frugal))
     return 2 * tokens * (width + 4 * config.hidden_size)
 
 
