@@ -277,8 +277,9 @@ def grouped_gemm_kernel(
 
 @triton.jit
 def nonzero(x):
-    """x, but at least 2^-60 in size. Only gate and a are kept: the backward divides a by silu(gate) to have up again, which loses no
-    precision in a format with fp32's exponents, unless silu(gate) or DoRA's scale of up is zero."""
+    """x, but at least 2^-60 in size. Only gate and a = silu(gate) up are kept, and d(gate) = da up silu'(gate) is had from them as
+    da a (1 / gate + 1 - sigmoid(gate)). That loses no precision in a format with fp32's exponents, unless gate or DoRA's scale of up
+    is zero, so neither may be."""
     return tl.where(tl.abs(x) < TINY, TINY, x)
 
 
@@ -299,12 +300,14 @@ def swiglu_kernel(
     rows = rows.to(tl.int64)[:, None]
     gate_ptr = gate_up_ptr + rows * (2 * INTERMEDIATE) + columns[None, :]
     up_ptr = gate_ptr + INTERMEDIATE
-    gate = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
+    computed = tl.load(gate_ptr, mask=mask, other=0.0).to(tl.float32)
+    gate = nonzero(computed)
+    tl.store(gate_ptr, gate.to(gate_up_ptr.dtype.element_ty), mask=mask & (gate != computed))
     up = tl.load(up_ptr, mask=mask, other=0.0).to(tl.float32)
     if DORA:
         gate *= tl.load(gate_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0)[None, :]
         up *= nonzero(tl.load(up_scale_ptr + expert * INTERMEDIATE + columns, mask=column_mask, other=0.0))[None, :]
-    gate = nonzero(gate)
+        gate = nonzero(gate)
     tl.store(up_ptr, (gate * tl.sigmoid(gate) * up).to(gate_up_ptr.dtype.element_ty), mask=mask)
 
 
@@ -344,7 +347,7 @@ def swiglu_backward_kernel(
         low_rank = rows[:, None] * R + rs[None, :]
         low_rank_mask = row_mask[:, None] & (rs < R)[None, :]
         offsets = rows[:, None] * (2 * INTERMEDIATE) + columns[None, :]
-        gate = tl.load(gate_a_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_a_ptr + offsets, mask=mask, other=1.0).to(tl.float32)
         a = tl.load(gate_a_ptr + offsets + INTERMEDIATE, mask=mask, other=0.0).to(tl.float32)
         da = tl.load(da_ptr + rows[:, None] * INTERMEDIATE + columns[None, :], mask=mask, other=0.0).to(tl.float32)
         weight = tl.load(row_weight_ptr + rows, mask=row_mask, other=0.0)
@@ -353,18 +356,16 @@ def swiglu_backward_kernel(
         dv = tl.load(dv_ptr + low_rank, mask=low_rank_mask, other=0.0).to(tl.float32) * weight[:, None]
         if DORA:
             gate_before = gate
-            gate *= gate_scale
-        gate = nonzero(gate)
+            gate = nonzero(gate * gate_scale)
         sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        up = tl.where(tl.abs(silu) < TINY * TINY, 0.0, a / silu)
-        tl.store(dw_ptr + block.to(tl.int64) * S + rows, tl.sum(a * da, 1), mask=row_mask)
-        da *= weight[:, None]
-        dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
-        dup = da * silu
+        share = a * da
+        tl.store(dw_ptr + block.to(tl.int64) * S + rows, tl.sum(share, 1), mask=row_mask)
+        share *= weight[:, None]
+        dgate = share * (1.0 / gate + (1.0 - sigmoid))
+        dup = da * weight[:, None] * (gate * sigmoid)
         if DORA:
             dgate_scale += dgate * gate_before
-            dup_scale += da * a  # dup * up, and so up_scale times what is wanted
+            dup_scale += share  # dup * up, and so up_scale times what is wanted
             dgate *= gate_scale
             dup *= up_scale[None, :]
         dgate = dgate.to(dtype)
@@ -741,6 +742,8 @@ def hopper_consumer(
             mbarrier.wait(multiplied, count & 1)
             held = (step + STAGES - 1) % STAGES
             left, right = acc.reshape([64, 2, 128]).permute(0, 2, 1).split()
+            if HALVES == 2:
+                left = hopper_nonzero(left)
             o0 = o_smem.index(WHO)
             o1 = w_smem.index(held)._reinterpret(gl.bfloat16, [2, 64, 128], o_layout).index(WHO)
             left = left.to(gl.bfloat16)
@@ -773,7 +776,7 @@ def hopper_swiglu(gate, up, gate_scale_ptr, up_scale_ptr, offset, DORA: gl.const
         columns = gl.arange(0, 128, layout=gl.SliceLayout(0, gate.type.layout))
         gate *= gl.expand_dims(gl.load(gate_scale_ptr + offset + columns), 0)
         up *= gl.expand_dims(hopper_nonzero(gl.load(up_scale_ptr + offset + columns)), 0)
-    gate = hopper_nonzero(gate)
+        gate = hopper_nonzero(gate)
     return gate / (1.0 + gl.exp(-gate)) * up
 
 
@@ -929,23 +932,21 @@ def hopper_swiglu_backward_kernel(
         da = da_smem.index(slot).load(layout).to(gl.float32)
         if row + BLOCK_S > last:  # the rest are another expert's rows, perhaps overwritten already
             mine = gl.expand_dims(rows < last, 1)
-            gate = gl.where(mine, gate, 0.0)
+            gate = gl.where(mine, gate, 1.0)
             a = gl.where(mine, a, 0.0)
             da = gl.where(mine, da, 0.0)
         if DORA:
             gate_before = gate
-            gate *= gate_scale
-        gate = hopper_nonzero(gate)
+            gate = hopper_nonzero(gate * gate_scale)
         sigmoid = hopper_sigmoid(gate)
-        silu = gate * sigmoid
-        up = gl.where(gl.abs(silu) < TINY * TINY, 0.0, a * hopper_reciprocal(silu))
         dw = gl.sum(a * da, axis=1)
-        da *= weight
-        dgate = da * up * (sigmoid + silu * (1.0 - sigmoid))
-        dup = da * silu
+        a *= weight
+        share = a * da
+        dgate = share * (hopper_reciprocal(gate) + (1.0 - sigmoid))
+        dup = da * weight * (gate * sigmoid)
         if DORA:
             dgate_scale += dgate * gate_before
-            dup_scale += da * a  # dup * up, and so up_scale times what is wanted
+            dup_scale += share  # dup * up, and so up_scale times what is wanted
             dgate *= gate_scale
             dup *= gl.expand_dims(up_scale, 0)
         dgate = dgate.to(gl.bfloat16)
@@ -953,7 +954,7 @@ def hopper_swiglu_backward_kernel(
         dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=0, deps=(dB_gate, dB_up, dA_down))  # of the step before
         gate_smem.index(slot).store(dgate)
         a_smem.index(slot).store(dup)
-        da_smem.index(slot).store((a * weight).to(gl.bfloat16))
+        da_smem.index(slot).store(a.to(gl.bfloat16))
         fence_async_shared()
         dB_gate = warpgroup_mma(gate_smem.index(slot).permute((1, 0)), u_gate_smem.index(slot), dB_gate, is_async=True)
         dB_up = warpgroup_mma(a_smem.index(slot).permute((1, 0)), u_up_smem.index(slot), dB_up, is_async=True)
