@@ -577,7 +577,8 @@ def simulated_functions(mistake=None):
             names[name] = types.FunctionType(jit.fn.__code__, names)
         if isinstance(jit, fused_moe_lora.tl.constexpr):
             names[name] = jit.value
-    names.update(hopper_sigmoid=torch.sigmoid, hopper_reciprocal=torch.reciprocal)  # PTX in the kernel
+    # PTX in the kernel; here everything is fp32
+    names.update(hopper_sigmoid=torch.sigmoid, hopper_reciprocal=torch.reciprocal, hopper_rounded=lambda x: x)
     if mistake is not None:
         name, right, wrong = mistake
         source = inspect.getsource(getattr(fused_moe_lora, name).fn)
