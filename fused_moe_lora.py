@@ -743,7 +743,7 @@ def hopper_consumer(
             held = (step + STAGES - 1) % STAGES
             left, right = acc.reshape([64, 2, 128]).permute(0, 2, 1).split()
             if HALVES == 2:
-                left = hopper_rounded(hopper_nonzero(left))
+                left = hopper_rounded(nonzero(left))
             o0 = o_smem.index(WHO)
             o1 = w_smem.index(held)._reinterpret(gl.bfloat16, [2, 64, 128], o_layout).index(WHO)
             o0.store(left.to(gl.bfloat16))
@@ -774,15 +774,9 @@ def hopper_swiglu(gate, up, gate_scale_ptr, up_scale_ptr, offset, DORA: gl.const
     if DORA:
         columns = gl.arange(0, 128, layout=gl.SliceLayout(0, gate.type.layout))
         gate *= gl.expand_dims(gl.load(gate_scale_ptr + offset + columns), 0)
-        up *= gl.expand_dims(hopper_nonzero(gl.load(up_scale_ptr + offset + columns)), 0)
-        gate = hopper_nonzero(gate)
+        up *= gl.expand_dims(nonzero(gl.load(up_scale_ptr + offset + columns)), 0)
+        gate = nonzero(gate)
     return gate * hopper_sigmoid(gate) * up
-
-
-@gluon.jit
-def hopper_nonzero(x):
-    """`nonzero`"""
-    return gl.where(gl.abs(x) < TINY, TINY, x)
 
 
 @gluon.jit
@@ -923,7 +917,7 @@ def hopper_swiglu_backward_kernel(
     scale_columns = expert.to(gl.int64) * INTERMEDIATE + columns
     if DORA:
         gate_scale = gl.expand_dims(gl.load(gate_scale_ptr + scale_columns), 0)
-        up_scale = hopper_nonzero(gl.load(up_scale_ptr + scale_columns))
+        up_scale = nonzero(gl.load(up_scale_ptr + scale_columns))
         dgate_scale = gl.zeros((BLOCK_S, WIDTH), gl.float32, layout)  # summed over rows only once, at the end
         dup_scale = gl.zeros((BLOCK_S, WIDTH), gl.float32, layout)
     dB_gate = gl.zeros((WIDTH, BLOCK_R), gl.float32, acc_layout)
@@ -945,7 +939,7 @@ def hopper_swiglu_backward_kernel(
             da = gl.where(mine, da, 0.0)
         if DORA:
             gate_before = gate
-            gate = hopper_nonzero(gate * gate_scale)
+            gate = nonzero(gate * gate_scale)
         sigmoid = hopper_sigmoid(gate)
         dw = gl.sum(a * da, axis=1)
         a *= weight
@@ -1351,6 +1345,7 @@ class FusedExperts(torch.autograd.Function):
             lora_grad(dout, v.unsqueeze(0), [ddown_B], routing, tiles, weighted=True)
             dy, gather, B2 = dout, True, p.down_B
         dv = grouped_gemm(dout, [B2.transpose(1, 2)], x.new_empty(S, r), routing, tiles, gather=True, alpha=p.scaling)
+        del B2
         lora = (dv.unsqueeze(0), [p.down_A.transpose(1, 2)])
         da = x.new_empty(S, I)
         if on_hopper(x, p, tiles):

@@ -28,6 +28,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ class Arguments:
     implementations: str = ",".join(["fused_moe_lora", *PEERS])
     output: str = "results/fused_moe_lora.json"
     commit: str = ""  # taken from git if empty
-    per_op: bool = False  # also print every kernel's time and record the four big products beside cuBLAS, ours only
+    per_op: bool = False  # also print and record every kernel's time, and the four big products beside cuBLAS; ours only
     seconds: float = 2.0  # of runs without a break for sustained_ms
     autotune: str = "short"  # how far peers search: "short" | "full", see moe_lora_peers.py
     seed: int = 1
@@ -200,14 +201,11 @@ def sustained(run, ms, seconds):
         for _ in range(runs):
             run()
     marks[2].record()
-    samples = []
+    samples, metered = [], find_spec("pynvml") is not None
     while not marks[2].query():
         time.sleep(0.02)
-        if marks[1].query():
-            try:
-                samples.append((torch.cuda.power_draw() / 1e3, torch.cuda.clock_rate()))
-            except ModuleNotFoundError:  # nvidia-ml-py is not installed
-                pass
+        if metered and marks[1].query():
+            samples.append((torch.cuda.power_draw() / 1e3, torch.cuda.clock_rate()))
     record = {"sustained_ms": round(marks[1].elapsed_time(marks[2]) / runs, 4)}
     if samples:
         watts, mhz = (statistics.median(part) for part in zip(*samples, strict=True))
@@ -308,11 +306,11 @@ def kernel_times(forward, leaves, dout, repeats=5):
 
 
 def per_op(forward, leaves, dout, setting):
-    """The four big products of our block beside cuBLAS's of the same size: a list for the record. Prints every kernel.
+    """For the record: `kernels`, (name, us) of each in order, and `per_op`, the four big products beside cuBLAS's of the same size.
 
     TFLOP/s of the frozen weights' FLOPs alone, while the time includes gathering, LoRA and SwiGLU where the kernel does them. cuBLAS:
-    one dense product, whose weights stay in L2; and a batch of one product for each expert, all with equally many rows. Empty on GPUs
-    before Hopper, where the big products share their kernel with the small ones.
+    one dense product, whose weights stay in L2; and a batch of one product for each expert, all with equally many rows. `per_op` is
+    empty on GPUs before Hopper, where the big products share their kernel with the small ones.
     """
     model, adapter, _, mode, tokens = setting
     H, I, E, top_k = MODELS[model]  # noqa: E741
@@ -326,7 +324,7 @@ def per_op(forward, leaves, dout, setting):
     recomputed = (2 if adapter == "dora" else 1) if mode == "frugal" else 0
     launches = {"gate_up": 1, "down": 1 if adapter == "dora" else y_slices, "recomputed": recomputed, "da": 1, "dx": dx_slices}
     if len(gemms) != sum(launches.values()):
-        return []
+        launches = {}
     rows = []
     for name, count in launches.items():
         us, gemms = sum(gemms[:count]), gemms[count:]
@@ -342,7 +340,7 @@ def per_op(forward, leaves, dout, setting):
             del a, b
         line = "    {name:8} {us:9.1f} us  {tflops:6.1f} TFLOP/s; cuBLAS dense {dense_tflops:6.1f}, batched {batched_tflops:6.1f}"
         print(line.format(**rows[-1]), flush=True)
-    return rows
+    return {"kernels": [[name, round(us, 1)] for name, us in kernels], "per_op": rows}
 
 
 def worker(implementation, settings, arguments):
@@ -386,7 +384,7 @@ def worker(implementation, settings, arguments):
                 record.update(measure(forward, leaves, fixed["dout"], implementation in CAPTURED, arguments.seconds))
                 record["tflops"] = round(useful_flops(model, tokens, shared_A) / record["total_ms"] / 1e9, 1)
                 if arguments.per_op and implementation == "fused_moe_lora":
-                    record["per_op"] = per_op(forward, leaves, fixed["dout"], (model, adapter, routing, mode, tokens))
+                    record.update(per_op(forward, leaves, fixed["dout"], (model, adapter, routing, mode, tokens)))
         except torch.OutOfMemoryError:
             record["failed"] = "out of memory"
         record["dense_8192_tflops"] = round(sentinel, 1)

@@ -577,6 +577,7 @@ def simulated_functions(mistake=None):
             names[name] = types.FunctionType(jit.fn.__code__, names)
         if isinstance(jit, fused_moe_lora.tl.constexpr):
             names[name] = jit.value
+    names["nonzero"] = types.FunctionType(fused_moe_lora.nonzero.fn.__code__, {**names, "tl": gl})  # Triton's, which Gluon can call
     # PTX in the kernel; here everything is fp32
     names.update(hopper_sigmoid=torch.sigmoid, hopper_reciprocal=torch.reciprocal, hopper_rounded=lambda x: x)
     if mistake is not None:

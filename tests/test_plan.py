@@ -538,6 +538,25 @@ def test_planned_memory_is_what_was_measured(name, policy, peak, kept, monkeypat
     assert planned_kept / plan.GIB == pytest.approx(kept, rel=0.05)
 
 
+@pytest.mark.parametrize("name", ["Qwen3-30B-A3B-Instruct-2507", "Qwen3-235B-A22B-Instruct-2507", "GLM-4.5-Air"])
+@pytest.mark.parametrize("dora, mode", [(False, "fast"), (False, "frugal"), (True, "fast")])
+def test_what_the_experts_block_holds_for_a_moment_is_what_was_measured(name, dora, mode):
+    """The peak of the block alone, as results/fused_moe_lora.json has it last: what it keeps, its output, what it holds for a moment and,
+    if the peak is in the backward, the adapters' gradients (bf16 there), which are another term of the plan."""
+    config, tokens = real_config(name), 16384
+    experts = [m for m in plan.architecture(config).layers()[-1] if m.kind == "expert"]
+    down = next(m for m in experts if m.name.endswith("down_proj"))
+    shape = (tokens, down.active, down.out_features, down.in_features)
+    wanted = dict(adapter="dora" if dora else "lora", mode=mode, routing="random", tokens=tokens, implementation="fused_moe_lora")
+    records = json.loads((ROOT / "results/fused_moe_lora.json").read_text())
+    measured = [r for r in records if r["model"] in name.lower() and all(r[key] == value for key, value in wanted.items())][-1]
+    output = residual = 2 * tokens * config.hidden_size
+    for_the_moment = plan.layer_working_bytes(config, experts, tokens, mode, dora) - 4 * residual
+    planned = plan.experts_saved_bytes(*shape, measured["rank"], mode, dora) + output + for_the_moment
+    gradients = sum(2 * m.copies * measured["rank"] * (m.out_features + m.in_features) for m in experts)
+    assert 0.97 * planned < measured["peak_mib"] * 2**20 < 1.05 * (planned + gradients)
+
+
 @pytest.fixture(scope="module")
 def device():
     import train_moe
