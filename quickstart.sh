@@ -68,7 +68,7 @@ compgen -G "outputs/$RUN/checkpoint-*" >/dev/null && ARGS+=(--resume)
 python3 train_dense.py "${ARGS[@]}" "$@"
 
 say "the same model as a mixture of experts: $MOE_BASE"
-[ -d "$MOE_BASE" ] || python3 -c "from train_moe import upcycle; upcycle('$BASE', '$MOE_BASE', num_experts=4, top_k=2)"
+[ -d "$MOE_BASE" ] || python3 -c "from malaysian_sft.sample_models import upcycle; upcycle('$BASE', '$MOE_BASE', num_experts=4, top_k=2)"
 
 say "train: $MOE_RUN, on two processes that share the model, a few minutes"
 MOE_ARGS=(

@@ -6,8 +6,8 @@ Run it through a launcher, `bash ds3-qwen3-32b-lora-256.sh`, on several GPUs, or
 
 Output, under outputs/<run_name>/:
     args.json           every argument, the git commit, the data's fingerprint
-    log.jsonl           one record a step: loss, grad_norm, learning_rate, tokens_per_second, mfu, peak_gib; with --validation_share
-                        also one an epoch: validation_loss
+    log.jsonl           one record a step: loss, grad_norm, learning_rate, tokens_per_second, mfu, peak_gib; with
+                        --validation_share also one an epoch: validation_loss
     checkpoint-<step>/  once an epoch: a verified PEFT adapter, and beside it what `--resume` needs
 """
 
@@ -41,10 +41,19 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
-import adapter
 import multipack
-import plan
-from record import claim, git_commit, newest_checkpoint, wandb_mode
+from malaysian_sft import planning
+from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu, train_flops
+from malaysian_sft.adapter_files import Adapter
+from malaysian_sft.adapter_state import load_adapter, save_adapter
+from malaysian_sft.attention import register_attention
+from malaysian_sft.base_model import base_faults, load_config
+from malaysian_sft.checkpoints import newest_checkpoint
+from malaysian_sft.conversations import DataArguments
+from malaysian_sft.lora import WEIGHTS, LoraArguments, apply_lora
+from malaysian_sft.memory import compare_peak, need
+from malaysian_sft.planning import settle, this_machine, trainer_flags
+from malaysian_sft.run import claim, git_commit, wandb_mode
 
 
 @dataclass
@@ -58,18 +67,25 @@ class DenseTrainingArguments(TrainingArguments):
     """TrainingArguments with the experiment's hyper-parameters as defaults, and what the launchers add to them."""
 
     output_dir: str | None = field(default=None, metadata={"help": "default: outputs/<run_name>"})
-    run_name: str | None = field(default="train_dense", metadata={"help": "the experiment's only name; a launcher passes its file name"})
+    run_name: str | None = field(
+        default="train_dense", metadata={"help": "the experiment's only name; a launcher passes its file name"}
+    )
     project: str = field(default="malaysian-sft", metadata={"help": "wandb project"})
-    global_batch_size: int = field(default=32, metadata={"help": "packs in one optimiser step, over all ranks and micro-batches"})
+    global_batch_size: int = field(
+        default=32, metadata={"help": "packs in one optimiser step, over all ranks and micro-batches"}
+    )
     resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint of this run"})
     prepare_only: bool = field(default=False, metadata={"help": "tokenise and pack, print the report, and stop"})
-    dry_run: bool = field(default=False, metadata={"help": "print what the run needs on this machine, and stop before anything is loaded"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "print what the run needs on this machine, and stop before anything is loaded"}
+    )
     ignore_plan: bool = field(default=False, metadata={"help": "start even if plan.py expects the run not to fit"})
     num_train_epochs: float = 3.0
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "linear"
     warmup_steps: float = field(
-        default=50, metadata={"help": "linear warm-up, its first step at a learning rate of 0; below 1: a share of all steps"}
+        default=50,
+        metadata={"help": "linear warm-up, its first step at a learning rate of 0; below 1: a share of all steps"},
     )
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -97,7 +113,9 @@ class DenseTrainingArguments(TrainingArguments):
                 import deepspeed
 
                 deepspeed.init_distributed("gloo")  # before TrainingArguments, which would pick its own backend
-        self.use_liger_kernel = not self.use_cpu  # its Triton kernels need a GPU; the CPU path is transformers' own loss
+        self.use_liger_kernel = (
+            not self.use_cpu
+        )  # its Triton kernels need a GPU; the CPU path is transformers' own loss
         self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         micro = world_size * self.per_device_train_batch_size
         if self.global_batch_size < 1 or self.global_batch_size % micro:
@@ -107,7 +125,9 @@ class DenseTrainingArguments(TrainingArguments):
             )
         self.gradient_accumulation_steps = self.global_batch_size // micro
         if world_size == 1 and torch.cuda.device_count() > 1 and not self.prepare_only:
-            raise ValueError("one process sees several GPUs: start with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES")
+            raise ValueError(
+                "one process sees several GPUs: start with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES"
+            )
         if self.report_to == "wandb":
             os.environ["WANDB_MODE"] = wandb_mode()
             os.environ.setdefault("WANDB_PROJECT", self.project)
@@ -141,7 +161,10 @@ class DenseTrainer(Trainer):
     def __init__(self, *args, lora_args, base_model, planned=None, gemm_flops=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.lora_args, self.base_model = lora_args, base_model
-        self.planned, self.gemm_flops = planned, gemm_flops  # plan.py's plan and measured rate, until they have been printed
+        self.planned, self.gemm_flops = (
+            planned,
+            gemm_flops,
+        )  # plan.py's plan and measured rate, until they have been printed
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset or self.train_dataset)  # multipack shuffles, by seed and epoch
@@ -149,13 +172,16 @@ class DenseTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         directory = output_dir or self.args.output_dir
         untrained = self.state.global_step < 2  # the schedule's first step has learning rate 0, so B is still zero
-        adapter.save_adapter(self.model, directory, self.base_model, self.processing_class, self.lora_args, allow_zero=untrained)
+        save_adapter(
+            self.model, directory, self.base_model, self.processing_class, self.lora_args, allow_zero=untrained
+        )
 
     def _get_output_dir(self, trial):
         return getattr(self, "staging", None) or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model, trial):
-        """Write the whole checkpoint under `.saving/` and rename it: a crash while saving leaves the previous one whole."""
+        """Write the whole checkpoint under `.saving/` and rename it: a crash while saving leaves the previous one
+        whole."""
         started = time.perf_counter()
         self.staging = os.path.join(self.args.output_dir, ".saving")
         name = f"checkpoint-{self.state.global_step}"
@@ -176,7 +202,7 @@ class DenseTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not self.is_deepspeed_enabled:  # DeepSpeed restores the parameters together with its optimiser
-            adapter.load_adapter(model or self.model, resume_from_checkpoint)
+            load_adapter(model or self.model, resume_from_checkpoint)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """On a GPU Liger's fused linear cross entropy; on a CPU the head and the loss on supervised positions only.
@@ -195,7 +221,8 @@ class DenseTrainer(Trainer):
     def evaluate(self, *args, **kwargs):
         """Log, and return, validation_loss: the mean over all supervised tokens of the held-out packs. Collective.
 
-        The Trainer's own evaluation would join several packs into one batch, and weigh batches alike, whatever they supervise.
+        The Trainer's own evaluation would join several packs into one batch, and weigh batches alike, whatever they
+        supervise.
         """
         started = time.perf_counter()
         model, world = self.model_wrapped, self.accelerator.num_processes
@@ -207,7 +234,9 @@ class DenseTrainer(Trainer):
             if self.args.use_liger_kernel:
                 batch["skip_logits"] = True  # Liger's own default is to make them all outside of training
             count = (batch["labels"] != multipack.IGNORE).sum()
-            loss = self.compute_loss(model, batch, num_items_in_batch=count.clamp(min=1)) / world  # which compute_loss multiplies by
+            loss = (
+                self.compute_loss(model, batch, num_items_in_batch=count.clamp(min=1)) / world
+            )  # which compute_loss multiplies by
             totals += torch.stack([loss.double() * count, count.double()])
         if dist.is_initialized():
             dist.all_reduce(totals)
@@ -225,7 +254,9 @@ class DenseTrainer(Trainer):
         steps_an_epoch = math.ceil(len(self.train_dataset) / self.args.global_batch_size)
         first = self.state.global_step % steps_an_epoch * self.args.global_batch_size
         packs = self.train_dataset.packs
-        lengths = np.concatenate([packs.lengths[pack] for pack in packs.packs[first : first + self.args.global_batch_size]])
+        lengths = np.concatenate(
+            [packs.lengths[pack] for pack in packs.packs[first : first + self.args.global_batch_size]]
+        )
         self.tokens += int(lengths.sum())
         self.sum_squared_lengths += int((lengths.astype(np.int64) ** 2).sum())
         return super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -240,25 +271,29 @@ class DenseTrainer(Trainer):
             self.compare_with_plan()
         loss, norm = logs.get("loss", 0.0), logs.get("grad_norm", 0.0)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise ValueError(f"step {self.state.global_step}: loss {loss}, gradient norm {norm}; nothing was saved from this step")
+            raise ValueError(
+                f"step {self.state.global_step}: loss {loss}, gradient norm {norm}; nothing was saved from this step"
+            )
 
     def compare_with_plan(self):
-        """After the first step: the planned peak beside the measured one, and the measured matrix products beside the peak of MFU."""
+        """After the first step: the planned peak beside the measured one, and the measured matrix products beside the
+        peak of MFU."""
         if self.gemm_flops:
-            print(plan.compare_gemm(torch.cuda.get_device_name(), self.gemm_flops), flush=True)
+            print(compare_gemm(torch.cuda.get_device_name(), self.gemm_flops), flush=True)
         if self.planned:
-            print(plan.compare_peak(self.planned, torch.cuda.max_memory_allocated()), flush=True)
+            print(compare_peak(self.planned, torch.cuda.max_memory_allocated()), flush=True)
         self.planned = self.gemm_flops = None
 
     def step_statistics(self):
-        """Rates since the previous log line: real tokens per second over all ranks, MFU by plan.py's account, peak memory in GiB."""
+        """Rates since the previous log line: real tokens per second over all ranks, MFU by plan.py's account, peak
+        memory in GiB."""
         now = time.perf_counter()
         seconds, self.last_log_time = now - self.last_log_time, now
         r, use_dora = self.lora_args.r, self.lora_args.use_dora
-        flops = plan.train_flops(self.model.config, self.tokens, self.sum_squared_lengths, r, use_dora=use_dora)
+        flops = train_flops(self.model.config, self.tokens, self.sum_squared_lengths, r, use_dora=use_dora)
         statistics = {"tokens": self.tokens, "tokens_per_second": round(self.tokens / seconds, 1)}
         if torch.cuda.is_available():
-            utilisation = plan.mfu(flops, seconds, self.args.world_size, torch.cuda.get_device_name())
+            utilisation = mfu(flops, seconds, self.args.world_size, torch.cuda.get_device_name())
             statistics["mfu"] = None if utilisation is None else round(utilisation, 4)
             statistics["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.tokens = self.sum_squared_lengths = 0
@@ -280,7 +315,9 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         stop = self.stop.to(args.device)
         if args.world_size > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)  # signals reach ranks at different times; they must stop at one step
+            dist.all_reduce(
+                stop, dist.ReduceOp.MAX
+            )  # signals reach ranks at different times; they must stop at one step
         if stop.item():
             control.should_save = control.should_training_stop = True
 
@@ -291,7 +328,7 @@ def build_model(model_args, lora_args, training_args):
         model_args.model_name_or_path,
         revision=model_args.model_revision,
         dtype=torch.bfloat16 if training_args.bf16 else torch.float32,
-        attn_implementation=multipack.register_attention(),
+        attn_implementation=register_attention(),
     )
     return adapt(model, lora_args, training_args)
 
@@ -300,11 +337,15 @@ def adapt(model, lora_args, training_args):
     """`model` frozen, with LoRA on it, and what training it in mixed precision takes."""
     model.config.use_cache = False
     set_seed(training_args.seed)  # every rank draws the same A
-    model = adapter.apply_lora(model, lora_args)
+    model = apply_lora(model, lora_args)
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = not training_args.bf16  # PEFT would widen bf16 inputs to fp32, autocast narrow them again
-    if training_args.bf16:  # bf16 arithmetic on fp32 adapters; inside the model, because DeepSpeed turns off an autocast around it
+            module.cast_input_dtype_enabled = (
+                not training_args.bf16
+            )  # PEFT would widen bf16 inputs to fp32, autocast narrow them again
+    if (
+        training_args.bf16
+    ):  # bf16 arithmetic on fp32 adapters; inside the model, because DeepSpeed turns off an autocast around it
         model.forward = torch.autocast(training_args.device.type, torch.bfloat16)(model.forward)
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -326,22 +367,24 @@ def plan_arguments(data_args, lora_args, training_args):
 
 
 def check_memory(config, data_args, lora_args, training_args):
-    """plan.py's plan of this run, None without a GPU or in fp32, which it does not know. Raises ValueError for a run that can't fit."""
-    machine = plan.this_machine()
+    """plan.py's plan of this run, None without a GPU or in fp32, which it does not know. Raises ValueError for a run
+    that can't fit."""
+    machine = this_machine()
     if machine["gpu_memory_gib"] is None or not training_args.bf16:
         return None
     arguments = plan_arguments(data_args, lora_args, training_args)
-    planned = plan.settle(config, ignore=training_args.ignore_plan, **machine, **arguments)
+    planned = settle(config, ignore=training_args.ignore_plan, **machine, **arguments)
     if training_args.process_index == 0:
-        print(f"{plan.trainer_flags(planned)}: {plan.need(planned)}", flush=True)
+        print(f"{trainer_flags(planned)}: {need(planned)}", flush=True)
     return planned
 
 
 def find_resume_checkpoint(training_args):
-    """The checkpoint to resume from, a string, or None to start anew: see newest_checkpoint. Every process calls it; the first prints."""
+    """The checkpoint to resume from, a string, or None to start anew: see newest_checkpoint. Every process calls it;
+    the first prints."""
 
     def fault(directory):
-        missing = [name for name in (TRAINER_STATE_NAME, adapter.WEIGHTS) if not (directory / name).exists()]
+        missing = [name for name in (TRAINER_STATE_NAME, WEIGHTS) if not (directory / name).exists()]
         return f"no {missing[0]}" if missing else None
 
     say = functools.partial(print, flush=True) if training_args.process_index == 0 else lambda _: None
@@ -359,15 +402,19 @@ def run_arguments(model_args, data_args, lora_args, training_args):
 
 
 def refuse_another_run(arguments, packs):
-    """Raise ValueError if the run in output_dir had other data, another shape or another schedule: resumed, it would be another run."""
+    """Raise ValueError if the run in output_dir had other data, another shape or another schedule: resumed, it would be
+    another run."""
     path = Path(arguments["output_dir"], "args.json")
     if not path.exists():
         raise ValueError(f"--resume: {path} is not there, so what the checkpoints were trained on is unknown")
     record = json.loads(path.read_text())
 
-    # The optimiser and the scheduler come back with the learning rate and the decay that they were saved with: other values of these flags
-    # would do nothing, and args.json would say that they had.
-    same = "global_batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm r lora_alpha use_dora lora_dropout"
+    # The optimiser and the scheduler come back with the learning rate and the decay that they were saved with: other
+    # values of these flags would do nothing, and args.json would say that they had.
+    same = (
+        "global_batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm r lora_alpha"
+        " use_dora lora_dropout"
+    )
 
     def facts(data, arguments):
         facts = {"data": data} | {key: arguments[key] for key in same.split()}
@@ -379,11 +426,15 @@ def refuse_another_run(arguments, packs):
     before = facts(record["data"], record["arguments"])
     for key, value in facts(packs.fingerprint, arguments).items():
         if before[key] != value:
-            raise ValueError(f"--resume: {key} is {value}, but {path} says {before[key]}; that is another run, for another --run_name")
+            raise ValueError(
+                f"--resume: {key} is {value}, but {path} says {before[key]}; that is another run, for another"
+                " --run_name"
+            )
 
 
 def trim_log(training_args, checkpoint):
-    """Drop log.jsonl's records after `checkpoint` (None: all): these steps are trained, and logged, again. A last line may be cut short."""
+    """Drop log.jsonl's records after `checkpoint` (None: all): these steps are trained, and logged, again. A last line
+    may be cut short."""
     path = Path(training_args.output_dir, "log.jsonl")
     if path.exists():
         last = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
@@ -414,23 +465,23 @@ def print_batch_arithmetic(training_args, packs, max_seq_length):
     assert a.world_size * a.per_device_train_batch_size * a.gradient_accumulation_steps == a.global_batch_size
     steps = math.ceil(len(packs) / a.global_batch_size)
     print(
-        f"{a.world_size} ranks x {a.per_device_train_batch_size} packs x {a.gradient_accumulation_steps} micro-batches = "
-        f"{a.global_batch_size} packs a step = {a.global_batch_size * max_seq_length:,} token places; "
-        f"{len(packs):,} packs = {steps:,} steps an epoch, {a.num_train_epochs:g} epochs",
+        f"{a.world_size} ranks x {a.per_device_train_batch_size} packs x {a.gradient_accumulation_steps} micro-batches"
+        f" = {a.global_batch_size} packs a step = {a.global_batch_size * max_seq_length:,} token places; {len(packs):,}"
+        f" packs = {steps:,} steps an epoch, {a.num_train_epochs:g} epochs",
         flush=True,
     )
 
 
 def main():
-    parser = HfArgumentParser((ModelArguments, multipack.DataArguments, adapter.LoraArguments, DenseTrainingArguments))
+    parser = HfArgumentParser((ModelArguments, DataArguments, LoraArguments, DenseTrainingArguments))
     try:
         model_args, data_args, lora_args, training_args = parser.parse_args_into_dataclasses()
         if training_args.dry_run and training_args.prepare_only:
             return  # a launcher's preparing process: its ranks print the plan
-        config = plan.load_config(model_args.model_name_or_path, model_args.model_revision)
-        plan.check_trainer(config, "dense")
+        config = load_config(model_args.model_name_or_path, model_args.model_revision)
+        check_trainer(config, "dense")
         if training_args.dry_run:
-            return plan.dry_run(config, **plan_arguments(data_args, lora_args, training_args))
+            return planning.dry_run(config, **plan_arguments(data_args, lora_args, training_args))
         planned = None if training_args.prepare_only else check_memory(config, data_args, lora_args, training_args)
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
         packs = multipack.prepare(data_args, tokenizer, model_args.model_name_or_path, seed=training_args.seed)
@@ -440,8 +491,8 @@ def main():
         checkpoint = find_resume_checkpoint(training_args)
         if checkpoint:
             refuse_another_run(arguments, packs)
-            if faults := adapter.base_faults(
-                adapter.Adapter(checkpoint).manifest, model_args.model_name_or_path, model_args.model_revision
+            if faults := base_faults(
+                Adapter(checkpoint).manifest, model_args.model_name_or_path, model_args.model_revision
             ):
                 raise ValueError(f"--resume: {faults[0]}")
         lock = claim(training_args.output_dir) if training_args.process_index == 0 else None
@@ -452,7 +503,7 @@ def main():
         print_batch_arithmetic(training_args, packs, data_args.max_seq_length)
         write_arguments(arguments, training_args, packs, planned)
         trim_log(training_args, checkpoint)
-    gemm_flops = plan.measure_gemm() if torch.cuda.is_available() else None
+    gemm_flops = measure_gemm() if torch.cuda.is_available() else None
     if packs.validation is not None:
         training_args.eval_strategy = IntervalStrategy.EPOCH
     trainer = DenseTrainer(

@@ -1,22 +1,25 @@
 """Time and memory of one routed-experts block with LoRA or DoRA, forward and backward, against what else there is.
 
-    python benchmarks/bench_fused_moe_lora.py                                  # every model, adapter, routing and implementation
+    python benchmarks/bench_fused_moe_lora.py              # every model, adapter, routing and implementation
     python benchmarks/bench_fused_moe_lora.py --models qwen3-30b-a3b --implementations fused_moe_lora --per_op true
-    python benchmarks/bench_fused_moe_lora.py --implementations axolotl_scattermoe,unsloth_zoo,sonic_moe --routings random
+    python benchmarks/bench_fused_moe_lora.py --implementations unsloth_zoo,sonic_moe --routings random
 
-Appends records to results/fused_moe_lora.json (--output), prints a table and ends in one JSON line. Needs a CUDA device.
+Appends records to results/fused_moe_lora.json (--output), prints a table and ends in one JSON line. Needs a CUDA
+device.
 
-How: one process per implementation, each checked against fp32 at every setting before it is timed (relative error of the output and
-of every gradient, compared with plain PyTorch in bf16 on the same inputs); times are medians of CUDA-graph replays where the
-implementation can be captured and of back-to-back runs where not, `idle_start_ms` that of single runs from an idle device; a dense
-8192^3 product per process tells how fast the device ran. saved_mib is the memory kept for the backward beyond input and output.
-`back_to_back_ms` is there for all, since not every peer can be captured; `sustained_ms` is the time under --seconds of load, where large
-blocks meet the device's power limit (with nvidia-ml-py installed its watts and MHz are recorded too).
+How: one process per implementation, each checked against fp32 at every setting before it is timed (relative error of
+the output and of every gradient, compared with plain PyTorch in bf16 on the same inputs); times are medians of
+CUDA-graph replays where the implementation can be captured and of back-to-back runs where not, `idle_start_ms` that of
+single runs from an idle device; a dense 8192^3 product per process tells how fast the device ran. saved_mib is the
+memory kept for the backward beyond input and output. `back_to_back_ms` is there for all, since not every peer can be
+captured; `sustained_ms` is the time under --seconds of load, where large blocks meet the device's power limit (with
+nvidia-ml-py installed its watts and MHz are recorded too).
 
-The peers are in moe_lora_peers.py and measured if they are installed: torch's grouped_mm with LoRA by grouped_mm, transformers with PEFT's
-target_parameters, axolotl's scattermoe_lora, unsloth_zoo, sonic-moe. Records with shared_A are of peers with one lora_A for gate and up, so
-slightly less to do. --per_op adds to our records the four big products beside dense cuBLAS products of the same size. Checking the largest
-setting (235B, T = 65,536) should take 30 to 40 GiB (an estimate; check_peak_mib of each record says).
+The peers are in moe_lora_peers.py and measured if they are installed: torch's grouped_mm with LoRA by grouped_mm,
+transformers with PEFT's target_parameters, axolotl's scattermoe_lora, unsloth_zoo, sonic-moe. Records with shared_A are
+of peers with one lora_A for gate and up, so slightly less to do. --per_op adds to our records the four big products
+beside dense cuBLAS products of the same size. Checking the largest setting (235B, T = 65,536) should take 30 to 40 GiB
+(an estimate; check_peak_mib of each record says).
 """
 
 import json
@@ -36,11 +39,21 @@ from moe_lora_peers import NEEDS, PEERS, SHARED_A
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fused_moe_lora import DX_SLICES, Y_SLICES, column_slices, moe_lora, moe_lora_reference  # noqa: E402
-from record import git_commit  # noqa: E402
+from fused_moe_lora import moe_lora_reference  # noqa: E402
+from malaysian_sft.moe_autograd import (
+    DX_SLICES,  # noqa: E402
+    Y_SLICES,  # noqa: E402
+    column_slices,  # noqa: E402
+    moe_lora,  # noqa: E402
+)
+from malaysian_sft.run import git_commit  # noqa: E402
 
 # hidden, intermediate, experts, experts per token
-MODELS = {"qwen3-30b-a3b": (2048, 768, 128, 8), "qwen3-235b-a22b": (4096, 1536, 128, 8), "glm-4.5-air": (4096, 1408, 128, 8)}
+MODELS = {
+    "qwen3-30b-a3b": (2048, 768, 128, 8),
+    "qwen3-235b-a22b": (4096, 1536, 128, 8),
+    "glm-4.5-air": (4096, 1408, 128, 8),
+}
 RANK, SCALING = 32, 2.0
 CAPTURED = ("fused_moe_lora", "torch_grouped_mm")  # the others cannot be replayed as a CUDA graph, or were not tried
 
@@ -56,19 +69,22 @@ class Arguments:
     implementations: str = ",".join(["fused_moe_lora", *PEERS])
     output: str = "results/fused_moe_lora.json"
     commit: str = ""  # taken from git if empty
-    per_op: bool = False  # also print and record every kernel's time, and the four big products beside cuBLAS; ours only
+    per_op: bool = (
+        False  # also print and record every kernel's time, and the four big products beside cuBLAS; ours only
+    )
     seconds: float = 2.0  # of runs without a break for sustained_ms
     autotune: str = "short"  # how far peers search: "short" | "full", see moe_lora_peers.py
     seed: int = 1
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Inputs and truth
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def make_inputs(model, adapter, routing, tokens, seed, shared_A, device="cuda"):
-    """Everything a block needs, bf16 as FSDP2's mixed precision hands it over: a dict of leaves and a dict of fixed tensors."""
+    """Everything a block needs, bf16 as FSDP2's mixed precision hands it over: a dict of leaves and a dict of fixed
+    tensors."""
     H, I, E, top_k = MODELS[model]  # noqa: E741
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -106,7 +122,15 @@ def call(block, leaves, fixed, **options):
     adapters = [leaves[f"{name}_{part}"] for name in ("gate", "up", "down") for part in "AB"]
     scales = [leaves.get(f"{name}_scale") for name in ("gate", "up", "down")]
     return block(
-        leaves["x"], fixed["index"], leaves["top_k_weights"], fixed["gate_up"], fixed["down"], *adapters, SCALING, *scales, **options
+        leaves["x"],
+        fixed["index"],
+        leaves["top_k_weights"],
+        fixed["gate_up"],
+        fixed["down"],
+        *adapters,
+        SCALING,
+        *scales,
+        **options,
     )
 
 
@@ -114,7 +138,10 @@ def reference(leaves, fixed, dtype):
     """Output and gradients by moe_lora_reference in `dtype`, in chunks of tokens so that the longest batch fits."""
     totals, outputs = {}, []
     for rows in torch.arange(fixed["index"].shape[0], device=fixed["index"].device).split(8192):
-        part = {n: (t[rows] if n in ("x", "top_k_weights") else t).to(dtype).detach().requires_grad_() for n, t in leaves.items()}
+        part = {
+            n: (t[rows] if n in ("x", "top_k_weights") else t).to(dtype).detach().requires_grad_()
+            for n, t in leaves.items()
+        }
         out = call(moe_lora_reference, part, {**fixed, "index": fixed["index"][rows]})
         out.backward(fixed["dout"][rows].to(dtype))
         outputs.append(out.detach())
@@ -129,22 +156,26 @@ def reference(leaves, fixed, dtype):
 
 def relative_errors(got, truth):
     return {
-        n: (torch.linalg.vector_norm(got[n].float() - t.float()) / torch.linalg.vector_norm(t.float())).item() for n, t in truth.items()
+        n: (torch.linalg.vector_norm(got[n].float() - t.float()) / torch.linalg.vector_norm(t.float())).item()
+        for n, t in truth.items()
     }
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Ours; the peers have the same interface: function(leaves, fixed, ...) -> (forward, {name of a gradient: function that reads it})
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
+# Ours; the peers have the same interface: function(leaves, fixed, ...) -> (forward, {name of a gradient: function that
+# reads it})
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def fused(leaves, fixed, mode):
-    return lambda: call(moe_lora, leaves, fixed, mode=mode), {name: lambda leaf=leaf: leaf.grad for name, leaf in leaves.items()}
+    return lambda: call(moe_lora, leaves, fixed, mode=mode), {
+        name: lambda leaf=leaf: leaf.grad for name, leaf in leaves.items()
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Measuring
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def clear(leaves):
@@ -190,9 +221,11 @@ def time_runs(run, repeats=7, inner=5):
 
 
 def sustained(run, ms, seconds):
-    """What remains of the speed under load: ms of one run in the second half of `seconds` of them, and there the device's watts and MHz.
+    """What remains of the speed under load: ms of one run in the second half of `seconds` of them, and there the
+    device's watts and MHz.
 
-    `ms`: about what a run takes. A short measurement may end before the device lowers its clock to keep to its power limit.
+    `ms`: about what a run takes. A short measurement may end before the device lowers its clock to keep to its power
+    limit.
     """
     runs = max(10, int(seconds * 1e3 / ms / 2))
     marks = events(3)
@@ -232,7 +265,8 @@ def capture(run):
 
 
 def measure(forward, leaves, dout, can_capture, seconds):
-    """The record's times and memory; fwd_ms and bwd_ms by graph replay if the implementation can be captured, else by single runs."""
+    """The record's times and memory; fwd_ms and bwd_ms by graph replay if the implementation can be captured, else by
+    single runs."""
 
     def both():
         clear(leaves)
@@ -302,15 +336,20 @@ def kernel_times(forward, leaves, dout, repeats=5):
         torch.cuda.synchronize()
     kernels = sorted((e for e in profiler.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
     per_run = len(kernels) // repeats
-    return [(kernels[i].name, statistics.median(e.time_range.elapsed_us() for e in kernels[i::per_run])) for i in range(per_run)]
+    return [
+        (kernels[i].name, statistics.median(e.time_range.elapsed_us() for e in kernels[i::per_run]))
+        for i in range(per_run)
+    ]
 
 
 def per_op(forward, leaves, dout, setting):
-    """For the record: `kernels`, (name, us) of each in order, and `per_op`, the four big products beside cuBLAS's of the same size.
+    """For the record: `kernels`, (name, us) of each in order, and `per_op`, the four big products beside cuBLAS's of
+    the same size.
 
-    TFLOP/s of the frozen weights' FLOPs alone, while the time includes gathering, LoRA and SwiGLU where the kernel does them. cuBLAS:
-    one dense product, whose weights stay in L2; and a batch of one product for each expert, all with equally many rows. `per_op` is
-    empty on GPUs before Hopper, where the big products share their kernel with the small ones.
+    TFLOP/s of the frozen weights' FLOPs alone, while the time includes gathering, LoRA and SwiGLU where the kernel does
+    them. cuBLAS: one dense product, whose weights stay in L2; and a batch of one product for each expert, all with
+    equally many rows. `per_op` is empty on GPUs before Hopper, where the big products share their kernel with the small
+    ones.
     """
     model, adapter, _, mode, tokens = setting
     H, I, E, top_k = MODELS[model]  # noqa: E741
@@ -322,7 +361,13 @@ def per_op(forward, leaves, dout, setting):
     gemms = [us for name, us in kernels if "hopper_gemm_kernel" in name]
     y_slices, dx_slices = (len(column_slices(H, wanted)) for wanted in (Y_SLICES, DX_SLICES))
     recomputed = (2 if adapter == "dora" else 1) if mode == "frugal" else 0
-    launches = {"gate_up": 1, "down": 1 if adapter == "dora" else y_slices, "recomputed": recomputed, "da": 1, "dx": dx_slices}
+    launches = {
+        "gate_up": 1,
+        "down": 1 if adapter == "dora" else y_slices,
+        "recomputed": recomputed,
+        "da": 1,
+        "dx": dx_slices,
+    }
     if len(gemms) != sum(launches.values()):
         launches = {}
     rows = []
@@ -338,7 +383,10 @@ def per_op(forward, leaves, dout, setting):
             a @ b
             rows[-1][f"{kind}_tflops"] = round(flops / time_runs(lambda a=a, b=b: a @ b)[0] / 1e9, 1)
             del a, b
-        line = "    {name:8} {us:9.1f} us  {tflops:6.1f} TFLOP/s; cuBLAS dense {dense_tflops:6.1f}, batched {batched_tflops:6.1f}"
+        line = (
+            "    {name:8} {us:9.1f} us  {tflops:6.1f} TFLOP/s; cuBLAS dense {dense_tflops:6.1f}, batched"
+            " {batched_tflops:6.1f}"
+        )
         print(line.format(**rows[-1]), flush=True)
     return {"kernels": [[name, round(us, 1)] for name, us in kernels], "per_op": rows}
 
@@ -350,12 +398,22 @@ def worker(implementation, settings, arguments):
     for model, adapter, routing, mode, tokens in settings:
         shared_A = implementation in SHARED_A
         leaves, fixed = make_inputs(model, adapter, routing, tokens, arguments.seed, shared_A)
-        record = {"model": model, "adapter": adapter, "routing": routing, "mode": mode, "tokens": tokens, "implementation": implementation}
+        record = {
+            "model": model,
+            "adapter": adapter,
+            "routing": routing,
+            "mode": mode,
+            "tokens": tokens,
+            "implementation": implementation,
+        }
         load = torch.bincount(fixed["index"].reshape(-1), minlength=MODELS[model][2]).float()
         if implementation in NEEDS:
             record["autotune"] = arguments.autotune
         record.update(
-            rank=RANK, shared_A=shared_A, max_over_mean_load=round((load.max() / load.mean()).item(), 2), min_load=int(load.min())
+            rank=RANK,
+            shared_A=shared_A,
+            max_over_mean_load=round((load.max() / load.mean()).item(), 2),
+            min_load=int(load.min()),
         )
         try:
             torch.cuda.reset_peak_memory_stats()
@@ -375,9 +433,14 @@ def worker(implementation, settings, arguments):
             errors = relative_errors({"out": out.detach(), **{n: read() for n, read in reads.items()}}, truth)
             del out, truth
             worst = max(errors, key=lambda n: errors[n])
-            # a peer may round in more places than plain PyTorch does; anything beyond a few times its error is another function
+            # a peer may round in more places than plain PyTorch does; anything beyond a few times its error is another
+            # function
             wrong = {n: e for n, e in errors.items() if not e <= 4 * plain[n] + 1e-3}
-            record.update(max_error=round(errors[worst], 5), max_error_of=worst, max_error_torch_bf16=round(max(plain.values()), 5))
+            record.update(
+                max_error=round(errors[worst], 5),
+                max_error_of=worst,
+                max_error_torch_bf16=round(max(plain.values()), 5),
+            )
             if wrong:
                 record["failed"] = f"wrong: {wrong}"
             else:
@@ -393,9 +456,9 @@ def worker(implementation, settings, arguments):
         torch.cuda.empty_cache()
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Main
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def settings_of(implementation, arguments):
@@ -431,7 +494,9 @@ def store(record, output):
 
 
 def print_table(records):
-    columns = "model tokens adapter routing mode implementation fwd_ms bwd_ms total_ms back_to_back_ms idle_start_ms".split()
+    columns = (
+        "model tokens adapter routing mode implementation fwd_ms bwd_ms total_ms back_to_back_ms idle_start_ms".split()
+    )
     columns += ["sustained_ms", "tflops", "saved_mib", "peak_mib", "max_error"]
     rows = [[str(r.get(c, r.get("failed", "")[:14] if c == "total_ms" else "")) for c in columns] for r in records]
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
@@ -451,12 +516,17 @@ def main():
     listed = [setting.split(":") for setting in arguments.settings.split(",") if setting]
     malformed = [":".join(setting) for setting in listed if len(setting) != 5 or not setting[4].isdecimal()]
     if malformed:
-        sys.exit(f"error: --settings {malformed[0]}: expected model:adapter:routing:mode:tokens, e.g. qwen3-30b-a3b:lora:random:fast:16384")
+        sys.exit(
+            f"error: --settings {malformed[0]}: expected model:adapter:routing:mode:tokens, e.g."
+            " qwen3-30b-a3b:lora:random:fast:16384"
+        )
     unknown = [m for m in arguments.models.split(",") + [setting[0] for setting in listed] if m not in MODELS]
     known = ["fused_moe_lora", *PEERS]
     unknown += [i for i in arguments.implementations.split(",") if i not in known]
     if unknown:
-        sys.exit(f"error: unknown {', '.join(unknown)}; models: {', '.join(MODELS)}; implementations: {', '.join(known)}")
+        sys.exit(
+            f"error: unknown {', '.join(unknown)}; models: {', '.join(MODELS)}; implementations: {', '.join(known)}"
+        )
     if arguments.autotune not in ("short", "full"):
         sys.exit(f"error: --autotune {arguments.autotune}: expected short or full")
 
@@ -475,7 +545,9 @@ def main():
         settings = settings_of(implementation, arguments)
         while settings:
             job = {"implementation": implementation, "settings": settings, "arguments": asdict(arguments)}
-            process = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(job)], stdout=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                [sys.executable, __file__, "--worker", json.dumps(job)], stdout=subprocess.PIPE, text=True
+            )
             for line in process.stdout:
                 if line.startswith("RECORD "):
                     records.append({**json.loads(line.removeprefix("RECORD ")), **common})
@@ -487,7 +559,9 @@ def main():
                 break
             if settings:  # the one it died in is a failure, the others get a new process
                 names = dict(zip(("model", "adapter", "routing", "mode", "tokens"), settings[0], strict=True))
-                records.append({**names, "implementation": implementation, "failed": f"exit code {process.returncode}", **common})
+                records.append(
+                    {**names, "implementation": implementation, "failed": f"exit code {process.returncode}", **common}
+                )
                 store(records[-1], Path(arguments.output))
                 settings = settings[1:]
     print_table(records)
@@ -497,7 +571,11 @@ def main():
         if "total_ms" in r and r["implementation"] == "fused_moe_lora"
     }
     totals = {"/".join(map(str, key)): value for key, value in ours.items()}
-    print(json.dumps({"benchmark": "fused_moe_lora", "records": len(records), "total_ms": totals, "device": common["device"]}))
+    print(
+        json.dumps(
+            {"benchmark": "fused_moe_lora", "records": len(records), "total_ms": totals, "device": common["device"]}
+        )
+    )
     return None if records and math.isfinite(sum(ours.values())) else sys.exit("error: nothing was measured")
 
 

@@ -1,12 +1,14 @@
-"""How fast train_moe.load_weights reads a checkpoint, against plain reads of the same files, and how much host memory it takes.
+"""How fast load_weights reads a checkpoint, against plain reads of the same files, and how much host memory
+it takes.
 
     python3 benchmarks/bench_load.py [--gigabytes 4] [--directory DIR] [--repeats 3]
     torchrun --nproc_per_node 8 -- benchmarks/bench_load.py ...        each rank reads the rows of its own shards
 
-Writes a Qwen3-MoE checkpoint of about the size asked for to DIR (a new temporary directory by default, removed at the end) in files of
-about 1 GB with per-expert tensors, as published ones are. Both readings are timed from the page cache and after the files were dropped
-from it (which only the kernel's advice does: on a file system that ignores it the two agree). Checks that what was loaded are the
-checkpoint's bytes. Prints a table and one JSON line; appends a record to results/load.json.
+Writes a Qwen3-MoE checkpoint of about the size asked for to DIR (a new temporary directory by default, removed at the
+end) in files of about 1 GB with per-expert tensors, as published ones are. Both readings are timed from the page cache
+and after the files were dropped from it (which only the kernel's advice does: on a file system that ignores it the two
+agree). Checks that what was loaded are the checkpoint's bytes. Prints a table and one JSON line; appends a record to
+results/load.json.
 """
 
 import gc
@@ -32,7 +34,22 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers import HfArgumentParser, Qwen3MoeConfig  # noqa: E402
 
 import train_moe  # noqa: E402
-from record import git_commit  # noqa: E402
+from malaysian_sft.load_base import (  # noqa: E402
+    CHUNK_BYTES,  # noqa: E402
+    frozen_tensors,  # noqa: E402
+    load_weights,  # noqa: E402
+    plan_reading,  # noqa: E402
+)
+from malaysian_sft.moe_model import (  # noqa: E402
+    build_model,  # noqa: E402
+    make_mesh,  # noqa: E402
+    shard,  # noqa: E402
+)
+from malaysian_sft.run import (  # noqa: E402
+    git_commit,  # noqa: E402
+    setup_distributed,  # noqa: E402
+)
+from malaysian_sft.safetensors_files import read_sources  # noqa: E402
 
 
 @dataclass
@@ -44,7 +61,8 @@ class Arguments:
 
 
 def config_of_size(gigabytes):
-    """A Qwen3-MoE whose bf16 weights take about `gigabytes` x 1e9 bytes: eight layers, experts shaped as Qwen3-30B-A3B's."""
+    """A Qwen3-MoE whose bf16 weights take about `gigabytes` x 1e9 bytes: eight layers, experts shaped as
+    Qwen3-30B-A3B's."""
     experts = max(8, round(gigabytes * 1e9 / 2 / 8 / (3 * 768 * 2048) / 8) * 8)
     return Qwen3MoeConfig(
         vocab_size=8192,
@@ -64,21 +82,23 @@ def config_of_size(gigabytes):
 
 def build(config):
     args, _, lora_args = train_moe.parse(["--model_name_or_path", "none", "--r", "64"])
-    _, model = train_moe.build_model(config, args, lora_args)
+    _, model = build_model(config, args, lora_args)
     return args, model
 
 
 def write_checkpoint(directory, config):
     """Random bf16 weights under the published names, in files of about 1 GB with an index."""
     _, model = build(config)
-    _, expected = train_moe.plan_reading(train_moe.frozen_tensors(model.causal_lm), {})
+    _, expected = plan_reading(frozen_tensors(model.causal_lm), {})
     torch.manual_seed(0)
     block = torch.randn(1 << 22, dtype=torch.float32).to(torch.bfloat16)
     files, weight_map, waiting, size = 0, {}, {}, 0
     names = list(expected)
     for name in names:
         count = torch.Size(expected[name]).numel()
-        waiting[name] = block.roll(len(name) + len(weight_map)).repeat(-(-count // len(block)))[:count].view(expected[name]).clone()
+        waiting[name] = (
+            block.roll(len(name) + len(weight_map)).repeat(-(-count // len(block)))[:count].view(expected[name]).clone()
+        )
         weight_map[name] = f"model-{files:05d}.safetensors"
         size += 2 * count
         if size > 1e9 or name == names[-1]:
@@ -99,7 +119,7 @@ def read_raw(files):
     """Seconds to read the files once, in eight threads and the loader's block size, into one buffer a thread."""
 
     def read(path):
-        buffer = bytearray(train_moe.CHUNK_BYTES)
+        buffer = bytearray(CHUNK_BYTES)
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
@@ -114,8 +134,8 @@ def load_once(directory, config, device):
     """(bytes of this rank, seconds, model) of one load_weights into a model sharded over the ranks."""
     args, model = build(config)
     if dist.get_world_size() > 1:
-        train_moe.shard(model, train_moe.make_mesh(device, 1), args, use_dora=False)
-    size, seconds = train_moe.load_weights(model.causal_lm, directory, device)
+        shard(model, make_mesh(device, 1), args, use_dora=False)
+    size, seconds = load_weights(model.causal_lm, directory, device)
     return size, seconds, model
 
 
@@ -123,8 +143,8 @@ def check(directory, model):
     """Exit unless every piece that this rank read has the checkpoint's bytes."""
     from safetensors import safe_open
 
-    sources = train_moe.read_sources(directory)
-    pieces, _ = train_moe.plan_reading(train_moe.frozen_tensors(model.causal_lm), sources)
+    sources = read_sources(directory)
+    pieces, _ = plan_reading(frozen_tensors(model.causal_lm), sources)
     for piece in pieces[:: max(1, len(pieces) // 200)]:
         with safe_open(sources[piece.name].path, framework="pt") as file:
             expected = file.get_slice(piece.name)[piece.first : piece.first + len(piece.target)]
@@ -154,7 +174,10 @@ def measure(directory, args, device):
     for state in ("cached", "dropped"):
         raw, ours = [], []
         for _ in range(args.repeats):
-            for times, function in ((raw, lambda: read_raw(files)), (ours, lambda: load_once(directory, config, device)[1])):
+            for times, function in (
+                (raw, lambda: read_raw(files)),
+                (ours, lambda: load_once(directory, config, device)[1]),
+            ):
                 if state == "dropped" and dist.get_rank() == 0:
                     drop_from_cache(files)
                 dist.barrier()
@@ -175,7 +198,7 @@ def measure(directory, args, device):
 
 def main():
     args = HfArgumentParser(Arguments).parse_args_into_dataclasses()[0]
-    device = train_moe.setup_distributed()
+    device = setup_distributed()
     made = [None if args.directory else tempfile.mkdtemp(prefix="bench_load-")]
     dist.broadcast_object_list(made, src=0)
     directory = Path(args.directory or made[0])

@@ -1,21 +1,23 @@
-"""Both trainers at full size on the GPUs of one host: speed, memory, communication, loading, and the same results as on one GPU.
+"""Both trainers at full size on the GPUs of one host: speed, memory, communication, loading, and the same results as on
+one GPU.
 
     python3 benchmarks/bench_multi_gpu.py [--gpus 8] [--models ...] [--parts scaling,correctness,dense,load]
-    python3 benchmarks/bench_multi_gpu.py --gpus 2 --models tiny --tokens 256 --r 8      two processes on a CPU, to try it out
+    python3 benchmarks/bench_multi_gpu.py --gpus 2 --models tiny --tokens 256 --r 8      two CPU processes, to try it
 
-Starts torchrun itself, once per measurement, each with a time limit; one that fails leaves the others be. Weights are random and made on
-the device. On 8 GPUs everything is meant to fit in ten minutes; what there is no time left for is named, and `--parts` runs it alone.
+Starts torchrun itself, once per measurement, each with a time limit; one that fails leaves the others be. Weights are
+random and made on the device. On 8 GPUs everything is meant to fit in ten minutes; what there is no time left for is
+named, and `--parts` runs it alone.
 
-    scaling      whole optimiser steps of train_moe.py: the first model on 1, 2, 4, ... GPUs (the smaller counts at the same time, each
-                 on GPUs of its own), the others on all: tokens/s, MFU, peak memory beside plan.py's, and the share of a step in which
-                 the GPU only communicates
-    correctness  train_moe.py on a slice of the first model, on one GPU with accumulation and on all: losses, adapters, frozen weights;
-                 then killed in a step and resumed
+    scaling      whole optimiser steps of train_moe.py: the first model on 1, 2, 4, ... GPUs (the smaller counts at the
+                 same time, each on GPUs of its own), the others on all: tokens/s, MFU, peak memory beside plan.py's,
+                 and the share of a step in which the GPU only communicates
+    correctness  train_moe.py on a slice of the first model, on one GPU with accumulation and on all: losses, adapters,
+                 frozen weights; then killed in a step and resumed
     dense        train_dense.py's Trainer under DeepSpeed ZeRO-3 on models made from their configs
     load         bench_load.py, from local disk
 
-Prints a table for each part and one JSON line; appends a record per measurement to results/multi_gpu.json as soon as there is one (from a
-CPU only with --out). Exits with 1 if anything failed.
+Prints a table for each part and one JSON line; appends a record per measurement to results/multi_gpu.json as soon as
+there is one (from a CPU only with --out). Exits with 1 if anything failed.
 """
 
 import dataclasses
@@ -39,7 +41,8 @@ from multi_gpu_measurements import CONFIGS, words  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import HfArgumentParser  # noqa: E402
 
-import adapter  # noqa: E402
+from malaysian_sft.lora import WEIGHTS  # noqa: E402
+from malaysian_sft.verify import verify_adapter  # noqa: E402
 
 PARTS = ("scaling", "correctness", "dense", "load")
 STEPS, SAVE_STEPS = 4, 2  # of the runs that are compared; the killed one dies in the last step
@@ -48,7 +51,10 @@ STEPS, SAVE_STEPS = 4, 2  # of the runs that are compared; the killed one dies i
 @dataclass
 class Arguments:
     gpus: int | None = field(default=None, metadata={"help": "default: all there are; without a GPU, two processes"})
-    models: str = field(default="qwen3-30b-a3b,glm-4.5-air,qwen3-235b-a22b,qwen3-32b,llama-3.1-70b", metadata={"help": "comma-separated"})
+    models: str = field(
+        default="qwen3-30b-a3b,glm-4.5-air,qwen3-235b-a22b,qwen3-32b,llama-3.1-70b",
+        metadata={"help": "comma-separated"},
+    )
     parts: str = field(default=",".join(PARTS), metadata={"help": "comma-separated, in the order to run them in"})
     tokens: int = field(default=16384, metadata={"help": "of a pack"})
     accumulation: int = field(
@@ -62,8 +68,12 @@ class Arguments:
     gigabytes: float = field(default=8.0, metadata={"help": "size of the checkpoint of the load part"})
     limit: float = field(default=170, metadata={"help": "seconds that one measurement may take"})
     minutes: float = field(default=9.5, metadata={"help": "nothing goes on for longer than this after the start"})
-    directory: str | None = field(default=None, metadata={"help": "local disk to write slices to; default: a temporary directory"})
-    out: str | None = field(default=None, metadata={"help": "where records are appended; default, on GPUs: results/multi_gpu.json"})
+    directory: str | None = field(
+        default=None, metadata={"help": "local disk to write slices to; default: a temporary directory"}
+    )
+    out: str | None = field(
+        default=None, metadata={"help": "where records are appended; default, on GPUs: results/multi_gpu.json"}
+    )
 
 
 class Host:
@@ -86,7 +96,8 @@ class Host:
         if self.cuda:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(first + gpus)))).split(",")
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + gpus])
-        launcher = f"-m torch.distributed.run --nproc_per_node {gpus} --rdzv_backend c10d --rdzv_endpoint localhost:0 --".split()
+        rendezvous = "--rdzv_backend c10d --rdzv_endpoint localhost:0"
+        launcher = f"-m torch.distributed.run --nproc_per_node {gpus} {rendezvous} --".split()
         command = [sys.executable, *launcher, multi_gpu_measurements.__file__, json.dumps(job)]
         log = Path(f"{base}.log")
         print(f"{time.strftime('%H:%M:%S')} {kind} {job['model']} on {gpus}", flush=True)
@@ -107,7 +118,9 @@ class Host:
                 raise ValueError("was not killed")
             return None
         if code:
-            lines = log.read_text(errors="replace").partition("failed (exitcode")[0].splitlines()  # the rest is torchrun's
+            lines = (
+                log.read_text(errors="replace").partition("failed (exitcode")[0].splitlines()
+            )  # the rest is torchrun's
             own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             raise ValueError(own[0] if own else f"exit code {code}\n" + "\n".join(lines[-25:]))
         return json.loads(Path(job["record"]).read_text())
@@ -150,19 +163,40 @@ def measure_scaling(host, names):
 
 
 def measure_correctness(host, name):
-    """Compare runs of train_moe.py on a slice: one GPU, all GPUs, all GPUs after a kill -9. Raises ValueError for a run that fails."""
+    """Compare runs of train_moe.py on a slice: one GPU, all GPUs, all GPUs after a kill -9. Raises ValueError for a run
+    that fails."""
     gpus, dtype = host.gpus, "bfloat16" if host.cuda else "float32"
     tokens, packs = min(host.args.tokens, 4096), 2 * host.gpus
     base, data = str(host.directory / "slice"), str(host.directory / "chat.jsonl")
     layers = 2 if name == "tiny" else host.args.slice_layers
-    common = {"model_name_or_path": base, "dataset": data, "data_cache": host.directory / "cache", "dtype": dtype, "max_seq_length": tokens}
-    common |= {"global_batch_size": packs, "r": host.args.r, "use_dora": host.args.use_dora, "activations": "none", "report_to": "none"}
-    common |= {"max_steps": STEPS, "save_steps": SAVE_STEPS, "num_train_epochs": 9, "learning_rate": 1e-3, "warmup_steps": 1}
+    common = {
+        "model_name_or_path": base,
+        "dataset": data,
+        "data_cache": host.directory / "cache",
+        "dtype": dtype,
+        "max_seq_length": tokens,
+    }
+    common |= {
+        "global_batch_size": packs,
+        "r": host.args.r,
+        "use_dora": host.args.use_dora,
+        "activations": "none",
+        "report_to": "none",
+    }
+    common |= {
+        "max_steps": STEPS,
+        "save_steps": SAVE_STEPS,
+        "num_train_epochs": 9,
+        "learning_rate": 1e-3,
+        "warmup_steps": 1,
+    }
 
     def run(n, name_of_run, kill_at=0, resume=False):
         out = host.directory / name_of_run
         flags = common | {"run_name": name_of_run, "output_dir": out, "resume": resume}
-        begun = host.start("train", n, model=name, argv=words(flags), kill_at=kill_at, saved_step=SAVE_STEPS, output=str(out))
+        begun = host.start(
+            "train", n, model=name, argv=words(flags), kill_at=kill_at, saved_step=SAVE_STEPS, output=str(out)
+        )
         return out, host.finish(*begun, must_die=kill_at > 0)
 
     slice_of = dict(model=name, layers=layers, dtype=dtype, output=base, data=data, rows=60 * packs, tokens=tokens)
@@ -173,7 +207,7 @@ def measure_correctness(host, name):
     if len(losses(killed)) != STEPS - 1:
         raise ValueError(f"the run to be killed in step {STEPS} logged {len(losses(killed))} steps")
     run(gpus, "killed", resume=True)
-    faults = [fault for out in (alone, together, killed) for fault in adapter.verify_adapter(out / f"checkpoint-{STEPS}", base)]
+    faults = [fault for out in (alone, together, killed) for fault in verify_adapter(out / f"checkpoint-{STEPS}", base)]
     # sums over ranks are in another order, and AdamW makes a whole step of a gradient that is only noise
     bound, adapter_bound = (5e-3, 0.1) if dtype == "bfloat16" else (1e-4, 1e-2)
     found = {
@@ -185,7 +219,9 @@ def measure_correctness(host, name):
     passed = not faults and all(value <= (bound if "loss" in key else adapter_bound) for key, value in found.items())
     settings = {"layers": layers, "tokens": tokens, "r": host.args.r, "dtype": dtype, "accumulation": packs // gpus}
     settings["losses"] = [round(loss, 4) for loss in losses(together)]
-    host.keep(record | {"part": "correctness"} | settings | found | {"faults_in_adapters": len(faults), "passed": passed})
+    host.keep(
+        record | {"part": "correctness"} | settings | found | {"faults_in_adapters": len(faults), "passed": passed}
+    )
     if not passed:
         raise ValueError(f"{found}, bounds {bound} and {adapter_bound}; {faults[:3]}")
 
@@ -204,9 +240,11 @@ def difference_of_losses(a, b):
 
 def difference_of_adapters(a, b):
     """|a - b| / |b| over every lora_B, which starts at zero: all that is in it was trained."""
-    a, b = (load_file(out / f"checkpoint-{STEPS}" / adapter.WEIGHTS) for out in (a, b))
+    a, b = (load_file(out / f"checkpoint-{STEPS}" / WEIGHTS) for out in (a, b))
     names = [name for name in b if "lora_B" in name]
-    squares = torch.tensor([[(a[name] - b[name]).square().sum(), b[name].square().sum()] for name in names], dtype=torch.float64).sum(0)
+    squares = torch.tensor(
+        [[(a[name] - b[name]).square().sum(), b[name].square().sum()] for name in names], dtype=torch.float64
+    ).sum(0)
     return (squares[0] / squares[1]).sqrt().item()
 
 

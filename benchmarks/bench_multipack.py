@@ -1,10 +1,11 @@
-"""Packing speed and fill: multipack.pack on documents whose lengths are log-normal, mean 700 tokens, in packs of 16,384.
+"""Packing speed and fill: multipack.pack on documents whose lengths are log-normal, mean 700 tokens, in packs of
+16,384.
 
     python3 benchmarks/bench_multipack.py [--documents 1000000] [--repeats 7]
 
-Checks the packs first (every document once, none over-full, no more packs than a plain first-fit decreasing finds on a part), then times
-pack() on one core. The first call, which compiles or loads the compiled loop, is timed apart. Prints a table and one JSON line, and appends
-the record to results/multipack.json.
+Checks the packs first (every document once, none over-full, no more packs than a plain first-fit decreasing finds on a
+part), then times pack() on one core. The first call, which compiles or loads the compiled loop, is timed apart. Prints
+a table and one JSON line, and appends the record to results/multipack.json.
 """
 
 import argparse
@@ -24,8 +25,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from malaysian_sft.run import git_commit  # noqa: E402
 from multipack import pack  # noqa: E402 (the repository root must be on the path first)
-from record import git_commit  # noqa: E402
 
 
 def log_normal_lengths(count: int, mean: float, sigma: float, longest: int, seed: int = 0) -> np.ndarray:
@@ -72,7 +73,9 @@ def check(lengths: np.ndarray, capacity: int) -> None:
 
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def versions() -> str:
@@ -132,8 +135,8 @@ def main() -> None:
     }
     print(" documents  mean tokens    packs    fill %  next fit %  median s   min s   max s")
     print(
-        f"{args.documents:>10,}  {record['mean_length']:>11.1f}  {len(packs):>7,}  {100 * fill:>8.3f}  {100 * in_order:>10.3f}  "
-        f"{record['seconds_median']:>8.3f}  {min(seconds):>6.3f}  {max(seconds):>6.3f}"
+        f"{args.documents:>10,}  {record['mean_length']:>11.1f}  {len(packs):>7,}  {100 * fill:>8.3f} "
+        f" {100 * in_order:>10.3f}  {record['seconds_median']:>8.3f}  {min(seconds):>6.3f}  {max(seconds):>6.3f}"
     )
     path = ROOT / "results" / "multipack.json"
     records = json.loads(path.read_text()) if path.exists() else []

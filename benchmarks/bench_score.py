@@ -1,11 +1,13 @@
-"""Scoring speed: calculate_malaymmlu.py on 9 checkpoints x 24,213 questions x 3 samples of made-up responses, on one core.
+"""Scoring speed: calculate_malaymmlu.py on 9 checkpoints x 24,213 questions x 3 samples of made-up responses, on one
+core.
 
     python3 benchmarks/bench_score.py [--checkpoints 9] [--characters 900] [--repeats 3]
 
-Writes responses of every kind (a box, a statement, an option's text, none, several, cut off) whose letters are known because they were
-chosen first, and checks the command's answers, first-sample and average scores of every checkpoint against that count, and the committed
-example against its hand count. Then times the command from start to end, reading and imports included, pinned to one core; the second line
-adds the plot and the report. Prints a table and one JSON line, and appends the record to results/score.json.
+Writes responses of every kind (a box, a statement, an option's text, none, several, cut off) whose letters are known
+because they were chosen first, and checks the command's answers, first-sample and average scores of every checkpoint
+against that count, and the committed example against its hand count. Then times the command from start to end, reading
+and imports included, pinned to one core; the second line adds the plot and the report. Prints a table and one JSON
+line, and appends the record to results/score.json.
 """
 
 import argparse
@@ -23,11 +25,12 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from malaysian_sft.questions import HUB_COUNTS
+from malaysian_sft.run import git_commit
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from calculate_malaymmlu import HUB_COUNTS  # noqa: E402 (the repository root must be on the path first)
-from record import git_commit  # noqa: E402
 
 SENTENCES = (
     "Mari kita fikirkan langkah demi langkah. ",
@@ -63,12 +66,21 @@ def make_questions(seed):
                 "num_options": n,
             }
             subject = f"Subjek {len(rows) % 22}"
-            rows.append(row | {"key": "ABCDE"[generator.randrange(n)], "category": category, "subject": subject, "level": "Secondary"})
+            rows.append(
+                row
+                | {
+                    "key": "ABCDE"[generator.randrange(n)],
+                    "category": category,
+                    "subject": subject,
+                    "level": "Secondary",
+                }
+            )
     return rows
 
 
 def make_responses(path, questions, characters, skill, seed):
-    """Write generations.jsonl -> (answers, first samples right, samples right), counted while the letters are chosen."""
+    """Write generations.jsonl -> (answers, first samples right, samples right), counted while the letters are
+    chosen."""
     generator = random.Random(seed)
     shares = [share for _, share, _ in ENDINGS]
     answers = first = right = 0
@@ -78,7 +90,9 @@ def make_responses(path, questions, characters, skill, seed):
             for sample in range(3):
                 letter = row["key"] if generator.random() < skill else generator.choice("ABCDE"[: row["num_options"]])
                 ending, _, readable = generator.choices(ENDINGS, shares)[0]
-                text = "".join(generator.choices(SENTENCES, k=max(1, round(generator.expovariate(1) * characters / 60))))
+                text = "".join(
+                    generator.choices(SENTENCES, k=max(1, round(generator.expovariate(1) * characters / 60)))
+                )
                 text += ending.format(letter=letter, text=row["options"]["ABCDE".index(letter)][3:])
                 reason = "length" if ending.startswith("Maka") else "stop"
                 record = {"index": index, "id": row["id"], "sample": sample, "text": text, "finish_reason": reason}
@@ -92,7 +106,9 @@ def make_responses(path, questions, characters, skill, seed):
 def score(cwd, *flags):
     """Run the command; returns ((seconds, seconds of CPU), stdout). Raises SystemExit if it fails."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    shown = subprocess.run([sys.executable, str(ROOT / "calculate_malaymmlu.py"), *flags], cwd=cwd, capture_output=True, text=True)
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "calculate_malaymmlu.py"), *flags], cwd=cwd, capture_output=True, text=True
+    )
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     if shown.returncode:
@@ -110,13 +126,23 @@ def check(report, expected, questions):
             entry["micro"]["average"]["value"] * 3 * questions,
         )
         if [round(value, 3) for value in found] != [answers, first, right]:
-            sys.exit(f"error: {entry['name']}: answered, first right, right are {found}, written were {(answers, first, right)}")
+            sys.exit(
+                f"error: {entry['name']}: answered, first right, right are {found}, written were"
+                f" {(answers, first, right)}"
+            )
 
 
 def check_sample():
     """The committed example's score, counted by hand, once through the command."""
     known = json.loads((ROOT / "data/sample_generations/known_scores.json").read_text())
-    flags = ["--pattern", "malaymmlu-*", "--questions", str(ROOT / "data/questions.json"), "--limit", str(known["limit"])]
+    flags = [
+        "--pattern",
+        "malaymmlu-*",
+        "--questions",
+        str(ROOT / "data/questions.json"),
+        "--limit",
+        str(known["limit"]),
+    ]
     _, shown = score(ROOT / "data/sample_generations", *flags)
     if shown.splitlines()[: len(known["block"])] != known["block"]:
         sys.exit("error: the committed example does not give its hand-counted score")
@@ -124,7 +150,9 @@ def check_sample():
 
 def cpu_name():
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def main():
@@ -144,7 +172,9 @@ def main():
         expected = {}
         for number in range(args.checkpoints):
             name = f"malaymmlu-run{number // 3}-checkpoint-{320 * (number % 3 + 1)}"
-            expected[name] = make_responses(folder / name / "generations.jsonl", questions, args.characters, 0.4 + 0.04 * number, number)
+            expected[name] = make_responses(
+                folder / name / "generations.jsonl", questions, args.characters, 0.4 + 0.04 * number, number
+            )
         megabytes = sum(path.stat().st_size for path in folder.glob("*/generations.jsonl")) / 1e6
         flags = ["--pattern", "malaymmlu-*", "--questions", "questions.json"]
         score(folder, *flags, "--json", "report.json")  # warms the page cache and is checked
@@ -176,7 +206,9 @@ def main():
     for name, runs in (("text", plain), ("text, plot, html", full)):
         wall, cpu = [one[0] for one in runs], statistics.median(one[1] for one in runs)
         counts = f"{len(questions) * 3 * args.checkpoints:>9,}  {megabytes:>7,.0f}"
-        print(f"{name:>19}  {counts}  {statistics.median(wall):>8.2f}  {min(wall):>7.2f}  {max(wall):>7.2f}  {cpu:>7.2f}")
+        print(
+            f"{name:>19}  {counts}  {statistics.median(wall):>8.2f}  {min(wall):>7.2f}  {max(wall):>7.2f}  {cpu:>7.2f}"
+        )
     path = ROOT / "results" / "score.json"
     records = json.loads(path.read_text()) if path.exists() else []
     path.write_text(json.dumps([*records, record], indent=1) + "\n")

@@ -1,14 +1,16 @@
-"""A training step on a few layers of each real mixture of experts: checked, then timed; weights are random, made on the device.
+"""A training step on a few layers of each real mixture of experts: checked, then timed; weights are random, made on the
+device.
 
-    python3 benchmarks/bench_train_moe.py [--models qwen3-30b-a3b,glm-4.5-air,qwen3-235b-a22b] [--layers 4] [--tokens 16384] [--steps 5]
+    python3 benchmarks/bench_train_moe.py [--models qwen3-30b-a3b,glm-4.5-air] [--layers 4] [--tokens 16384] [--steps 5]
     torchrun --nproc_per_node 2 -- benchmarks/bench_train_moe.py ...      the same, sharded by FSDP2
     python3 benchmarks/bench_train_moe.py --models tiny --tokens 256   anywhere, on a CPU too; leaves no record
 
-Per model: (1) two layers at 2,048 tokens: loss and every kind of gradient by the kernels against fp32, with PyTorch's own bf16 error as
-the measure; a failed check ends the program. (2) full packs of documents with log-normal lengths: seconds a pack and an optimiser step,
-tokens/s, MFU, peak memory. (3) milliseconds of each part, forward and backward apart from the rest. Every model runs in its own process,
-so that one that does not fit leaves the others be. Prints a table and one JSON line; appends a record per model to
-results/train_moe.json. The figures are those of the slice: head, loss and embedding weigh more in it than in the whole model.
+Per model: (1) two layers at 2,048 tokens: loss and every kind of gradient by the kernels against fp32, with PyTorch's
+own bf16 error as the measure; a failed check ends the program. (2) full packs of documents with log-normal lengths:
+seconds a pack and an optimiser step, tokens/s, MFU, peak memory. (3) milliseconds of each part, forward and backward
+apart from the rest. Every model runs in its own process, so that one that does not fit leaves the others be. Prints a
+table and one JSON line; appends a record per model to results/train_moe.json. The figures are those of the slice: head,
+loss and embedding weigh more in it than in the whole model.
 """
 
 import gc
@@ -35,18 +37,66 @@ import transformers  # noqa: E402
 
 import fused_moe_lora  # noqa: E402
 import multipack  # noqa: E402
-import plan  # noqa: E402
 import train_moe  # noqa: E402
-from record import git_commit  # noqa: E402
+from malaysian_sft.account import (  # noqa: E402
+    mfu,  # noqa: E402
+    train_flops,  # noqa: E402
+)
+from malaysian_sft.attention import attention_backend  # noqa: E402
+from malaysian_sft.load_base import (  # noqa: E402
+    compute_buffers,  # noqa: E402
+    reset_adapter,  # noqa: E402
+)
+from malaysian_sft.lora import local_tensor  # noqa: E402
+from malaysian_sft.moe_model import (  # noqa: E402
+    SummedCrossEntropy,  # noqa: E402
+    build_model,  # noqa: E402
+    make_mesh,  # noqa: E402
+    shard,  # noqa: E402
+)
+from malaysian_sft.run import (  # noqa: E402
+    git_commit,  # noqa: E402
+    setup_distributed,  # noqa: E402
+)
 
-QWEN3 = dict(vocab_size=151936, head_dim=128, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True)
-QWEN3 |= dict(rms_norm_eps=1e-6, max_position_embeddings=262144, tie_word_embeddings=False, mlp_only_layers=[], decoder_sparse_step=1)
-GLM = dict(vocab_size=151552, head_dim=128, num_key_value_heads=8, n_routed_experts=128, num_experts_per_tok=8, norm_topk_prob=True)
-GLM |= dict(n_shared_experts=1, first_k_dense_replace=1, attention_bias=True, use_qk_norm=False, rms_norm_eps=1e-5, num_mtp_layers=0)
-TINY = dict(vocab_size=320, hidden_size=64, moe_intermediate_size=32, num_attention_heads=4, head_dim=16, num_key_value_heads=2)
+QWEN3 = dict(
+    vocab_size=151936, head_dim=128, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True
+)
+QWEN3 |= dict(
+    rms_norm_eps=1e-6,
+    max_position_embeddings=262144,
+    tie_word_embeddings=False,
+    mlp_only_layers=[],
+    decoder_sparse_step=1,
+)
+GLM = dict(
+    vocab_size=151552,
+    head_dim=128,
+    num_key_value_heads=8,
+    n_routed_experts=128,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+)
+GLM |= dict(
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    attention_bias=True,
+    use_qk_norm=False,
+    rms_norm_eps=1e-5,
+    num_mtp_layers=0,
+)
+TINY = dict(
+    vocab_size=320, hidden_size=64, moe_intermediate_size=32, num_attention_heads=4, head_dim=16, num_key_value_heads=2
+)
 MODELS = {  # from the published config.json files, but for the number of layers
-    "qwen3-30b-a3b": ("Qwen3MoeConfig", QWEN3 | dict(hidden_size=2048, moe_intermediate_size=768, num_attention_heads=32)),
-    "qwen3-235b-a22b": ("Qwen3MoeConfig", QWEN3 | dict(hidden_size=4096, moe_intermediate_size=1536, num_attention_heads=64)),
+    "qwen3-30b-a3b": (
+        "Qwen3MoeConfig",
+        QWEN3 | dict(hidden_size=2048, moe_intermediate_size=768, num_attention_heads=32),
+    ),
+    "qwen3-235b-a22b": (
+        "Qwen3MoeConfig",
+        QWEN3 | dict(hidden_size=4096, moe_intermediate_size=1536, num_attention_heads=64),
+    ),
     "glm-4.5-air": (
         "Glm4MoeConfig",
         GLM | dict(hidden_size=4096, intermediate_size=10944, moe_intermediate_size=1408, num_attention_heads=96),
@@ -65,15 +115,17 @@ class Arguments:
     memory_mode: str | None = field(default=None, metadata={"help": "fast or frugal; default as train_moe.py's"})
     use_dora: bool = field(default=False, metadata={"help": "DoRA in place of LoRA"})
     r: int = field(default=256, metadata={"help": "rank"})
-    compile: bool | None = field(default=None, metadata={"help": "fuse norms, rotary and the loss by torch.compile; default: on GPUs"})
+    compile: bool | None = field(
+        default=None, metadata={"help": "fuse norms, rotary and the loss by torch.compile; default: on GPUs"}
+    )
     check: bool = field(default=True, metadata={"help": "compare with fp32 first"})
     parts: bool = field(default=True, metadata={"help": "time the parts, on one GPU"})
     out: str = field(default=str(ROOT / "results" / "train_moe.json"), metadata={"help": "where records are appended"})
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # A slice of a model, and packs
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def make_config(name, layers):
@@ -82,35 +134,37 @@ def make_config(name, layers):
 
 
 def build(name, layers, args, dtype, device, mesh=None):
-    """(config, ModelWithLoss) with `layers` layers, random weights of the usual size, adapters with a B that is not zero."""
+    """(config, ModelWithLoss) with `layers` layers, random weights of the usual size, adapters with a B that is not
+    zero."""
     config = make_config(name, layers)
     flags = ["--model_name_or_path", name, "--dtype", dtype, "--activations", args.activations, "--r", str(args.r)]
     flags += ["--use_dora", str(args.use_dora)]
     run, _, lora_args = train_moe.parse(flags)
     run.memory_mode = args.memory_mode
     run.compile = args.compile if args.compile is not None else device.type == "cuda"
-    _, model = train_moe.build_model(config, run, lora_args)
+    _, model = build_model(config, run, lora_args)
     if mesh is not None:
-        train_moe.shard(model, mesh, run, args.use_dora)
+        shard(model, mesh, run, args.use_dora)
     model.to_empty(device=device)
-    train_moe.compute_buffers(model.causal_lm)
+    compute_buffers(model.causal_lm)
     torch.manual_seed(dist.get_rank())
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
-            local = fused_moe_lora.local_tensor(p)
+            local = local_tensor(p)
             local.fill_(1.0) if "norm" in parameter_name else local.normal_(0.0, 0.02)
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.zero_()
-        train_moe.reset_adapter(model.causal_lm, 0)
+        reset_adapter(model.causal_lm, 0)
         for parameter_name, p in model.named_parameters():
             if "lora_B" in parameter_name:
-                fused_moe_lora.local_tensor(p).normal_(0.0, 0.01)
+                local_tensor(p).normal_(0.0, 0.01)
     return config, model
 
 
 def random_documents(places, vocabulary, generator):
-    """(documents as multipack's, lengths): a pack of log-normal documents, as full as best fit leaves it, four of five tokens supervised.
+    """(documents as multipack's, lengths): a pack of log-normal documents, as full as best fit leaves it, four of five
+    tokens supervised.
 
     Like real packs, no two have the same number of tokens; the median document is a fortieth of a pack.
     """
@@ -141,9 +195,9 @@ def loss_and_backward(model, batch):
     return loss
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Check
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def reference_forward(self, hidden_states, top_k_index, top_k_weights):
@@ -162,14 +216,17 @@ def gradients(model, batch, reference):
     kinds = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            kind = ".".join(part for part in name.split(".")[-4:] if part not in ("default", "weight", "mlp", "self_attn"))
+            kind = ".".join(
+                part for part in name.split(".")[-4:] if part not in ("default", "weight", "mlp", "self_attn")
+            )
             kinds.setdefault(kind, []).append(p.grad.float().flatten())
             p.grad = None
     return loss, {kind: torch.cat(parts) for kind, parts in kinds.items()}
 
 
 def check(name, args, device):
-    """Exit unless the kernels' gradients are as near to fp32 as PyTorch's bf16 ones; returns the largest relative error."""
+    """Exit unless the kernels' gradients are as near to fp32 as PyTorch's bf16 ones; returns the largest relative
+    error."""
     config, model = build(name, 2, args, "bfloat16", device)
     batch, _ = random_pack(min(args.tokens, 2048), config.vocab_size, torch.Generator().manual_seed(1), device)
     kernel = gradients(model, batch, reference=False)
@@ -186,7 +243,10 @@ def check(name, args, device):
         return {"loss": abs(found[0] - truth[0]) / truth[0], **relative}
 
     ours, theirs = errors(kernel), errors(torch_bf16)
-    say(f"{name}: relative error against fp32, {len(batch['input_ids'][0])} tokens, 2 layers", f"{'kernels':>42}{'PyTorch bf16':>14}")
+    say(
+        f"{name}: relative error against fp32, {len(batch['input_ids'][0])} tokens, 2 layers",
+        f"{'kernels':>42}{'PyTorch bf16':>14}",
+    )
     for kind, error in ours.items():
         verdict = "" if error <= 1.25 * theirs[kind] + 2e-3 else "   too large"
         say(f"    {kind:<60}{error:>12.2e}{theirs[kind]:>14.2e}{verdict}")
@@ -195,9 +255,9 @@ def check(name, args, device):
     return max(ours.values())
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Time
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def synchronize(device):
@@ -206,7 +266,8 @@ def synchronize(device):
 
 
 def milliseconds(function, device, repeats, before=None):
-    """Median wall time of `function` in ms, each call waited for, after two calls that are not timed; `before` runs ahead of each."""
+    """Median wall time of `function` in ms, each call waited for, after two calls that are not timed; `before` runs
+    ahead of each."""
     times = []
     for _ in range(repeats + 2):
         if before is not None:
@@ -250,9 +311,9 @@ def time_steps(model, config, args, device):
     middle = sorted(range(len(times)), key=times.__getitem__)[len(times) // 2]  # the pack whose time is the median
     lengths = packs[2 + middle][1]
     tokens, squares = sum(lengths), sum(n * n for n in lengths)
-    flops = plan.train_flops(config, tokens, squares, args.r, use_dora=args.use_dora)
+    flops = train_flops(config, tokens, squares, args.r, use_dora=args.use_dora)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    utilisation = plan.mfu(flops, seconds, 1, name)
+    utilisation = mfu(flops, seconds, 1, name)
     return {
         "pack_ms": round(1e3 * seconds, 2),
         "pack_ms_fastest_slowest": [round(1e3 * min(times), 2), round(1e3 * max(times), 2)],
@@ -287,7 +348,7 @@ def time_parts(model, config, args, device):
 
     def head():
         selected, head_weight = flat.index_select(0, hidden_at), causal_lm.get_output_embeddings().weight
-        train_moe.SummedCrossEntropy.apply(selected, head_weight, batch["targets"], model.chunk_loss).backward()
+        SummedCrossEntropy.apply(selected, head_weight, batch["targets"], model.chunk_loss).backward()
 
     attention = layer.self_attn
     parts = {
@@ -306,7 +367,9 @@ def time_parts(model, config, args, device):
         for tensor in (x, flat, weights, *model.parameters()):
             tensor.grad = None
 
-    return {part: round(milliseconds(function, device, args.steps, forget_gradients), 3) for part, function in parts.items()}
+    return {
+        part: round(milliseconds(function, device, args.steps, forget_gradients), 3) for part, function in parts.items()
+    }
 
 
 def projections(attention, x, backward):
@@ -315,9 +378,9 @@ def projections(attention, x, backward):
         backward(out)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The record
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def say(*words):
@@ -334,7 +397,7 @@ def version(package):
 
 def measure(name, args):
     """One model, in this process."""
-    device = train_moe.setup_distributed()
+    device = setup_distributed()
     world = dist.get_world_size()
     record = {
         "model": name,
@@ -345,9 +408,11 @@ def measure(name, args):
         "r": args.r,
         "gpus": world,
         "sharded": world > 1,
-        "attention": multipack.attention_backend(device),
+        "attention": attention_backend(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": {package: version(package) for package in ("torch", "triton", "transformers", "peft", "flash-attn-4")},
+        "versions": {
+            package: version(package) for package in ("torch", "triton", "transformers", "peft", "flash-attn-4")
+        },
         "commit": git_commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
@@ -357,7 +422,7 @@ def measure(name, args):
         gc.collect()  # modules and their hooks refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    mesh = train_moe.make_mesh(device, 1) if world > 1 else None
+    mesh = make_mesh(device, 1) if world > 1 else None
     config, model = build(name, args.layers, args, "bfloat16", device, mesh)
     record |= time_steps(model, config, args, device)
     if args.parts and world == 1:

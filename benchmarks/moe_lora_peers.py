@@ -1,11 +1,12 @@
 """What bench_fused_moe_lora.py compares fused_moe_lora.py with: other implementations of an experts block with LoRA.
 
-Not run by itself. Each entry of PEERS is a function (leaves, fixed, scaling, autotune) that takes the tensors of `make_inputs` and returns
-(forward, reads): forward() computes the block and gives (T, H); after out.backward(dout), reads[name]() gives the gradient that belongs to
-leaves[name], or to the sum of gate's and up's A under the name "gate_A+up_A" where a peer has one lora_A for both (SHARED_A).
+Not run by itself. Each entry of PEERS is a function (leaves, fixed, scaling, autotune) that takes the tensors of
+`make_inputs` and returns (forward, reads): forward() computes the block and gives (T, H); after out.backward(dout),
+reads[name]() gives the gradient that belongs to leaves[name], or to the sum of gate's and up's A under the name
+"gate_A+up_A" where a peer has one lora_A for both (SHARED_A).
 
-autotune "short" keeps a benchmark of minutes: axolotl tries only the tiles it lists for Hopper itself, sonic-moe runs QuACK's default
-configuration. With "full" both search all they have, which takes ten minutes and more per shape.
+autotune "short" keeps a benchmark of minutes: axolotl tries only the tiles it lists for Hopper itself, sonic-moe runs
+QuACK's default configuration. With "full" both search all they have, which takes ten minutes and more per shape.
 """
 
 import importlib.util
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 
 
 def torch_grouped_mm(leaves, fixed, scaling, autotune):
-    """Base and LoRA by torch's grouped_mm, nothing synchronised, LoRA added in place; Liger's SwiGLU kernel if it is installed."""
+    """Base and LoRA by torch's grouped_mm, nothing synchronised, LoRA added in place; Liger's SwiGLU kernel if it is
+    installed."""
     try:
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
@@ -78,10 +80,11 @@ def torch_grouped_mm(leaves, fixed, scaling, autotune):
 
 
 def peft_experts(leaves, fixed, scaling, implementation):
-    """transformers' experts module under PEFT's LoRA on parameters (target_parameters), with the values of `leaves` in it.
+    """transformers' experts module under PEFT's LoRA on parameters (target_parameters), with the values of `leaves` in
+    it.
 
-    `implementation` is the name of a function in transformers' experts interface. axolotl and unsloth_zoo work on the same two modules, so
-    call this after they have put their own forward in place.
+    `implementation` is the name of a function in transformers' experts interface. axolotl and unsloth_zoo work on the
+    same two modules, so call this after they have put their own forward in place.
     """
     import peft
     from transformers import Qwen3MoeConfig
@@ -102,7 +105,8 @@ def peft_experts(leaves, fixed, scaling, implementation):
     # one wrapper per parameter. A is (E r, in), experts outermost; B (out, r E), experts innermost
     wrappers = {module.parameter_name: module for module in model.modules() if hasattr(module, "parameter_name")}
     (gate_up_A, gate_up_B), (down_A, down_B) = (
-        [getattr(wrappers[name], part)["default"].weight for part in ("lora_A", "lora_B")] for name in ("gate_up_proj", "down_proj")
+        [getattr(wrappers[name], part)["default"].weight for part in ("lora_A", "lora_B")]
+        for name in ("gate_up_proj", "down_proj")
     )
 
     def flat_B(B):
@@ -120,7 +124,9 @@ def peft_experts(leaves, fixed, scaling, implementation):
         ):
             parameter.data = value.to(fixed["down"]).contiguous()
             parameter.requires_grad_()
-    leaves.update({"peft_gate_up_A": gate_up_A, "peft_gate_up_B": gate_up_B, "peft_down_A": down_A, "peft_down_B": down_B})
+    leaves.update(
+        {"peft_gate_up_A": gate_up_A, "peft_gate_up_B": gate_up_B, "peft_down_A": down_A, "peft_down_B": down_B}
+    )
     reads = {
         "x": lambda: leaves["x"].grad,
         "top_k_weights": lambda: leaves["top_k_weights"].grad,
@@ -140,7 +146,8 @@ def transformers_peft(leaves, fixed, scaling, autotune):
 
 
 def without_init(package):
-    """Make `package` importable without running its __init__, where that needs a project's every dependency and we need one module.
+    """Make `package` importable without running its __init__, where that needs a project's every dependency and we need
+    one module.
 
     Raises ModuleNotFoundError if it is not installed.
     """
@@ -168,7 +175,8 @@ def axolotl_scattermoe(leaves, fixed, scaling, autotune):
 
 
 def unsloth_zoo(leaves, fixed, scaling, autotune):
-    """unsloth_zoo's experts forward on torch's grouped_mm with separate LoRA products; eager, as unsloth runs the MoE block in training."""
+    """unsloth_zoo's experts forward on torch's grouped_mm with separate LoRA products; eager, as unsloth runs the MoE
+    block in training."""
     os.environ.setdefault(
         "UNSLOTH_COMPILE_LOCATION", os.path.join(tempfile.gettempdir(), "unsloth_compiled_cache")
     )  # not the working folder
@@ -205,10 +213,14 @@ def sonic_moe(leaves, fixed, scaling, autotune):
     def forward():
         gate_up_B = torch.cat([leaves["gate_B"], leaves["up_B"]], dim=1)
         w1 = torch.baddbmm(fixed["gate_up"], gate_up_B, leaves["gate_A"], alpha=scaling).permute(1, 2, 0)  # (2I, H, E)
-        w2 = torch.baddbmm(fixed["down"], leaves["down_B"], leaves["down_A"], alpha=scaling).permute(1, 2, 0)  # (H, I, E)
+        w2 = torch.baddbmm(fixed["down"], leaves["down_B"], leaves["down_A"], alpha=scaling).permute(
+            1, 2, 0
+        )  # (H, I, E)
         # the body of sonicmoe's moe_TC_softmax_topk_layer behind its router
         frequency, offsets = (torch.empty(n, dtype=torch.int32, device=index.device) for n in (E, E + 1))
-        gather, scatter, reverse = (torch.empty(tokens * top_k, dtype=torch.int32, device=index.device) for _ in range(3))
+        gather, scatter, reverse = (
+            torch.empty(tokens * top_k, dtype=torch.int32, device=index.device) for _ in range(3)
+        )
         functional.TC_topk_router_metadata_triton(index.int(), E, frequency, offsets, gather, scatter, reverse)
         routing = (gather, scatter, reverse, None, False)
         a, h = functional._UpProjection.apply(

@@ -1,7 +1,9 @@
-"""What bench_multi_gpu.py measures, each measurement in processes of its own; that program starts them and says what they are for.
+"""What bench_multi_gpu.py measures, each measurement in processes of its own; that program starts them and says what
+they are for.
 
-A measurement is described by a dict, given as JSON: `kind` (a key of MEASUREMENTS), `model`, `record` (the file that rank 0 writes its
-result to), `output` (a path of its own), `seconds` (it ends itself after so many), and bench_multi_gpu.py's arguments.
+A measurement is described by a dict, given as JSON: `kind` (a key of MEASUREMENTS), `model`, `record` (the file that
+rank 0 writes its result to), `output` (a path of its own), `seconds` (it ends itself after so many), and
+bench_multi_gpu.py's arguments.
 """
 
 import faulthandler
@@ -28,12 +30,30 @@ import torch.distributed as dist  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import AutoModelForCausalLM, HfArgumentParser, LlamaConfig  # noqa: E402
 
-import adapter  # noqa: E402
 import multipack  # noqa: E402
-import plan  # noqa: E402
 import train_moe  # noqa: E402
-from fused_moe_lora import local_tensor  # noqa: E402
-from record import git_commit  # noqa: E402
+from malaysian_sft.account import (  # noqa: E402
+    mfu,  # noqa: E402
+    train_flops,  # noqa: E402
+)
+from malaysian_sft.attention import (  # noqa: E402
+    attention_backend,  # noqa: E402
+    register_attention,  # noqa: E402
+)
+from malaysian_sft.base_model import load_config  # noqa: E402
+from malaysian_sft.conversations import DataArguments  # noqa: E402
+from malaysian_sft.load_base import (  # noqa: E402
+    frozen_tensors,  # noqa: E402
+)
+from malaysian_sft.lora import (  # noqa: E402
+    LoraArguments,  # noqa: E402
+    local_tensor,  # noqa: E402
+)
+from malaysian_sft.moe_model import make_mesh  # noqa: E402
+from malaysian_sft.run import (  # noqa: E402
+    git_commit,  # noqa: E402
+    setup_distributed,  # noqa: E402
+)
 
 CONFIGS = {  # published config.json files; those of mixtures of experts only say how many layers there are
     "qwen3-30b-a3b": "Qwen3-30B-A3B-Instruct-2507",
@@ -45,9 +65,9 @@ CONFIGS = {  # published config.json files; those of mixtures of experts only sa
 }
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Communication that nothing hides
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def covered(intervals):
@@ -65,7 +85,8 @@ def not_hidden(communication, compute):
 
 
 def intervals_by_kind(events, cuda):
-    """(communication, compute): lists of (start, end) in microseconds of a profile's kernels; on a CPU, of its operators."""
+    """(communication, compute): lists of (start, end) in microseconds of a profile's kernels; on a CPU, of its
+    operators."""
     communication, compute = [], []
     for event in events:
         interval = (event.time_range.start, event.time_range.end)
@@ -85,7 +106,8 @@ def intervals_by_kind(events, cuda):
 
 
 def share_not_hidden(function, device):
-    """Share of the time of one call of `function` in which this GPU only communicates; None if no communication was seen."""
+    """Share of the time of one call of `function` in which this GPU only communicates; None if no communication was
+    seen."""
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:
         bench_train_moe.synchronize(device)
@@ -97,13 +119,13 @@ def share_not_hidden(function, device):
     return round(not_hidden(communication, compute) / 1e6 / seconds, 4) if communication else None
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Measurements: each in processes of its own, started by torchrun
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def published_config(name):
-    return plan.load_config(ROOT / "tests" / "configs" / f"{CONFIGS[name]}.json")
+    return load_config(ROOT / "tests" / "configs" / f"{CONFIGS[name]}.json")
 
 
 def facts(job, device):
@@ -115,8 +137,11 @@ def facts(job, device):
         "model": job["model"],
         "gpus": int(os.environ["WORLD_SIZE"]),
         "device": torch.cuda.get_device_name(device) if cuda else platform.processor() or "cpu",
-        "attention": multipack.attention_backend(device),
-        "versions": {name: bench_train_moe.version(name) for name in packages} | {"nccl": torch.cuda.nccl.version() if cuda else None},
+        "attention": attention_backend(device),
+        "versions": (
+            {name: bench_train_moe.version(name) for name in packages}
+            | {"nccl": torch.cuda.nccl.version() if cuda else None}
+        ),
         "commit": git_commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
@@ -128,7 +153,8 @@ def words(flags):
 
 
 def speed(job, layers, planned, seconds, tokens, utilisation, peak_gib):
-    """What the records of both trainers' steps have in common; `tokens` and `seconds` of the timed steps, over all GPUs."""
+    """What the records of both trainers' steps have in common; `tokens` and `seconds` of the timed steps, over all
+    GPUs."""
     return {
         "r": job["r"],
         "layers": layers,
@@ -143,7 +169,7 @@ def speed(job, layers, planned, seconds, tokens, utilisation, peak_gib):
 
 def scaling(job):
     """Optimiser steps of train_moe.py on a whole model with random weights."""
-    device = train_moe.setup_distributed()
+    device = setup_distributed()
     cuda, cpu = device.type == "cuda", torch.device("cpu")
     world, name = dist.get_world_size(), job["model"]
     flags = {"model_name_or_path": name, "activations": job["activations"], "r": job["r"], "use_dora": job["use_dora"]}
@@ -151,8 +177,10 @@ def scaling(job):
     run, data_args, lora_args = train_moe.parse(words(flags))
     layers = 2 if name == "tiny" else published_config(name).num_hidden_layers
     planned = train_moe.settle_memory(bench_train_moe.make_config(name, layers), run, data_args, lora_args)
-    mesh = train_moe.make_mesh(device, 1)
-    chosen = bench_train_moe.Arguments(activations=run.activations, memory_mode=run.memory_mode, use_dora=job["use_dora"], r=job["r"])
+    mesh = make_mesh(device, 1)
+    chosen = bench_train_moe.Arguments(
+        activations=run.activations, memory_mode=run.memory_mode, use_dora=job["use_dora"], r=job["r"]
+    )
     config, model = bench_train_moe.build(name, layers, chosen, "bfloat16", device, mesh)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = train_moe.make_optimizer(model, run)
@@ -160,7 +188,10 @@ def scaling(job):
 
     def draw():
         """A step's packs of this rank, and [tokens, sum of squared lengths, supervised tokens] of all ranks'."""
-        packs = [bench_train_moe.random_pack(job["tokens"], config.vocab_size, generator, cpu) for _ in range(job["accumulation"])]
+        packs = [
+            bench_train_moe.random_pack(job["tokens"], config.vocab_size, generator, cpu)
+            for _ in range(job["accumulation"])
+        ]
         counts = [(sum(lengths), sum(n * n for n in lengths), len(batch["targets"])) for batch, lengths in packs]
         counts = torch.tensor(counts, dtype=torch.float64).sum(0)
         dist.all_reduce(counts)
@@ -182,7 +213,9 @@ def scaling(job):
 
     drawn = [draw() for _ in range(job["steps"] + 2)]
     (warm, (*_, supervised)), *timed, (profiled, (*_, profiled_supervised)) = drawn
-    step(warm[:2], supervised)  # compiles and allocates; with one micro-batch that is followed by another, and a last one
+    step(
+        warm[:2], supervised
+    )  # compiles and allocates; with one micro-batch that is followed by another, and a last one
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times, losses = [], []
@@ -195,8 +228,8 @@ def scaling(job):
     peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     tokens, squares = (sum(counts[i] for _, counts in timed) for i in (0, 1))
-    flops = plan.train_flops(config, tokens, squares, job["r"], use_dora=job["use_dora"])
-    utilisation = plan.mfu(flops, sum(times), world, torch.cuda.get_device_name() if cuda else "cpu")
+    flops = train_flops(config, tokens, squares, job["r"], use_dora=job["use_dora"])
+    utilisation = mfu(flops, sum(times), world, torch.cuda.get_device_name() if cuda else "cpu")
     record = facts(job, device) | {
         "adapter": "dora" if job["use_dora"] else "lora",
         **speed(job, layers, planned, times, tokens, utilisation, round(peak.item(), 2) if cuda else None),
@@ -212,7 +245,8 @@ def scaling(job):
 
 
 class RandomPacks(list):
-    """As much of multipack's PackedDataset as train_dense.py needs: `count` packs of random documents, the same in every epoch."""
+    """As much of multipack's PackedDataset as train_dense.py needs: `count` packs of random documents, the same in
+    every epoch."""
 
     def __init__(self, count, places, vocabulary):
         generator = torch.Generator().manual_seed(2)
@@ -227,35 +261,64 @@ class RandomPacks(list):
 
 
 def tiny_dense_config():
-    sizes = dict(vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    sizes = dict(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     return LlamaConfig(**sizes, max_position_embeddings=262144, pad_token_id=None)
 
 
 def dense(job):
-    """Optimiser steps of train_dense.py's Trainer, one pack a GPU, on a whole model with random weights, partitioned as it is made."""
+    """Optimiser steps of train_dense.py's Trainer, one pack a GPU, on a whole model with random weights, partitioned as
+    it is made."""
     import train_dense  # here, because it takes seconds and the other measurements need none of it
 
     world, name, cuda = int(os.environ["WORLD_SIZE"]), job["model"], torch.cuda.is_available()
-    flags = {"model_name_or_path": name, "run_name": "dense", "output_dir": job["output"], "max_seq_length": job["tokens"], "r": job["r"]}
-    flags |= {"global_batch_size": world, "max_steps": job["steps"] + 1, "save_strategy": "no", "report_to": "none", "bf16": cuda}
+    flags = {
+        "model_name_or_path": name,
+        "run_name": "dense",
+        "output_dir": job["output"],
+        "max_seq_length": job["tokens"],
+        "r": job["r"],
+    }
+    flags |= {
+        "global_batch_size": world,
+        "max_steps": job["steps"] + 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": cuda,
+    }
     flags["deepspeed"] = ROOT / "ds3.json"
-    kinds = (train_dense.ModelArguments, multipack.DataArguments, adapter.LoraArguments, train_dense.DenseTrainingArguments)
+    kinds = (
+        train_dense.ModelArguments,
+        DataArguments,
+        LoraArguments,
+        train_dense.DenseTrainingArguments,
+    )
     _, data_args, lora_args, training_args = HfArgumentParser(kinds).parse_args_into_dataclasses(words(flags))
     config = tiny_dense_config() if name == "tiny" else published_config(name)
     planned = train_dense.check_memory(config, data_args, lora_args, training_args)
     dtype = torch.bfloat16 if cuda else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=multipack.register_attention())
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register_attention())
     trainer = train_dense.DenseTrainer(
         model=train_dense.adapt(model, lora_args, training_args),
         args=training_args,
-        train_dataset=train_dense.EvenPacks(RandomPacks(world * (job["steps"] + 1), job["tokens"], config.vocab_size), world),
+        train_dataset=train_dense.EvenPacks(
+            RandomPacks(world * (job["steps"] + 1), job["tokens"], config.vocab_size), world
+        ),
         data_collator=multipack.collate,
         lora_args=lora_args,
         base_model=name,
         planned=planned,
     )
     trainer.train()
-    log = [line for line in trainer.state.log_history if "tokens_per_second" in line][1:]  # the first step allocates and compiles
+    log = [line for line in trainer.state.log_history if "tokens_per_second" in line][
+        1:
+    ]  # the first step allocates and compiles
     seconds = [line["tokens"] / line["tokens_per_second"] for line in log]
     tokens, utilisation = sum(line["tokens"] for line in log), [line["mfu"] for line in log if line.get("mfu")]
     mean = statistics.mean(utilisation) if utilisation else None
@@ -270,12 +333,23 @@ def dense(job):
 def load(job):
     """bench_load.py's own measurement."""
     out = Path(job["output"] + ".json")
-    sys.argv[1:] = ["--gigabytes", str(job["gigabytes"]), "--repeats", "2", "--directory", job["output"], "--out", str(out)]
+    sys.argv[1:] = [
+        "--gigabytes",
+        str(job["gigabytes"]),
+        "--repeats",
+        "2",
+        "--directory",
+        job["output"],
+        "--out",
+        str(out),
+    ]
     bench_load.main()
     if int(os.environ["RANK"]):
         return None
     found = json.loads(out.read_text())[-1]
-    kept = {key: found[key] for key in found if key.endswith(("per_second", "loading")) or key in ("gigabytes", "cores")}
+    kept = {
+        key: found[key] for key in found if key.endswith(("per_second", "loading")) or key in ("gigabytes", "cores")
+    }
     return facts(job, torch.device("cuda" if torch.cuda.is_available() else "cpu")) | kept
 
 
@@ -297,13 +371,17 @@ def write_slice(job):
 
 
 def train(job):
-    """train_moe.main, watched: every frozen tensor's checksum is taken after loading and after training; or killed in a step."""
+    """train_moe.main, watched: every frozen tensor's checksum is taken after loading and after training; or killed in a
+    step."""
     load_weights, clip_gradients = train_moe.load_weights, train_moe.clip_gradients
     seen, calls = {}, []
 
     def checksums():
-        frozen = {name: local_tensor(tensor) for name, tensor in train_moe.frozen_tensors(seen["model"]).items()}
-        return {name: t.view(torch.int16 if t.element_size() == 2 else torch.int32).sum().item() for name, t in frozen.items()}
+        frozen = {name: local_tensor(tensor) for name, tensor in frozen_tensors(seen["model"]).items()}
+        return {
+            name: t.view(torch.int16 if t.element_size() == 2 else torch.int32).sum().item()
+            for name, t in frozen.items()
+        }
 
     def watched(causal_lm, *rest):
         loaded = load_weights(causal_lm, *rest)
@@ -324,7 +402,9 @@ def train(job):
     changed = [name for name, total in checksums().items() if total != seen["before"][name]]
     if changed:
         raise ValueError(f"{len(changed)} frozen tensors changed, such as {changed[0]}")
-    return facts(job, local_tensor(next(seen["model"].parameters())).device) | {"frozen_tensors_unchanged": len(seen["before"])}
+    return facts(job, local_tensor(next(seen["model"].parameters())).device) | {
+        "frozen_tensors_unchanged": len(seen["before"])
+    }
 
 
 MEASUREMENTS = {"scaling": scaling, "dense": dense, "load": load, "slice": write_slice, "train": train}
@@ -332,7 +412,9 @@ MEASUREMENTS = {"scaling": scaling, "dense": dense, "load": load, "slice": write
 
 def work(job):
     """One process of a measurement; rank 0 writes the record."""
-    faulthandler.dump_traceback_later(job["seconds"], exit=True)  # works in a process that waits for one that is no more
+    faulthandler.dump_traceback_later(
+        job["seconds"], exit=True
+    )  # works in a process that waits for one that is no more
     try:
         record = MEASUREMENTS[job["kind"]](job)
     except (ValueError, OSError) as error:

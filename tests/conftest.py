@@ -57,7 +57,10 @@ FAMILIES = {
             "num_mtp_layers": 0,
         },
     ),
-    "qwen2_moe": ("Qwen2MoeConfig", {**MOE, "num_experts": 8, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**MOE, "num_experts": 8, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    ),
 }
 
 

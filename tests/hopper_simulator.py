@@ -1,18 +1,20 @@
-"""Runs fused_moe_lora.py's Gluon kernels on a CPU, because Triton's interpreter does not know Gluon and CI has no Hopper GPU.
+"""Runs the experts block's Gluon kernels on a CPU, because Triton's interpreter does not know Gluon and CI has no
+Hopper GPU.
 
     with hopper_simulator.installed(seed, timing): moe_lora(...)    # in a process with TRITON_INTERPRET=1
 
-The kernels' own Python source is executed with names like `tma` and `mbarrier` bound to this file's. What Hopper does concurrently is
-concurrent here: every partition of every program is a thread, one of which runs at a time, chosen at random; bulk copies, cp.async,
-tensor-core products and bulk stores happen later than they are issued. `timing` says when: "early" at once, "late" only when somebody
-waits for them, or "random". Results that depend on it are a race: a stage refilled before it was read, a store that reads what came after.
-Found and raised by name: deadlocks, a barrier with more arrivals or bytes than it expects, addresses outside a tensor, tensor cores or bulk
-stores that read what ordinary stores wrote without a fence between, results used before they were waited for, descriptors that the
-hardware would refuse.
+The kernels' own Python source is executed with names like `tma` and `mbarrier` bound to this file's. What Hopper does
+concurrently is concurrent here: every partition of every program is a thread, one of which runs at a time, chosen at
+random; bulk copies, cp.async, tensor-core products and bulk stores happen later than they are issued. `timing` says
+when: "early" at once, "late" only when somebody waits for them, or "random". Results that depend on it are a race: a
+stage refilled before it was read, a store that reads what came after. Found and raised by name: deadlocks, a barrier
+with more arrivals or bytes than it expects, addresses outside a tensor, tensor cores or bulk stores that read what
+ordinary stores wrote without a fence between, results used before they were waited for, descriptors that the hardware
+would refuse.
 
-Not modelled: registers, layouts and swizzles (memory is as the kernel sees it), threads within a warpgroup (one program order stands for
-all 128), whose fence it is (one counts for every partition of its program), and bf16: values are fp32, so that a comparison can be exact,
-while sizes and alignments count two bytes a value.
+Not modelled: registers, layouts and swizzles (memory is as the kernel sees it), threads within a warpgroup (one program
+order stands for all 128), whose fence it is (one counts for every partition of its program), and bf16: values are fp32,
+so that a comparison can be exact, while sizes and alignments count two bytes a value.
 """
 
 import contextlib
@@ -24,10 +26,15 @@ import types
 from unittest import mock
 
 import torch
+from triton import language as tl
 
-import fused_moe_lora
+from malaysian_sft import moe_autograd, moe_hopper, moe_hopper_swiglu, moe_routing, moe_swiglu
+from malaysian_sft.moe_routing import HOPPER
+from malaysian_sft.moe_swiglu import nonzero
 
 BYTES = 2  # of a simulated bf16 value
+
+ROOMS = (moe_routing, moe_swiglu, moe_hopper, moe_hopper_swiglu, moe_autograd)  # a name may stand in several
 
 
 class Race(AssertionError):
@@ -38,9 +45,9 @@ class Stopped(Exception):
     """Ends the other threads of a simulation that has failed."""
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Threads and time
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Task:
@@ -158,13 +165,14 @@ class Program:
     dirty: list = dataclasses.field(default_factory=list)  # per allocation, where ordinary stores await a fence
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Values and global memory
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Value(torch.Tensor):
-    """A tensor in registers: torch's, except that `x += y` makes a new one and that split() halves the last dimension."""
+    """A tensor in registers: torch's, except that `x += y` makes a new one and that split() halves the last
+    dimension."""
 
     __iadd__ = torch.Tensor.__add__
     __isub__ = torch.Tensor.__sub__
@@ -211,7 +219,9 @@ class Pointer:
 
     def read(self, mask, other):
         offsets, mask = self.places(mask)
-        found = self.memory[torch.where(mask, offsets, 0).as_subclass(torch.Tensor)].clone()  # a single index gives a view
+        found = self.memory[
+            torch.where(mask, offsets, 0).as_subclass(torch.Tensor)
+        ].clone()  # a single index gives a view
         return value(found if mask.all() else torch.where(mask, found, torch.tensor(other, dtype=found.dtype)))
 
     def write(self, values, mask):
@@ -225,7 +235,9 @@ class Descriptor:
 
     def __init__(self, tensor, block_shape):
         assert tensor.dim() == 2 and tensor.stride(1) == 1, "a bulk copy's rows are contiguous"
-        assert tensor.storage_offset() * BYTES % 16 == 0, f"the matrix begins at {tensor.storage_offset()} values, not at a 16-byte unit"
+        assert tensor.storage_offset() * BYTES % 16 == 0, (
+            f"the matrix begins at {tensor.storage_offset()} values, not at a 16-byte unit"
+        )
         assert tensor.stride(0) * BYTES % 16 == 0, f"rows are {tensor.stride(0)} values apart, not whole 16-byte units"
         assert all(0 < side <= 256 for side in block_shape), f"a box of {block_shape}"
         self.tensor, self.block_shape, self.layout = tensor.detach(), block_shape, None
@@ -242,13 +254,14 @@ class Descriptor:
         return tuple(inside), tuple(part)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Shared memory and barriers
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Shared:
-    """A part of one allocation. `dirty`, of the same size, is where ordinary stores have not been followed by a fence."""
+    """A part of one allocation. `dirty`, of the same size, is where ordinary stores have not been followed by a
+    fence."""
 
     def __init__(self, memory, dirty):
         self.memory, self.dirty = memory, dirty
@@ -324,9 +337,9 @@ class MBarrierLayout:
     pass
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Gluon's names
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Accumulator:
@@ -378,7 +391,9 @@ class tma:
     def async_copy_global_to_shared(desc, coordinates, bar, smem, pred=True):
         if not pred:
             return
-        assert tuple(smem.memory.shape) == tuple(desc.block_shape), f"a box of {desc.block_shape} into {tuple(smem.memory.shape)}"
+        assert tuple(smem.memory.shape) == tuple(desc.block_shape), (
+            f"a box of {desc.block_shape} into {tuple(smem.memory.shape)}"
+        )
         inside, part = desc.box(coordinates)
 
         def copy():
@@ -392,7 +407,9 @@ class tma:
 
     @staticmethod
     def async_copy_shared_to_global(desc, coordinates, smem):
-        assert tuple(smem.memory.shape) == tuple(desc.block_shape), f"a box of {desc.block_shape} from {tuple(smem.memory.shape)}"
+        assert tuple(smem.memory.shape) == tuple(desc.block_shape), (
+            f"a box of {desc.block_shape} from {tuple(smem.memory.shape)}"
+        )
         inside, part = desc.box(coordinates)
 
         def copy():
@@ -423,7 +440,9 @@ class async_copy:
     def mbarrier_arrive(bar, increment_count):
         assert not increment_count
         threads = 32 * MACHINE.current.warps
-        MACHINE.issue(MACHINE.current.copies, lambda: only(bar).arrive(threads))  # behind the copies that this task issued
+        MACHINE.issue(
+            MACHINE.current.copies, lambda: only(bar).arrive(threads)
+        )  # behind the copies that this task issued
         MACHINE.switch()
 
 
@@ -552,37 +571,40 @@ class gl:
         """The first partition runs in the calling task, the others in tasks of their own."""
         program = MACHINE.current.program
         (first, arguments), *others = partitions
-        tasks = [MACHINE.start(lambda f=f, a=a: f(*a), program, count) for (f, a), count in zip(others, warps, strict=True)]
+        tasks = [
+            MACHINE.start(lambda f=f, a=a: f(*a), program, count) for (f, a), count in zip(others, warps, strict=True)
+        ]
         first(*arguments)
         MACHINE.switch(lambda: all(task.done for task in tasks))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Launching
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def simulated_functions(mistake=None):
-    """fused_moe_lora's Gluon functions as plain Python functions that see this file's names instead of Gluon's.
+    """The Gluon functions of the experts block as plain Python functions that see this file's names instead of Gluon's.
 
     mistake: (name of a function, a part of its source, what to put there instead).
     """
-    names = dict(vars(fused_moe_lora))
+    names = {name: value for room in ROOMS for name, value in vars(room).items()}
     names.update(
         gl=gl, tma=tma, mbarrier=mbarrier, async_copy=async_copy, fence_async_shared=fence_async_shared,
         warpgroup_mma=warpgroup_mma, warpgroup_mma_wait=warpgroup_mma_wait,
     )  # fmt: skip
-    for name, jit in vars(fused_moe_lora).items():
+    for name, jit in list(names.items()):
         if getattr(jit, "is_gluon", lambda: False)():
             names[name] = types.FunctionType(jit.fn.__code__, names)
-        if isinstance(jit, fused_moe_lora.tl.constexpr):
+        if isinstance(jit, tl.constexpr):
             names[name] = jit.value
-    names["nonzero"] = types.FunctionType(fused_moe_lora.nonzero.fn.__code__, {**names, "tl": gl})  # Triton's, which Gluon can call
+    names["nonzero"] = types.FunctionType(nonzero.fn.__code__, {**names, "tl": gl})  # Triton's, which Gluon can call
     # PTX in the kernel; here everything is fp32
     names.update(hopper_sigmoid=torch.sigmoid, hopper_reciprocal=torch.reciprocal, hopper_rounded=lambda x: x)
     if mistake is not None:
         name, right, wrong = mistake
-        source = inspect.getsource(getattr(fused_moe_lora, name).fn)
+        room = next(room for room in ROOMS if hasattr(room, name))
+        source = inspect.getsource(getattr(room, name).fn)
         assert source.count(right) == 1, f"{right!r} is {source.count(right)} times in {name}"
         source = source[source.index("def ") :].replace(right, wrong)
         exec(compile(source, f"<{name} with a mistake>", "exec"), names)
@@ -612,15 +634,19 @@ class Kernel:
 
 @contextlib.contextmanager
 def installed(seed, timing, multiprocessors=3, mistake=None, **tiles):
-    """Within: moe_lora takes the Hopper path for CPU tensors in fp32. Yields the simulated kernels by name, which count their launches.
+    """Within: moe_lora takes the Hopper path for CPU tensors in fp32. Yields the simulated kernels by name, which count
+    their launches.
 
-    seed: anything that prints; timing: "early", "late" or "random"; multiprocessors: how many programs hopper_gemm_kernel has.
-    mistake: see simulated_functions. tiles: what to change of fused_moe_lora.HOPPER's tile sizes.
+    seed: anything that prints; timing: "early", "late" or "random"; multiprocessors: how many programs
+    hopper_gemm_kernel has. mistake: see simulated_functions. tiles: what to change of HOPPER's tile
+    sizes.
     """
     names = simulated_functions(mistake)
-    kernels = {name: Kernel(names[name], seed, timing) for name in ("hopper_gemm_kernel", "hopper_swiglu_backward_kernel")}
-    sizes = dataclasses.replace(fused_moe_lora.HOPPER, **tiles)
-    on_hopper = fused_moe_lora.on_hopper
+    kernels = {
+        name: Kernel(names[name], seed, timing) for name in ("hopper_gemm_kernel", "hopper_swiglu_backward_kernel")
+    }
+    sizes = dataclasses.replace(HOPPER, **tiles)
+    on_hopper = moe_hopper.on_hopper
     replaced = {
         **kernels,
         "tiles_for": lambda device, dtype: sizes,
@@ -628,5 +654,9 @@ def installed(seed, timing, multiprocessors=3, mistake=None, **tiles):
         "descriptor": Descriptor,
         "on_hopper": lambda x, p, tiles: on_hopper(types.SimpleNamespace(dtype=torch.bfloat16), p, tiles),
     }
-    with mock.patch.multiple(fused_moe_lora, **replaced):
+    with contextlib.ExitStack() as patches:
+        for room in ROOMS:
+            here = {name: value for name, value in replaced.items() if hasattr(room, name)}
+            if here:
+                patches.enter_context(mock.patch.multiple(room, **here))
         yield kernels

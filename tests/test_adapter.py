@@ -15,6 +15,23 @@ from safetensors.torch import load_file, save_file
 import adapter
 import fused_moe_lora
 from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from malaysian_sft.adapter_files import Adapter
+from malaysian_sft.adapter_state import adapter_state_dict, load_adapter, save_adapter
+from malaysian_sft.convert import convert_adapter
+from malaysian_sft.lora import (
+    CONFIG,
+    EXPERT,
+    MANIFEST,
+    PREFIX,
+    WEIGHTS,
+    LoraArguments,
+    _targets_as_written,
+    apply_lora,
+    lora_targets,
+    reset_lora_parameters,
+)
+from malaysian_sft.merge import merge_adapter
+from malaysian_sft.verify import verify_adapter
 
 HEAD_DIM = 32  # the least that vLLM's CPU attention takes
 CASES = [(family, kind) for family in ("llama", "qwen3_moe", "glm4_moe") for kind in ("lora", "dora")]
@@ -25,14 +42,17 @@ TOLERANCE = 1e-5
 def adapted(family, kind, r=8, seed=0, **overrides):
     """A tiny model with LoRA or DoRA everywhere, as the trainers build it."""
     model = tiny_model(family, seed, head_dim=HEAD_DIM, **overrides)
-    args = adapter.LoraArguments(r=r, use_dora=kind == "dora")
+    args = LoraArguments(r=r, use_dora=kind == "dora")
     if family.endswith("moe"):
-        fused_moe_lora.wrap_experts(model, args.expert_rank(model.config), args.expert_alpha(model.config), use_dora=args.use_dora)
-    return adapter.apply_lora(model, args), args
+        fused_moe_lora.wrap_experts(
+            model, args.expert_rank(model.config), args.expert_alpha(model.config), use_dora=args.use_dora
+        )
+    return apply_lora(model, args), args
 
 
 def train(model, seed=1, steps=2):
-    """Random B and magnitudes far from their start, then a few steps, so that every tensor matters and none is special."""
+    """Random B and magnitudes far from their start, then a few steps, so that every tensor matters and none is
+    special."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,9 +86,9 @@ class Trained:
         train(self.model)
         self.truth = log_probabilities(self.model)
         self.directory = directory / "run" / "checkpoint-2"
-        adapter.save_adapter(self.model, self.directory, self.base, tiny_tokenizer(), self.args)
+        save_adapter(self.model, self.directory, self.base, tiny_tokenizer(), self.args)
         self.merged = directory / "merged"
-        adapter.merge_adapter(self.base, self.directory, self.merged, log=lambda line: None)
+        merge_adapter(self.base, self.directory, self.merged, log=lambda line: None)
 
     def copy(self, tmp_path):
         return Path(shutil.copytree(self.directory, tmp_path / "adapter"))
@@ -88,13 +108,13 @@ def trained(tmp_path_factory):
 
 def rewrite(directory, change):
     """Load the adapter's tensors, let `change` edit them, write them back."""
-    tensors = load_file(directory / adapter.WEIGHTS)
+    tensors = load_file(directory / WEIGHTS)
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / adapter.WEIGHTS)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / WEIGHTS)
 
 
 def edit_config(directory, **changes):
-    path = directory / adapter.CONFIG
+    path = directory / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -102,16 +122,16 @@ def add_a_layer(tensors):
     tensors.update({key.replace("layers.1.", "layers.2."): tensors[key].clone() for key in list(tensors)})
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Arguments and targets
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_default_shape_of_the_adapter():
     config = tiny_config("qwen3_moe", num_experts_per_tok=8)
-    args = adapter.LoraArguments()
+    args = LoraArguments()
     assert (args.r, args.alpha, args.expert_rank(config), args.expert_alpha(config)) == (256, 512, 32, 64)
-    args = adapter.LoraArguments(r=16, lora_alpha=8, expert_r=4)
+    args = LoraArguments(r=16, lora_alpha=8, expert_r=4)
     assert (args.alpha, args.expert_rank(config), args.expert_alpha(config)) == (8, 4, 2)
 
 
@@ -127,10 +147,10 @@ def test_targets_are_all_linear_layers_but_routers_and_heads():
     for family, expected in layers.items():
         names = {f"model.layers.{i}.{name}" for i, layer in enumerate(expected) for name in layer}
         model = tiny_model(family)
-        assert set(adapter.lora_targets(model)) == names
+        assert set(lora_targets(model)) == names
         if family.endswith("moe"):
             fused_moe_lora.wrap_experts(model, 4, 8)
-            assert set(adapter.lora_targets(model)) == names
+            assert set(lora_targets(model)) == names
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen2_moe"])
@@ -141,12 +161,14 @@ def test_apply_lora_trains_the_adapter_in_fp32_and_nothing_else(family, kind):
     assert trainable == {name for name, _ in model.named_parameters() if "lora_" in name}
     parameters = dict(model.named_parameters())
     assert {parameters[name].dtype for name in trainable} == {torch.float32}
-    layers = {name.removeprefix(adapter.PREFIX).split(".lora_A")[0] for name in trainable if ".lora_A." in name}
-    assert layers == set(adapter.lora_targets(tiny_model(family, head_dim=HEAD_DIM)))
+    layers = {name.removeprefix(PREFIX).split(".lora_A")[0] for name in trainable if ".lora_A." in name}
+    assert layers == set(lora_targets(tiny_model(family, head_dim=HEAD_DIM)))
     assert sum("experts.down_proj_lora_B" in name for name in trainable) == (1 if family == "glm4_moe" else 2)
-    name = f"{adapter.PREFIX}model.layers.1.self_attn.q_proj"
+    name = f"{PREFIX}model.layers.1.self_attn.q_proj"
     assert parameters[f"{name}.base_layer.weight"].dtype == torch.bfloat16
-    assert parameters[f"{name}.lora_A.default.weight"].abs().max() <= 64**-0.5  # Kaiming-uniform with a = sqrt 5 over a fan-in of 64
+    assert (
+        parameters[f"{name}.lora_A.default.weight"].abs().max() <= 64**-0.5
+    )  # Kaiming-uniform with a = sqrt 5 over a fan-in of 64
     assert parameters[f"{name}.lora_A.default.weight"].std().item() == pytest.approx((1 / 3 / 64) ** 0.5, rel=0.1)
     assert not parameters[f"{name}.lora_B.default.weight"].any()
     if kind == "dora":
@@ -157,11 +179,11 @@ def test_apply_lora_trains_the_adapter_in_fp32_and_nothing_else(family, kind):
 def test_reset_after_a_meta_device_build():
     with torch.device("meta"):
         model = tiny_model("llama")
-    model = adapter.apply_lora(model, adapter.LoraArguments(r=8, use_dora=True))
+    model = apply_lora(model, LoraArguments(r=8, use_dora=True))
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    adapter.reset_lora_parameters(model)
+    reset_lora_parameters(model)
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     assert torch.allclose(layer.lora_magnitude_vector["default"].weight, layer.base_layer.weight.norm(dim=1))
     assert not layer.lora_B["default"].weight.any()
@@ -169,22 +191,24 @@ def test_reset_after_a_meta_device_build():
 
 
 def test_target_modules_selects_and_refuses_unknown_names():
-    model = adapter.apply_lora(tiny_model("llama"), adapter.LoraArguments(r=4, target_modules="q_proj, layers.1.mlp.up_proj"))
-    names = {name.split(".lora_A")[0].removeprefix(adapter.PREFIX) for name, _ in model.named_parameters() if ".lora_A." in name}
+    model = apply_lora(tiny_model("llama"), LoraArguments(r=4, target_modules="q_proj, layers.1.mlp.up_proj"))
+    names = {
+        name.split(".lora_A")[0].removeprefix(PREFIX) for name, _ in model.named_parameters() if ".lora_A." in name
+    }
     assert names == {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
     with pytest.raises(ValueError, match="--target_modules wq: .*choose from down_proj, gate_proj"):
-        adapter.apply_lora(tiny_model("llama"), adapter.LoraArguments(target_modules="wq"))
+        apply_lora(tiny_model("llama"), LoraArguments(target_modules="wq"))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Save and load
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
 def test_saved_names_and_values_are_the_base_checkpoints(trained, family, kind):
     run = trained(family, kind)
-    tensors = load_file(run.directory / adapter.WEIGHTS)
+    tensors = load_file(run.directory / WEIGHTS)
     parts = ["lora_A.weight", "lora_B.weight"] + (["lora_magnitude_vector"] if kind == "dora" else [])
     base = load_file(Path(run.base) / "model.safetensors")  # per-expert names, as every published checkpoint has them
     frozen = ("norm", "embed_tokens", "lm_head", "mlp.gate.", "bias", "e_score")
@@ -197,8 +221,10 @@ def test_saved_names_and_values_are_the_base_checkpoints(trained, family, kind):
         assert torch.equal(tensors[f"{name}.lora_A.weight"], experts.up_proj_lora_A[5])
         if kind == "dora":
             assert torch.equal(tensors[f"{name}.lora_magnitude_vector"], experts.up_proj_lora_magnitude[5])
-    assert adapter.verify_adapter(run.directory, run.base) == []
-    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"} <= set(os.listdir(run.directory))
+    assert verify_adapter(run.directory, run.base) == []
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"} <= set(
+        os.listdir(run.directory)
+    )
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
@@ -206,87 +232,95 @@ def test_load_adapter_restores_the_trained_model(trained, family, kind):
     run = trained(family, kind)
     model, _ = adapted(family, kind)
     assert not torch.allclose(log_probabilities(model), run.truth, atol=0.1)
-    adapter.load_adapter(model, run.directory)
+    load_adapter(model, run.directory)
     assert torch.equal(log_probabilities(model), run.truth)
 
 
 def test_load_adapter_refuses_what_does_not_fit(trained, tmp_path):
     directory = trained("llama", "lora").directory
     with pytest.raises(ValueError, match="q_proj.lora_A.weight is .8, 64., the model's is .4, 64."):
-        adapter.load_adapter(adapted("llama", "lora", r=4)[0], directory)
+        load_adapter(adapted("llama", "lora", r=4)[0], directory)
     with pytest.raises(ValueError, match="nothing in the model takes 7 modules, first model.layers.1.mlp.down_proj"):
-        adapter.load_adapter(adapted("llama", "lora", num_hidden_layers=1)[0], directory)
+        load_adapter(adapted("llama", "lora", num_hidden_layers=1)[0], directory)
     with pytest.raises(ValueError, match="no base_model.model.model.layers.2.self_attn.q_proj"):
-        adapter.load_adapter(adapted("llama", "lora", num_hidden_layers=3)[0], directory)
+        load_adapter(adapted("llama", "lora", num_hidden_layers=3)[0], directory)
     with pytest.raises(ValueError, match="the adapter is LoRA, the model DoRA"):
-        adapter.load_adapter(adapted("llama", "dora")[0], directory)
+        load_adapter(adapted("llama", "dora")[0], directory)
     with pytest.raises(ValueError, match="the adapter is DoRA, the model has no lora_magnitude_vector"):
-        adapter.load_adapter(adapted("llama", "lora")[0], trained("llama", "dora").directory)
+        load_adapter(adapted("llama", "lora")[0], trained("llama", "dora").directory)
     copy = trained("llama", "lora").copy(tmp_path)
     edit_config(copy, lora_alpha=8)
     with pytest.raises(ValueError, match="lora_alpha is 8, it was 16"):
-        adapter.load_adapter(adapted("llama", "lora")[0], copy)
-    (copy / adapter.MANIFEST).unlink()
+        load_adapter(adapted("llama", "lora")[0], copy)
+    (copy / MANIFEST).unlink()
     with pytest.raises(ValueError, match="scaling 1, the model has 2"):
-        adapter.load_adapter(adapted("llama", "lora")[0], copy)
+        load_adapter(adapted("llama", "lora")[0], copy)
 
 
 def test_shared_lora_A_is_saved_under_both_names_and_loads(tmp_path):
     def build():
         model = tiny_model("qwen3_moe")
         fused_moe_lora.wrap_experts(model, 4, 8, shared_A=True)
-        return adapter.apply_lora(model, adapter.LoraArguments(r=8))
+        return apply_lora(model, LoraArguments(r=8))
 
     model = train(build(), steps=0)
-    adapter.save_adapter(model, tmp_path / "a", "tiny")
-    tensors = load_file(tmp_path / "a" / adapter.WEIGHTS)
+    save_adapter(model, tmp_path / "a", "tiny")
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
     name = "base_model.model.model.layers.0.mlp.experts.2.{}_proj.lora_A.weight"
     assert torch.equal(tensors[name.format("gate")], tensors[name.format("up")])
     again = build()
-    adapter.load_adapter(again, tmp_path / "a")
+    load_adapter(again, tmp_path / "a")
     assert torch.equal(log_probabilities(again), log_probabilities(model))
     rewrite(tmp_path / "a", lambda tensors: tensors[name.format("up")].mul_(2))
-    (tmp_path / "a" / adapter.MANIFEST).unlink()
-    with pytest.raises(ValueError, match="experts.0.up_proj.lora_A.weight differs from the projection that the model shares it with"):
-        adapter.load_adapter(build(), tmp_path / "a")
+    (tmp_path / "a" / MANIFEST).unlink()
+    with pytest.raises(
+        ValueError, match="experts.0.up_proj.lora_A.weight differs from the projection that the model shares it with"
+    ):
+        load_adapter(build(), tmp_path / "a")
 
 
 def test_a_save_that_is_not_sound_raises_and_leaves_no_adapter(tmp_path):
     model, _ = adapted("llama", "lora")
     with pytest.raises(ValueError, match="every lora_B is zero: nothing was trained"):
-        adapter.save_adapter(model, tmp_path / "a", "tiny")
+        save_adapter(model, tmp_path / "a", "tiny")
     assert not (tmp_path / "a").exists()
-    adapter.save_adapter(model, tmp_path / "a", "tiny", allow_zero=True)
-    assert adapter.verify_adapter(tmp_path / "a", allow_zero=True) == []
+    save_adapter(model, tmp_path / "a", "tiny", allow_zero=True)
+    assert verify_adapter(tmp_path / "a", allow_zero=True) == []
     train(model)
     with torch.no_grad():
         model.base_model.model.model.layers[1].mlp.up_proj.lora_B["default"].weight[3, 2] = float("nan")
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj.lora_B.weight has 1 values that are not finite"):
-        adapter.save_adapter(model, tmp_path / "b", "tiny")
+        save_adapter(model, tmp_path / "b", "tiny")
     with pytest.raises(ValueError, match="r is 8 in the model but 16 in the arguments"):
-        adapter.save_adapter(model, tmp_path / "c", "tiny", lora_args=adapter.LoraArguments(r=16))
+        save_adapter(model, tmp_path / "c", "tiny", lora_args=LoraArguments(r=16))
 
 
 def test_a_lost_shard_is_refused_when_saving(tmp_path):
     model, args = adapted("qwen3_moe", "lora")
-    tensors = adapter.adapter_state_dict(train(model))
+    tensors = adapter_state_dict(train(model))
     whole = dict(tensors)
     name = "base_model.model.model.layers.0.mlp.experts.7.down_proj.lora_A.weight"
     tensors[name] = torch.zeros_like(tensors[name])
     with pytest.raises(ValueError, match="experts.7.down_proj.lora_A.weight has rows of zeros"):
-        adapter.save_adapter(model, tmp_path / "a", "tiny", tensors=tensors)
+        save_adapter(model, tmp_path / "a", "tiny", tensors=tensors)
     del tensors[name]
     with pytest.raises(ValueError, match="experts.7.down_proj.lora_A.weight is missing"):
-        adapter.save_adapter(model, tmp_path / "a", "tiny", tensors=tensors)
+        save_adapter(model, tmp_path / "a", "tiny", tensors=tensors)
     half = {key: value[: len(value) // 2] if "q_proj.lora_B" in key else value for key, value in whole.items()}
     with pytest.raises(ValueError, match="q_proj is for a weight of shape .64, 64., the base has .128, 64."):
-        adapter.save_adapter(model, tmp_path / "a", "tiny", tensors=half)
-    untrained = {key: torch.zeros_like(value) if "experts" in key and "gate_proj.lora_B" in key else value for key, value in whole.items()}
+        save_adapter(model, tmp_path / "a", "tiny", tensors=half)
+    untrained = {
+        key: torch.zeros_like(value) if "experts" in key and "gate_proj.lora_B" in key else value
+        for key, value in whole.items()
+    }
     with pytest.raises(ValueError, match=r"experts.\*.gate_proj: lora_B is all zeros: it was not trained"):
-        adapter.save_adapter(model, tmp_path / "a", "tiny", tensors=untrained)
-    one = {key: torch.zeros_like(value) if "experts.3." in key and "lora_B" in key else value for key, value in whole.items()}
-    adapter.save_adapter(model, tmp_path / "a", "tiny", tensors=one)  # an expert that the router never chose
-    adapter.save_adapter(model, tmp_path / "other", "tiny", tensors={})  # what ranks other than 0 do
+        save_adapter(model, tmp_path / "a", "tiny", tensors=untrained)
+    one = {
+        key: torch.zeros_like(value) if "experts.3." in key and "lora_B" in key else value
+        for key, value in whole.items()
+    }
+    save_adapter(model, tmp_path / "a", "tiny", tensors=one)  # an expert that the router never chose
+    save_adapter(model, tmp_path / "other", "tiny", tensors={})  # what ranks other than 0 do
     assert not (tmp_path / "other").exists()
 
 
@@ -294,27 +328,29 @@ def test_saving_over_an_adapter_keeps_what_else_the_directory_holds(trained, tmp
     directory = trained("llama", "lora").copy(tmp_path)
     (directory / "trainer_state.json").write_text("{}")
     model, _ = adapted("llama", "lora")
-    adapter.save_adapter(train(model, seed=5), directory, "tiny")
+    save_adapter(train(model, seed=5), directory, "tiny")
     assert (directory / "trainer_state.json").exists() and not directory.with_name("adapter.tmp").exists()
-    assert adapter.verify_adapter(directory) == []
+    assert verify_adapter(directory) == []
     again, _ = adapted("llama", "lora")
-    adapter.load_adapter(again, directory)
+    load_adapter(again, directory)
     assert torch.equal(log_probabilities(again), log_probabilities(model))
 
 
 def test_bf16_on_disk_when_asked_for(tmp_path):
     model, _ = adapted("llama", "lora")
-    adapter.save_adapter(train(model), tmp_path / "a", "tiny", dtype=torch.bfloat16)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "a" / adapter.WEIGHTS).values()} == {torch.bfloat16}
-    assert adapter.verify_adapter(tmp_path / "a") == []
+    save_adapter(train(model), tmp_path / "a", "tiny", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "a" / WEIGHTS).values()} == {torch.bfloat16}
+    assert verify_adapter(tmp_path / "a") == []
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # PEFT, transformers, vLLM: the same log-probabilities as the trained model
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "kind"), [case for case in CASES if case[1] == "lora"] + [("llama", "dora"), ("qwen2_moe", "lora")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [case for case in CASES if case[1] == "lora"] + [("llama", "dora"), ("qwen2_moe", "lora")]
+)
 def test_peft_loads_the_adapter(trained, family, kind):
     from peft import PeftModel
 
@@ -333,7 +369,7 @@ def test_merged_checkpoint_in_transformers(trained, family, kind):
     assert AutoTokenizer.from_pretrained(run.merged).chat_template == tiny_tokenizer().chat_template
     # every weight against fp64, computed here
     base, merged = load_file(Path(run.base) / "model.safetensors"), load_file(run.merged / "model.safetensors")
-    tensors = {name: tensor.double() for name, tensor in load_file(run.directory / adapter.WEIGHTS).items()}
+    tensors = {name: tensor.double() for name, tensor in load_file(run.directory / WEIGHTS).items()}
     for name, weight in base.items():
         module = f"base_model.model.{name.removesuffix('.weight')}"
         expected = weight.double()
@@ -413,7 +449,13 @@ def run_vllm(tmp_path, jobs, multiprocessing):
         "VLLM_LOGGING_LEVEL": "WARNING",
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run([sys.executable, script, output, json.dumps(jobs)], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, script, output, json.dumps(jobs)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     return (json.loads(output.read_text()) if output.exists() else None), done.stdout + done.stderr
 
 
@@ -424,10 +466,12 @@ def vllm_job(run, name, how="merged", tp=1, check=False):
 @pytest.fixture(scope="session")
 def vllm_results(trained, tmp_path_factory):
     """All single-process engines in one process, one after another: importing vLLM is most of the time."""
-    jobs = [vllm_job(trained(*case), " ".join(case), check=case[0].endswith("moe") and case[1] == "lora") for case in CASES]
+    jobs = [
+        vllm_job(trained(*case), " ".join(case), check=case[0].endswith("moe") and case[1] == "lora") for case in CASES
+    ]
     jobs.append(vllm_job(trained("llama", "lora"), "unmerged", how="unmerged"))
     longer = trained("llama", "lora").copy(tmp_path_factory.mktemp("longer"))
-    (longer / adapter.MANIFEST).unlink()
+    (longer / MANIFEST).unlink()
     rewrite(longer, add_a_layer)
     jobs.append(vllm_job(trained("llama", "lora"), "refused") | {"adapter": str(longer)})
     results, log = run_vllm(tmp_path_factory.mktemp("vllm"), jobs, multiprocessing=False)
@@ -453,34 +497,41 @@ def test_vllm_serves_the_unmerged_adapter(trained, vllm_results):
 @pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
 def test_vllm_accepts_unmerged_experts(trained, vllm_results, family):
     loras = vllm_results[f"{family} lora"]["check"]
-    slots = adapter.Adapter(trained(family, "lora").directory).slots
+    slots = Adapter(trained(family, "lora").directory).slots
     assert set(loras) == set(slots)
     assert loras["model.layers.1.mlp.experts.7.gate_proj"] == [[4, 64], [32, 4], 2.0]
     assert loras["model.layers.1.self_attn.q_proj"] == [[8, 64], [128, 8], 2.0]
 
 
-IN_CI = [("llama", "lora"), ("qwen3_moe", "dora")]  # an engine of two processes takes 40 s to start and stop on two cores
+IN_CI = [
+    ("llama", "lora"),
+    ("qwen3_moe", "dora"),
+]  # an engine of two processes takes 40 s to start and stop on two cores
 
 
-@pytest.mark.parametrize("cases", [IN_CI, pytest.param([case for case in CASES if case not in IN_CI], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cases", [IN_CI, pytest.param([case for case in CASES if case not in IN_CI], marks=pytest.mark.slow)]
+)
 def test_merged_while_vllm_loads_with_tensor_parallelism(trained, tmp_path, cases):
-    results, log = run_vllm(tmp_path, [vllm_job(trained(*case), " ".join(case), tp=2) for case in cases], multiprocessing=True)
+    results, log = run_vllm(
+        tmp_path, [vllm_job(trained(*case), " ".join(case), tp=2) for case in cases], multiprocessing=True
+    )
     assert results is not None, log[-5000:]
     for case in cases:
         found = torch.tensor(results[" ".join(case)]["log_probabilities"])
         assert torch.allclose(found, trained(*case).truth, atol=TOLERANCE, rtol=0), case
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Damage
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 EXPERT_5 = "base_model.model.model.layers.0.mlp.experts.5."
 UP_A = f"{EXPERT_5}up_proj.lora_A.weight"
 
 
 def truncate(directory):
-    path = directory / adapter.WEIGHTS
+    path = directory / WEIGHTS
     path.write_bytes(path.read_bytes()[:-1000])
 
 
@@ -511,12 +562,15 @@ def half_the_rows(directory):
 
 DAMAGE = {
     "truncated file": (truncate, "adapter_model.safetensors: truncated or damaged: .* bytes, its header asks for"),
-    "empty file": (lambda d: (d / adapter.WEIGHTS).write_bytes(b""), "truncated"),
-    "no tensors": (lambda d: save_file({}, d / adapter.WEIGHTS), "holds no tensors"),
-    "no file": (lambda d: (d / adapter.WEIGHTS).unlink(), "no adapter_model.safetensors"),
-    "no configuration": (lambda d: (d / adapter.CONFIG).unlink(), "no adapter_config.json"),
+    "empty file": (lambda d: (d / WEIGHTS).write_bytes(b""), "truncated"),
+    "no tensors": (lambda d: save_file({}, d / WEIGHTS), "holds no tensors"),
+    "no file": (lambda d: (d / WEIGHTS).unlink(), "no adapter_model.safetensors"),
+    "no configuration": (lambda d: (d / CONFIG).unlink(), "no adapter_config.json"),
     "zeroed shard": (zero_a_shard, r"experts.4.gate_proj.lora_A.weight is all zeros \(its checksum differs"),
-    "one expert missing": (lose_an_expert, "expert 5 of model.layers.0.mlp.experts has no gate_proj, up_proj, down_proj"),
+    "one expert missing": (
+        lose_an_expert,
+        "expert 5 of model.layers.0.mlp.experts has no gate_proj, up_proj, down_proj",
+    ),
     "a layer missing": (lose_a_layer, "model.layers.1.self_attn.q_proj is missing"),
     "swapped gate and up": (
         swap_gate_and_up,
@@ -538,7 +592,10 @@ DAMAGE = {
         "do not have the rank 8 that adapter_config",
     ),
     "DoRA claimed": (lambda d: edit_config(d, use_dora=True), "lora_magnitude_vector is missing"),
-    "unknown tensor": (lambda d: rewrite(d, lambda t: t.update({"lm_head.weight": torch.ones(2)})), "lm_head.weight is not a LoRA tensor"),
+    "unknown tensor": (
+        lambda d: rewrite(d, lambda t: t.update({"lm_head.weight": torch.ones(2)})),
+        "lm_head.weight is not a LoRA tensor",
+    ),
     "layer that is not there": (
         lambda d: rewrite(d, add_a_layer),
         "model.layers.2.self_attn.q_proj is no linear layer of the base model",
@@ -551,10 +608,10 @@ def test_damage_is_refused_by_name(trained, tmp_path, capsys, damage):
     run = trained("qwen3_moe", "lora")
     directory = run.copy(tmp_path)
     break_it, message = DAMAGE[damage]
-    assert adapter.verify_adapter(directory, run.base) == []
+    assert verify_adapter(directory, run.base) == []
     break_it(directory)
     with pytest.raises(ValueError):  # whoever reads it notices, verified or not
-        adapter.merge_adapter(run.base, directory, tmp_path / "out")
+        merge_adapter(run.base, directory, tmp_path / "out")
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         adapter.main(["verify", str(directory), "--base", run.base])
@@ -566,12 +623,12 @@ def test_damage_is_refused_by_name(trained, tmp_path, capsys, damage):
 
 def test_without_a_manifest_structure_is_still_checked(trained, tmp_path):
     directory = trained("qwen3_moe", "lora").copy(tmp_path)
-    (directory / adapter.MANIFEST).unlink()
-    assert adapter.verify_adapter(directory) == []
+    (directory / MANIFEST).unlink()
+    assert verify_adapter(directory) == []
     edit_config(directory, lora_alpha=8)
-    assert "alpha / r differs from layer to layer: [1.0, 2.0]" in adapter.verify_adapter(directory)[0]
+    assert "alpha / r differs from layer to layer: [1.0, 2.0]" in verify_adapter(directory)[0]
     zero_a_shard(directory)
-    assert any("experts.5.up_proj.lora_A.weight has rows of zeros" in fault for fault in adapter.verify_adapter(directory))
+    assert any("experts.5.up_proj.lora_A.weight has rows of zeros" in fault for fault in verify_adapter(directory))
 
 
 def test_another_base_is_refused(trained, tmp_path):
@@ -579,16 +636,16 @@ def test_another_base_is_refused(trained, tmp_path):
     twin = save_tiny_checkpoint(tmp_path / "twin", "llama", seed=3, head_dim=HEAD_DIM)
     wide = save_tiny_checkpoint(tmp_path / "wide", "llama", head_dim=HEAD_DIM, intermediate_size=128)
     other = save_tiny_checkpoint(tmp_path / "other", "qwen3", head_dim=HEAD_DIM)
-    assert "this is another base model's adapter" in "\n".join(adapter.verify_adapter(run.directory, twin))
-    faults = "\n".join(adapter.verify_adapter(run.directory, wide))
+    assert "this is another base model's adapter" in "\n".join(verify_adapter(run.directory, twin))
+    faults = "\n".join(verify_adapter(run.directory, wide))
     assert "intermediate_size is 128; the adapter was trained on" in faults
     assert "mlp.up_proj is for a weight of shape (96, 64), the base has (128, 64)" in faults
-    assert "model_type is qwen3;" in "\n".join(adapter.verify_adapter(run.directory, other))
-    assert "base nowhere/at-all:" in adapter.verify_adapter(run.directory, "nowhere/at-all")[0]
+    assert "model_type is qwen3;" in "\n".join(verify_adapter(run.directory, other))
+    assert "base nowhere/at-all:" in verify_adapter(run.directory, "nowhere/at-all")[0]
     bf16 = save_tiny_checkpoint(tmp_path / "bf16", "llama", dtype=torch.bfloat16, head_dim=HEAD_DIM)
-    assert adapter.verify_adapter(run.directory, bf16) == []  # the same base in another dtype
+    assert verify_adapter(run.directory, bf16) == []  # the same base in another dtype
     with pytest.raises(ValueError, match="this is another base model's adapter"):
-        adapter.merge_adapter(twin, run.directory, tmp_path / "out")
+        merge_adapter(twin, run.directory, tmp_path / "out")
     adapter.main(["merge", twin, str(run.directory), str(tmp_path / "out"), "--any_base"])
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -606,12 +663,12 @@ def test_another_base_is_refused(trained, tmp_path):
 def test_configurations_that_would_merge_wrongly_are_refused(trained, tmp_path, change, message):
     directory = trained("llama", "lora").copy(tmp_path)
     edit_config(directory, **change)
-    assert message in adapter.verify_adapter(directory)[0]
+    assert message in verify_adapter(directory)[0]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Adapters written by PEFT, and conversion
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def peft_stacked(family, directory, names=("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), **settings):
@@ -619,7 +676,12 @@ def peft_stacked(family, directory, names=("mlp.experts.gate_up_proj", "mlp.expe
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        r=6, lora_alpha=9, target_modules=["q_proj", "v_proj"], target_parameters=list(names), task_type="CAUSAL_LM", **settings
+        r=6,
+        lora_alpha=9,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=list(names),
+        task_type="CAUSAL_LM",
+        **settings,
     )
     model = get_peft_model(tiny_model(family, head_dim=HEAD_DIM), config)
     generator = torch.Generator().manual_seed(2)
@@ -634,7 +696,7 @@ def peft_stacked(family, directory, names=("mlp.experts.gate_up_proj", "mlp.expe
 def merged_model(base, directory, out):
     from transformers import AutoModelForCausalLM
 
-    adapter.merge_adapter(base, directory, out, log=lambda line: None)
+    merge_adapter(base, directory, out, log=lambda line: None)
     return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
 
 
@@ -647,14 +709,16 @@ def test_pefts_stacked_adapters_are_read_merged_and_converted(trained, tmp_path,
 
     truth = log_probabilities(peft_stacked(family, tmp_path / "stacked", **settings))
     base = trained(family, "lora").base
-    faults = adapter.verify_adapter(tmp_path / "stacked", base)
+    faults = verify_adapter(tmp_path / "stacked", base)
     assert all("alpha / r differs" in fault for fault in faults) and bool(faults) == ("rank_pattern" in settings)
     merged = merged_model(base, tmp_path / "stacked", tmp_path / "merged")
     assert torch.allclose(log_probabilities(merged), truth, atol=TOLERANCE, rtol=0)
 
-    adapter.convert_adapter(tmp_path / "stacked", tmp_path / "2d", "2d")
-    keys = set(load_file(tmp_path / "2d" / adapter.WEIGHTS))
-    assert "base_model.model.model.layers.1.mlp.experts.7.up_proj.lora_B.weight" in keys and not any("base_layer" in key for key in keys)
+    convert_adapter(tmp_path / "stacked", tmp_path / "2d", "2d")
+    keys = set(load_file(tmp_path / "2d" / WEIGHTS))
+    assert "base_model.model.model.layers.1.mlp.experts.7.up_proj.lora_B.weight" in keys and not any(
+        "base_layer" in key for key in keys
+    )
     again = PeftModel.from_pretrained(tiny_model(family, head_dim=HEAD_DIM), tmp_path / "2d")
     assert torch.allclose(log_probabilities(again), truth, atol=TOLERANCE, rtol=0)
     merged = merged_model(base, tmp_path / "2d", tmp_path / "merged-2d")
@@ -674,25 +738,25 @@ def test_our_adapters_stacked_load_in_peft_and_come_back_unchanged(trained, tmp_
 
     run = trained(family, "lora")
     adapter.main(["convert", str(run.directory), str(tmp_path / "stacked"), "--layout", "stacked"])
-    tensors = load_file(tmp_path / "stacked" / adapter.WEIGHTS)
+    tensors = load_file(tmp_path / "stacked" / WEIGHTS)
     assert tensors["base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.weight"].shape == (8 * 2 * 4, 64)
     assert tensors["base_model.model.model.layers.1.mlp.experts.lora_B.weight"].shape == (64, 4 * 8)
-    assert adapter.verify_adapter(tmp_path / "stacked", run.base) == []
+    assert verify_adapter(tmp_path / "stacked", run.base) == []
     model = PeftModel.from_pretrained(tiny_model(family, head_dim=HEAD_DIM), tmp_path / "stacked")
     assert torch.allclose(log_probabilities(model), run.truth, atol=TOLERANCE, rtol=0)
     again, _ = adapted(family, "lora")
-    adapter.load_adapter(again, tmp_path / "stacked")
+    load_adapter(again, tmp_path / "stacked")
     assert torch.equal(log_probabilities(again), run.truth)
 
-    adapter.convert_adapter(tmp_path / "stacked", tmp_path / "back")
-    back, ours = load_file(tmp_path / "back" / adapter.WEIGHTS), load_file(run.directory / adapter.WEIGHTS)
+    convert_adapter(tmp_path / "stacked", tmp_path / "back")
+    back, ours = load_file(tmp_path / "back" / WEIGHTS), load_file(run.directory / WEIGHTS)
     assert set(back) == set(ours) and all(torch.equal(back[key], ours[key]) for key in ours)
-    assert adapter.verify_adapter(tmp_path / "back", run.base) == []
+    assert verify_adapter(tmp_path / "back", run.base) == []
 
 
 def test_dora_experts_have_no_stacked_form(trained, tmp_path):
     with pytest.raises(ValueError, match="PEFT has no DoRA on stacked experts"):
-        adapter.convert_adapter(trained("qwen3_moe", "dora").directory, tmp_path / "out", "stacked")
+        convert_adapter(trained("qwen3_moe", "dora").directory, tmp_path / "out", "stacked")
 
 
 class ExpertAsModule(torch.nn.Module):
@@ -701,7 +765,10 @@ class ExpertAsModule(torch.nn.Module):
     def __init__(self, gate_up, down):
         super().__init__()
         inner, hidden = gate_up.shape[0] // 2, gate_up.shape[1]
-        self.gate_proj, self.up_proj = torch.nn.Linear(hidden, inner, bias=False), torch.nn.Linear(hidden, inner, bias=False)
+        self.gate_proj, self.up_proj = (
+            torch.nn.Linear(hidden, inner, bias=False),
+            torch.nn.Linear(hidden, inner, bias=False),
+        )
         self.down_proj = torch.nn.Linear(inner, hidden, bias=False)
         with torch.no_grad():
             self.gate_proj.weight.copy_(gate_up[:inner])
@@ -714,7 +781,9 @@ class ExpertAsModule(torch.nn.Module):
 
 class ExpertsAsModules(torch.nn.ModuleList):
     def __init__(self, experts):
-        super().__init__(ExpertAsModule(gate_up, down) for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True))
+        super().__init__(
+            ExpertAsModule(gate_up, down) for gate_up, down in zip(experts.gate_up_proj, experts.down_proj, strict=True)
+        )
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         weights = torch.zeros(len(hidden_states), len(self)).scatter(1, top_k_index, top_k_weights)
@@ -731,31 +800,31 @@ def test_pefts_adapters_on_expert_modules_are_read_and_merged(trained, tmp_path,
             layer.mlp.experts = ExpertsAsModules(layer.mlp.experts)
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = LoraConfig(r=4, lora_alpha=12, use_dora=kind == "dora", target_modules=projections, task_type="CAUSAL_LM")
-    with adapter._targets_as_written():
+    with _targets_as_written():
         model = get_peft_model(model, config)
     train(model, steps=0)
     truth = log_probabilities(model)
     model.save_pretrained(tmp_path / "peft")
     base = trained(family, kind).base
-    assert adapter.verify_adapter(tmp_path / "peft", base) == []
+    assert verify_adapter(tmp_path / "peft", base) == []
     merged = merged_model(base, tmp_path / "peft", tmp_path / "merged")
     assert torch.allclose(log_probabilities(merged), truth, atol=TOLERANCE, rtol=0)
     ours = tiny_model(family, head_dim=HEAD_DIM)
     fused_moe_lora.wrap_experts(ours, 4, 12, use_dora=kind == "dora")
-    ours = adapter.apply_lora(ours, adapter.LoraArguments(r=4, lora_alpha=12, use_dora=kind == "dora"))
-    adapter.load_adapter(ours, tmp_path / "peft")
+    ours = apply_lora(ours, LoraArguments(r=4, lora_alpha=12, use_dora=kind == "dora"))
+    load_adapter(ours, tmp_path / "peft")
     assert torch.allclose(log_probabilities(ours), truth, atol=TOLERANCE, rtol=0)
     if kind == "lora":
-        adapter.convert_adapter(tmp_path / "peft", tmp_path / "stacked", "stacked")
+        convert_adapter(tmp_path / "peft", tmp_path / "stacked", "stacked")
         from peft import PeftModel
 
         again = PeftModel.from_pretrained(tiny_model(family, head_dim=HEAD_DIM), tmp_path / "stacked")
         assert torch.allclose(log_probabilities(again), truth, atol=TOLERANCE, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Merge
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def sharded_base(run, directory, dtype=torch.float32):
@@ -767,15 +836,19 @@ def sharded_base(run, directory, dtype=torch.float32):
 
 
 def tensors_of(directory):
-    return {name: tensor for path in sorted(Path(directory).glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(Path(directory).glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_sharded_merge_in_blocks_by_several_processes_is_resumable(trained, tmp_path, monkeypatch, kind):
     run = trained("glm4_moe", kind)
     base, out, lines = sharded_base(run, tmp_path / "base"), tmp_path / "out", []
-    monkeypatch.setattr(adapter, "CHUNK", 640)  # ten rows of 64 at a time
-    adapter.merge_adapter(base, run.directory, out, workers=1, log=lines.append)
+    monkeypatch.setattr("malaysian_sft.merge.CHUNK", 640)  # ten rows of 64 at a time
+    merge_adapter(base, run.directory, out, workers=1, log=lines.append)
     whole = tensors_of(run.merged)
     for name, tensor in tensors_of(out).items():
         assert torch.allclose(tensor, whole[name], atol=1e-6, rtol=0), name
@@ -791,10 +864,10 @@ def test_sharded_merge_in_blocks_by_several_processes_is_resumable(trained, tmp_
     shards[2].unlink()
     kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
     if kind == "lora":  # once is enough to see that processes work
-        monkeypatch.setattr(adapter, "CHUNK", 1 << 24)
+        monkeypatch.setattr("malaysian_sft.merge.CHUNK", 1 << 24)
     lines.clear()
     (out / f"{shards[0].name}.123.tmp").write_bytes(b"half a shard")
-    adapter.merge_adapter(base, run.directory, out, workers=2 if kind == "lora" else 1, log=lines.append)
+    merge_adapter(base, run.directory, out, workers=2 if kind == "lora" else 1, log=lines.append)
     assert lines[0] == f"{len(shards) - 2} of {len(shards)} shards are already merged" and len(lines) == 3
     assert (out / "model.safetensors.index.json").exists() and not list(out.glob("*.tmp"))
     for path in sorted(out.glob("*.safetensors")):
@@ -807,14 +880,16 @@ def test_sharded_merge_in_blocks_by_several_processes_is_resumable(trained, tmp_
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_stacked_bf16_base_is_merged_in_fp32_and_rounded_once(trained, tmp_path, kind):
     run = trained("qwen3_moe", kind)
-    stacked = {name: tensor.bfloat16() for name, tensor in tiny_model("qwen3_moe", head_dim=HEAD_DIM).state_dict().items()}
+    stacked = {
+        name: tensor.bfloat16() for name, tensor in tiny_model("qwen3_moe", head_dim=HEAD_DIM).state_dict().items()
+    }
     assert stacked["model.layers.0.mlp.experts.gate_up_proj"].ndim == 3
     (tmp_path / "base").mkdir()
     save_file(stacked, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(Path(run.base) / name, tmp_path / "base" / name)
-    adapter.merge_adapter(str(tmp_path / "base"), run.directory, tmp_path / "out", log=lambda line: None)
-    merged, ours = tensors_of(tmp_path / "out"), adapter.Adapter(run.directory)
+    merge_adapter(str(tmp_path / "base"), run.directory, tmp_path / "out", log=lambda line: None)
+    merged, ours = tensors_of(tmp_path / "out"), Adapter(run.directory)
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
 
     def truth(module, weight):
@@ -823,7 +898,7 @@ def test_stacked_bf16_base_is_merged_in_fp32_and_rounded_once(trained, tmp_path,
         return expected if magnitude is None else expected * (magnitude.double() / expected.norm(dim=1))[:, None]
 
     for module in ours.slots:
-        match = adapter.EXPERT.match(module)
+        match = EXPERT.match(module)
         if match:
             stack, index, projection = match["stack"], int(match["index"]), match["projection"]
             name = f"{stack}.down_proj" if projection == "down_proj" else f"{stack}.gate_up_proj"
@@ -832,36 +907,38 @@ def test_stacked_bf16_base_is_merged_in_fp32_and_rounded_once(trained, tmp_path,
         else:
             weight, got = stacked[f"{module}.weight"], merged[f"{module}.weight"]
         expected = truth(module, weight)
-        step = torch.finfo(torch.bfloat16).eps * expected.abs()  # half of it, and fp32's own error, is what one rounding may cost
+        step = (
+            torch.finfo(torch.bfloat16).eps * expected.abs()
+        )  # half of it, and fp32's own error, is what one rounding may cost
         assert ((got.double() - expected).abs() <= 0.51 * step + 1e-6).all(), module
 
 
 def test_merge_refuses_what_would_be_silently_lost(trained, tmp_path):
     run = trained("llama", "lora")
     directory = run.copy(tmp_path)
-    (directory / adapter.MANIFEST).unlink()
+    (directory / MANIFEST).unlink()
     rewrite(directory, add_a_layer)
     with pytest.raises(ValueError, match="7 adapter modules match nothing in the base: model.layers.2.mlp.down_proj, "):
-        adapter.merge_adapter(run.base, directory, tmp_path / "out")
+        merge_adapter(run.base, directory, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
     with pytest.raises(ValueError, match="holds a merge of .*checkpoint-2 into"):
-        adapter.merge_adapter(run.base, trained("llama", "dora").directory, run.merged)
+        merge_adapter(run.base, trained("llama", "dora").directory, run.merged)
     with pytest.raises(ValueError, match="holds a model already"):
-        adapter.merge_adapter(run.base, run.directory, run.base)
+        merge_adapter(run.base, run.directory, run.base)
     quantised = shutil.copytree(run.base, tmp_path / "quantised")
     edit = json.loads((quantised / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (quantised / "config.json").write_text(json.dumps(edit))
     with pytest.raises(ValueError, match="the base is quantised .fp8."):
-        adapter.merge_adapter(str(quantised), run.directory, tmp_path / "out")
+        merge_adapter(str(quantised), run.directory, tmp_path / "out")
     with pytest.raises(SystemExit, match="error: .*no adapter_config.json: not an adapter directory"):
         adapter.main(["merge", run.base, str(tmp_path), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="error: base /no/model: neither a model directory nor on the hub"):
         adapter.main(["merge", "/no/model", str(run.directory), str(tmp_path / "out")])
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Several processes
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def sharded_worker(rank, port, moe, dense, out):
@@ -869,7 +946,13 @@ def sharded_worker(rank, port, moe, dense, out):
     import deepspeed
     import torch.distributed as dist
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+    }
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
     fsdp2(rank, moe, out / "fsdp2")
@@ -885,13 +968,13 @@ def fsdp2(rank, source, out):
     for layer in model.base_model.model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    adapter.load_adapter(model, source)
-    assert bool(adapter.adapter_state_dict(model)) == (rank == 0)
-    adapter.save_adapter(model, out, "tiny", lora_args=args)
+    load_adapter(model, source)
+    assert bool(adapter_state_dict(model)) == (rank == 0)
+    save_adapter(model, out, "tiny", lora_args=args)
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "lora_B" in name).to_local().fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):  # on both ranks, though one of them looked
-        adapter.save_adapter(model, f"{out}-broken", "tiny")
+        save_adapter(model, f"{out}-broken", "tiny")
 
 
 def zero3(source, out):
@@ -902,15 +985,17 @@ def zero3(source, out):
     model = tiny_model("llama", head_dim=HEAD_DIM)
     deepspeed.zero.Init(module=model, config_dict_or_path=config)
     keep = HfDeepSpeedConfig(config)  # as the Trainer's: while it lives, PEFT gathers weights that it needs whole
-    model = adapter.apply_lora(model, adapter.LoraArguments(r=8, use_dora=True))
+    model = apply_lora(model, LoraArguments(r=8, use_dora=True))
     layer = model.base_model.model.model.layers[1].self_attn.q_proj
     assert layer.base_layer.weight.numel() == 0  # partitioned: nothing here but the shard
     with deepspeed.zero.GatheredParameters([layer.base_layer.weight]):
         assert torch.allclose(layer.lora_magnitude_vector["default"].weight, layer.base_layer.weight.norm(dim=1))
-    deepspeed.zero.Init(module=model, config_dict_or_path=config)  # partitions what was created since, as deepspeed.initialize does
+    deepspeed.zero.Init(
+        module=model, config_dict_or_path=config
+    )  # partitions what was created since, as deepspeed.initialize does
     assert layer.lora_A["default"].weight.numel() == 0
-    adapter.load_adapter(model, source)
-    adapter.save_adapter(model, out, "tiny")
+    load_adapter(model, source)
+    save_adapter(model, out, "tiny")
     assert layer.base_layer.weight.numel() == 0 and keep.is_zero3()
 
 
@@ -921,14 +1006,14 @@ def test_sharded_models_are_saved_whole(trained, tmp_path):
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(sharded_worker, args=(port, moe, dense, tmp_path), nprocs=2)
     for ours, theirs in ((moe, tmp_path / "fsdp2"), (dense, tmp_path / "zero3")):
-        ours, theirs = load_file(ours / adapter.WEIGHTS), load_file(theirs / adapter.WEIGHTS)
+        ours, theirs = load_file(ours / WEIGHTS), load_file(theirs / WEIGHTS)
         assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert not (tmp_path / "fsdp2-broken").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Card, hub, command
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_model_card_has_base_data_arguments_commit_and_scores(trained, tmp_path):
@@ -945,27 +1030,40 @@ def test_model_card_has_base_data_arguments_commit_and_scores(trained, tmp_path)
     (tmp_path / "scores.txt").write_text("average 71.2 88.1\n")
     adapter.main(["card", str(directory), "--scores", str(tmp_path / "scores.txt")])
     card = (directory / "README.md").read_text()
-    for line in ("base_model: x/y", "- Scicom-intl/Malaysian-Instructions", "# ds3-tiny, checkpoint-2", "| learning_rate | `0.0001` |"):
+    for line in (
+        "base_model: x/y",
+        "- Scicom-intl/Malaysian-Instructions",
+        "# ds3-tiny, checkpoint-2",
+        "| learning_rate | `0.0001` |",
+    ):
         assert line in card.splitlines()
     assert "| commit | `abc123` |" in card and "average 71.2 88.1" in card
     from huggingface_hub import ModelCard
 
     data = ModelCard(card).data
-    assert (data.base_model, data.datasets, data.library_name) == ("x/y", ["Scicom-intl/Malaysian-Instructions"], "peft")
+    assert (data.base_model, data.datasets, data.library_name) == (
+        "x/y",
+        ["Scicom-intl/Malaysian-Instructions"],
+        "peft",
+    )
 
 
 def test_push_dry_run_lists_what_would_be_sent(trained, tmp_path, capsys, monkeypatch):
     import huggingface_hub
 
     calls = []
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *args, **kwargs: calls.append(("create", args, kwargs)))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, *args, **kwargs: calls.append(("create", args, kwargs))
+    )
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **kwargs: calls.append(("upload", kwargs)))
     directory = trained("llama", "lora").copy(tmp_path)
     (directory / "optimizer.pt").write_bytes(b"state")
     adapter.main(["push", str(directory), "someone/adapter", "--dry_run"])
     printed = capsys.readouterr().out
     assert (
-        "someone/adapter/adapter_model.safetensors" in printed and "dry run: nothing was sent" in printed and "optimizer.pt" not in printed
+        "someone/adapter/adapter_model.safetensors" in printed
+        and "dry run: nothing was sent" in printed
+        and "optimizer.pt" not in printed
     )
     assert calls == []
     adapter.main(["push", str(directory), "someone/adapter", "--private"])
@@ -985,7 +1083,7 @@ def test_verify_command_prints_norms_per_layer(trained, capsys):
     header, first, second = lines[1].split("  "), lines[2].split(), lines[3].split()
     columns = [column.strip() for column in header if column.strip()]
     assert (first[0], second[0]) == ("0", "1") and len(first) == len(second) == len(columns)
-    B = load_file(run.directory / adapter.WEIGHTS)["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
+    B = load_file(run.directory / WEIGHTS)["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"]
     assert float(second[columns.index("q_proj")]) == pytest.approx(1e4 * B.square().mean().sqrt().item(), abs=0.006)
     assert first[columns.index("expert up_proj")] == "-" and second[columns.index("expert up_proj")].count("/") == 2
     assert "sound, 38 weights adapted" in lines[-1]

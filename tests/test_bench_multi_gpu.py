@@ -1,4 +1,5 @@
-"""bench_multi_gpu.py where it can be checked without several GPUs: its arithmetic, its models, and (slow) the program on two processes."""
+"""bench_multi_gpu.py where it can be checked without several GPUs: its arithmetic, its models, and (slow) the program
+on two processes."""
 
 import json
 import os
@@ -10,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import plan
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import bench_multi_gpu  # noqa: E402 (its directory must be on the path first)
 import bench_train_moe  # noqa: E402
 import multi_gpu_measurements  # noqa: E402
+
+from malaysian_sft.account import count_parameters  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,11 @@ def test_kernels_are_told_apart():
         event("aten::mm", 0, 9, cuda=False),
     ]
     assert multi_gpu_measurements.intervals_by_kind(events, cuda=True) == ([(0, 5)], [(3, 4)])
-    events = [event("gloo:all_gather", 1, 2, cuda=False), event("aten::mm", 3, 4, cuda=False), event("FSDP::pre_forward", 0, 9, cuda=False)]
+    events = [
+        event("gloo:all_gather", 1, 2, cuda=False),
+        event("aten::mm", 3, 4, cuda=False),
+        event("FSDP::pre_forward", 0, 9, cuda=False),
+    ]
     assert multi_gpu_measurements.intervals_by_kind(events, cuda=False) == ([(1, 2)], [(3, 4)])
 
 
@@ -57,7 +62,7 @@ def test_kernels_are_told_apart():
 def test_models_have_the_published_number_of_parameters(name):
     published = multi_gpu_measurements.published_config(name)
     made = bench_train_moe.make_config(name, published.num_hidden_layers)
-    assert plan.count_parameters(made, r=256) == plan.count_parameters(published, r=256)
+    assert count_parameters(made, r=256) == count_parameters(published, r=256)
 
 
 def test_random_packs_are_what_train_dense_counts():
@@ -89,7 +94,15 @@ def test_losses_are_compared_step_by_step(tmp_path):
 @pytest.mark.slow
 def test_two_processes_measure_everything(tmp_path):
     flags = "--gpus 2 --models tiny --parts scaling,correctness,dense --tokens 256 --r 8 --minutes 20".split()
-    program = [sys.executable, ROOT / "benchmarks" / "bench_multi_gpu.py", *flags, "--out", tmp_path / "out.json", "--directory", tmp_path]
+    program = [
+        sys.executable,
+        ROOT / "benchmarks" / "bench_multi_gpu.py",
+        *flags,
+        "--out",
+        tmp_path / "out.json",
+        "--directory",
+        tmp_path,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -108,5 +121,9 @@ def test_two_processes_measure_everything(tmp_path):
     assert (one["efficiency"], one["against_gpus"], two["against_gpus"]) == (1.0, 1, 1)
     ratio = two["tokens_per_second_per_gpu"] / one["tokens_per_second_per_gpu"]
     assert two["efficiency"] == pytest.approx(ratio, abs=1e-4) and 0 < two["communication_not_hidden"] < 1
-    assert correctness["passed"] and correctness["faults_in_adapters"] == 0 and correctness["frozen_tensors_unchanged"] > 20
+    assert (
+        correctness["passed"]
+        and correctness["faults_in_adapters"] == 0
+        and correctness["frozen_tensors_unchanged"] > 20
+    )
     assert correctness["losses"][-1] < correctness["losses"][0] and len(correctness["losses"]) == 4

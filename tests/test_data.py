@@ -20,7 +20,19 @@ FIELDS = {
     "multiple_choice_qa": {"question", "answer"},
 }
 CATEGORIES = {"STEM", "Language", "Social science", "Others", "Humanities"}
-QUESTION_FIELDS = {"id", "prompt", "answer", "year", "subject", "subject_eng", "category", "level", "options", "num_options", "key"}
+QUESTION_FIELDS = {
+    "id",
+    "prompt",
+    "answer",
+    "year",
+    "subject",
+    "subject_eng",
+    "category",
+    "level",
+    "options",
+    "num_options",
+    "key",
+}
 OPTION = re.compile(r"([A-E])(?:\.\s*|\s{2,})(\S.*)")
 BOX = re.compile(r"\$\\boxed\{(.*?)\}\$")
 CHOSEN = re.compile(r"^Jawapannya ialah (.+), iaitu pilihan ([A-E])\.$", re.MULTILINE)
@@ -137,7 +149,9 @@ def test_questions_are_spread_over_categories_keys_and_forms(questions):
     assert max(by_category.values()) - min(by_category.values()) <= 2
     assert {row["num_options"] for row in questions} == {2, 3, 4, 5}
     assert balanced([row["key"] for row in questions], [row["num_options"] for row in questions])
-    irregular = [row for row in questions if not row["options"][0].startswith("A. ") or row["options"][0].startswith("A.  ")]
+    irregular = [
+        row for row in questions if not row["options"][0].startswith("A. ") or row["options"][0].startswith("A.  ")
+    ]
     assert 0.1 < len(irregular) / len(questions) < 0.4
     assert len({stem(row["prompt"]) for row in questions}) == len(questions)
 

@@ -1,8 +1,8 @@
 """The experts block: reference, module and kernels.
 
-`pytest tests/test_fused_moe_lora.py` runs on a CPU: the Triton kernels in Triton's interpreter, the Gluon kernels in hopper_simulator.py
-(fp32, small shapes, in processes of their own), and all of them through the compiler for several GPUs, to see that they fit.
-`pytest -m gpu tests/test_fused_moe_lora.py` runs them in bf16 on a GPU.
+`pytest tests/test_fused_moe_lora.py` runs on a CPU: the Triton kernels in Triton's interpreter, the Gluon kernels in
+hopper_simulator.py (fp32, small shapes, in processes of their own), and all of them through the compiler for several
+GPUs, to see that they fit. `pytest -m gpu tests/test_fused_moe_lora.py` runs them in bf16 on a GPU.
 """
 
 import copy
@@ -20,9 +20,11 @@ import pytest
 import torch
 from torch import nn
 
-import fused_moe_lora
 from conftest import tiny_config, tiny_model
-from fused_moe_lora import FusedMoELoRA, dora_norm, moe_lora, moe_lora_reference, squared_row_norms, wrap_experts
+from fused_moe_lora import FusedMoELoRA, dora_norm, moe_lora_reference, squared_row_norms, wrap_experts
+from malaysian_sft import moe_autograd, moe_hopper, moe_routing
+from malaysian_sft.moe_autograd import moe_lora
+from malaysian_sft.moe_routing import AMPERE, INTERPRETER, route, tiles_for
 
 ADAPTERS = [f"{name}_proj_lora_{part}" for name in ("gate", "up", "down") for part in "AB"]
 
@@ -39,12 +41,56 @@ INTERPRETED = {
 }
 # name of the edge -> the same, and what of the Hopper path's sizes is not as usual
 SIMULATED = {
-    "last column tile moved inwards, rank between powers of two": (200, 320, 384, 3, 2, 24, False, "fast", "random", {}),
+    "last column tile moved inwards, rank between powers of two": (
+        200,
+        320,
+        384,
+        3,
+        2,
+        24,
+        False,
+        "fast",
+        "random",
+        {},
+    ),
     "dora, several slices of H": (130, 768, 128, 4, 1, 32, True, "fast", "skewed", {}),
     "one token": (1, 128, 128, 4, 2, 16, True, "frugal", "random", {}),
-    "experts without rows, column tiles beyond the matrix": (90, 192, 128, 9, 2, 64, False, "frugal", "skewed", {"multiprocessors": 5}),
-    "row tiles in several groups, few steps along K": (200, 64, 256, 2, 2, 8, False, "fast", "same", {"hopper": (3, 1)}),
-    "rank over one block, and too large for the tensor cores' sweep": (100, 128, 256, 3, 3, 72, True, "fast", "random", {}),
+    "experts without rows, column tiles beyond the matrix": (
+        90,
+        192,
+        128,
+        9,
+        2,
+        64,
+        False,
+        "frugal",
+        "skewed",
+        {"multiprocessors": 5},
+    ),
+    "row tiles in several groups, few steps along K": (
+        200,
+        64,
+        256,
+        2,
+        2,
+        8,
+        False,
+        "fast",
+        "same",
+        {"hopper": (3, 1)},
+    ),
+    "rank over one block, and too large for the tensor cores' sweep": (
+        100,
+        128,
+        256,
+        3,
+        3,
+        72,
+        True,
+        "fast",
+        "random",
+        {},
+    ),
     "gates of zero, large gates": (130, 128, 128, 2, 1, 16, False, "fast", "odd gates", {}),
     "dora, gates and scales of zero": (130, 128, 128, 2, 1, 16, True, "fast", "odd gates", {}),
 }
@@ -54,7 +100,12 @@ MISTAKES = [
     ("hopper_consumer", "fence_async_shared()\n            second", "second", "bulk store read .* without a fence"),
     ("hopper_consumer", "mbarrier.wait(multiplied, count & 1)\n            held", "held", "wrong"),
     ("hopper_consumer", "held = (step + STAGES - 1) % STAGES", "held = step % STAGES", "deadlock|wrong"),
-    ("hopper_consumer", "warpgroup_mma_wait(num_outstanding=0, deps=(acc,))", "acc", "before its products were waited for"),
+    (
+        "hopper_consumer",
+        "warpgroup_mma_wait(num_outstanding=0, deps=(acc,))",
+        "acc",
+        "before its products were waited for",
+    ),
     ("hopper_hand_back", "tma.store_wait(0)", "tma.store_wait(2)", "wrong"),
     ("hopper_producer", "(128 + 256) * 64 * 2", "(128 + 128) * 64 * 2", "more bytes than a barrier expects"),
     ("hopper_producer", "(128 + 256) * BLOCK_R * 2", "(128 + 256) * BLOCK_R * 2 + 2", "deadlock"),
@@ -125,11 +176,15 @@ def run(block, leaves, fixed, upstream, dtype=None, **options):
 
 
 def relative_errors(got, truth):
-    return {name: ((got[name].double() - t.double()).norm() / t.double().norm().clamp_min(1e-30)).item() for name, t in truth.items()}
+    return {
+        name: ((got[name].double() - t.double()).norm() / t.double().norm().clamp_min(1e-30)).item()
+        for name, t in truth.items()
+    }
 
 
 def assert_three_way(case, dora, mode, routing, device, dtype, truth_dtype, slack, contexts=None):
-    """error(kernel) <= error(plain PyTorch) + slack, of output and gradients against a truth in more precision; all runs bit-identical.
+    """error(kernel) <= error(plain PyTorch) + slack, of output and gradients against a truth in more precision; all
+    runs bit-identical.
 
     contexts: a context manager for each run of the kernels; by default two runs as they are.
     """
@@ -166,24 +221,30 @@ def run_interpreted():
         assert_three_way(case, dora, mode, routing, "cpu", torch.float32, torch.float64, slack=1e-6)
         print("ok", name, flush=True)
     for name in ("AMPERE", "FULL_PRECISION"):  # the sizes that GPUs get
-        sizes = getattr(fused_moe_lora, name)
-        context = mock.patch.object(fused_moe_lora, "tiles_for", lambda device, dtype, sizes=sizes: sizes)
+        sizes = getattr(moe_routing, name)
+        context = mock.patch.object(moe_autograd, "tiles_for", lambda device, dtype, sizes=sizes: sizes)
         case = (70, 72, 200, 3, 2, 72)
-        assert_three_way(case, True, "fast", "random", "cpu", torch.float32, torch.float64, slack=1e-6, contexts=[context])
+        assert_three_way(
+            case, True, "fast", "random", "cpu", torch.float32, torch.float64, slack=1e-6, contexts=[context]
+        )
         print("ok", name, flush=True)
     for dora in (False, True):
         T, H, I, E, top_k, r = case = 20, 24, 16, 4, 2, 4  # noqa: E741
         kept = {mode: saved_bytes(case, dora, mode) for mode in ("fast", "frugal")}
-        assert kept["fast"] - kept["frugal"] == 4 * T * top_k * (2 * I + 3 * r + H * dora), kept  # frugal: nothing that has a row's values
-    for T in range(1, 12):  # an array that is aligned for one T and not for another would have Triton compile anew for every pack
-        routing = fused_moe_lora.route(torch.zeros(T, 3, dtype=torch.int64), torch.ones(T, 3), 5, fused_moe_lora.INTERPRETER)
+        assert kept["fast"] - kept["frugal"] == 4 * T * top_k * (2 * I + 3 * r + H * dora), (
+            kept
+        )  # frugal: nothing that has a row's values
+    for T in range(
+        1, 12
+    ):  # an array that is aligned for one T and not for another would have Triton compile anew for every pack
+        routing = route(torch.zeros(T, 3, dtype=torch.int64), torch.ones(T, 3), 5, INTERPRETER)
         pointers = {name: getattr(routing, name).data_ptr() % 16 for name in routing._fields}
         assert not any(pointers.values()), (T, pointers)
     for T, E, top_k in ((40, 5, 2), (3, 300, 2), (60, 7, 1)):
         index = torch.rand(T, E).topk(top_k).indices
         index[: 3 * T // 4, 0] = E - 1  # so that one expert is long
         rows = torch.bincount(index.reshape(-1), minlength=E)
-        order = fused_moe_lora.route(index, torch.ones(T, top_k), E, fused_moe_lora.INTERPRETER).order
+        order = route(index, torch.ones(T, top_k), E, INTERPRETER).order
         assert torch.equal(order[:E].long(), rows.argsort(descending=True, stable=True)), (T, E)
         assert order[E] == (rows > 2 * T * top_k // E).sum() >= 1
 
@@ -223,7 +284,14 @@ def run_mistakes():
         print("ok", function, flush=True)
 
 
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one program may have, by compute capability
+SHARED_MEMORY = {
+    80: 163,
+    86: 99,
+    89: 99,
+    90: 227,
+    100: 227,
+    120: 99,
+}  # KiB that one program may have, by compute capability
 COMPILED = [  # capability, dtype, rank, DoRA
     *[(90, torch.bfloat16, r, dora) for r, dora in ((32, False), (32, True), (64, True))],
     *[(86, torch.bfloat16, r, dora) for r, dora in ((64, False), (256, True))],
@@ -232,18 +300,26 @@ COMPILED = [  # capability, dtype, rank, DoRA
 ]
 MORE_COMPILED = [
     *[(90, torch.bfloat16, r, dora) for r in (8, 24, 64, 128, 256) for dora in (False, True)],
-    *[(capability, torch.bfloat16, r, dora) for capability in (80, 89, 100, 120) for r in (32, 256) for dora in (False, True)],
+    *[
+        (capability, torch.bfloat16, r, dora)
+        for capability in (80, 89, 100, 120)
+        for r in (32, 256)
+        for dora in (False, True)
+    ],
     *[(capability, torch.float32, r, False) for capability in (86, 90) for r in (32, 64, 256)],
 ]
 
 
 def run_compiler(settings=COMPILED):
-    """Compile every kernel that a block launches, forward and backward, as for a GPU of each capability; check what it would take there."""
+    """Compile every kernel that a block launches, forward and backward, as for a GPU of each capability; check what it
+    would take there."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     def launch(kernel, grid):
-        return lambda *arguments, **options: launched.append((kernel.fn.__name__, kernel.warmup(*arguments, grid=grid, **options)))
+        return lambda *arguments, **options: launched.append(
+            (kernel.fn.__name__, kernel.warmup(*arguments, grid=grid, **options))
+        )
 
     cuda = SimpleNamespace(type="cuda")
     for capability, dtype, r, dora in settings:
@@ -257,8 +333,8 @@ def run_compiler(settings=COMPILED):
         with (
             mock.patch("torch.cuda.get_device_capability", lambda device, c=capability: divmod(c, 10)),
             mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", launch),
-            mock.patch.object(fused_moe_lora, "multiprocessors", lambda device: 100),
-            mock.patch.object(fused_moe_lora, "tiles_for", lambda device, dtype, choose=fused_moe_lora.tiles_for: choose(cuda, dtype)),
+            mock.patch.object(moe_hopper, "multiprocessors", lambda device: 100),
+            mock.patch.object(moe_autograd, "tiles_for", lambda device, dtype, choose=tiles_for: choose(cuda, dtype)),
         ):
             leaves, fixed, upstream = make_case(300, 512, 256, 4, 2, r, dora, "random", dtype=dtype)
             run(moe_lora, leaves, fixed, upstream)
@@ -268,7 +344,9 @@ def run_compiler(settings=COMPILED):
         assert ("hopper_swiglu_backward_kernel" in names) == (hopper and r <= 64), names
         for name, kernel in launched:
             what = f"{name} for capability {capability}, {dtype}, rank {r}, DoRA {dora}"
-            assert kernel.metadata.shared <= SHARED_MEMORY[capability] << 10, f"{what}: {kernel.metadata.shared} bytes of shared memory"
+            assert kernel.metadata.shared <= SHARED_MEMORY[capability] << 10, (
+                f"{what}: {kernel.metadata.shared} bytes of shared memory"
+            )
             if hopper and r <= 64:
                 assert stack_bytes(kernel) == 0, f"{what}: registers spilled into {stack_bytes(kernel)} bytes a thread"
         print("ok", capability, dtype, r, dora, flush=True)
@@ -287,10 +365,13 @@ def stack_bytes(kernel):
 
 
 def in_a_process(call, count, timeout=300, **environment):
-    """Call one of the functions above, which change Triton as a whole, in a process of its own; it prints "ok" `count` times."""
+    """Call one of the functions above, which change Triton as a whole, in a process of its own; it prints "ok" `count`
+    times."""
     environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", f"import test_fused_moe_lora as t; t.{call}"]
-    result = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=timeout
+    )
     assert result.returncode == 0, result.stdout[-500:] + result.stderr[-3000:]
     assert result.stdout.count("ok ") == count
 
@@ -316,9 +397,9 @@ def test_kernels_fit_more_gpus():
     in_a_process("run_compiler(t.MORE_COMPILED)", len(MORE_COMPILED), timeout=900)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Reference
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -326,7 +407,9 @@ def test_reference_gradcheck(dora):
     leaves, fixed, _ = make_case(4, 6, 5, 4, 2, 2, dora, "random")
     names = list(leaves)
     values = [t.double().requires_grad_() for t in leaves.values()]
-    assert torch.autograd.gradcheck(lambda *v: moe_lora_reference(**dict(zip(names, v, strict=True)), **fixed, scaling=0.7), values)
+    assert torch.autograd.gradcheck(
+        lambda *v: moe_lora_reference(**dict(zip(names, v, strict=True)), **fixed, scaling=0.7), values
+    )
 
 
 def mixtral():
@@ -334,7 +417,8 @@ def mixtral():
 
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2,
         num_local_experts=4, num_experts_per_tok=2, initializer_range=0.1,
     )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config)
@@ -401,7 +485,8 @@ def test_wrapped_model_equals_transformers_with_merged_weights(family, dora):
 
 
 def test_dora_equals_peft_on_every_expert():
-    """One PEFT-adapted MLP per expert (nn.Linear with use_dora), same numbers: same output and the same gradient of every parameter."""
+    """One PEFT-adapted MLP per expert (nn.Linear with use_dora), same numbers: same output and the same gradient of
+    every parameter."""
     from peft import LoraConfig, get_peft_model
 
     class MLP(nn.Module):
@@ -420,14 +505,20 @@ def test_dora_equals_peft_on_every_expert():
         experts.down_proj.normal_()
     experts.reset_lora_parameters()
     randomise(experts)
-    x, index, weights = torch.randn(7, 12), torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [1, 0]]), torch.rand(7, 2)
+    x, index, weights = (
+        torch.randn(7, 12),
+        torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1], [0, 1], [1, 0]]),
+        torch.rand(7, 2),
+    )
     upstream = torch.randn(7, 12)
     out = experts(x, index, weights)
     out.backward(upstream)
     expected = torch.zeros(7, 12)
     for e in range(2):
         mlp = MLP()
-        peft = get_peft_model(mlp, LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["gate_proj", "up_proj", "down_proj"]))
+        peft = get_peft_model(
+            mlp, LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=["gate_proj", "up_proj", "down_proj"])
+        )
         gate, up = experts.gate_up_proj[e].chunk(2)
         for name, weight in (("gate", gate), ("up", up), ("down", experts.down_proj[e])):
             layer = getattr(mlp, f"{name}_proj")
@@ -442,22 +533,28 @@ def test_dora_equals_peft_on_every_expert():
         expected += contribution.detach()
         for name in ("gate", "up", "down"):
             layer = getattr(mlp, f"{name}_proj")
-            for ours, theirs in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B), ("lora_magnitude", layer.lora_magnitude_vector)):
+            for ours, theirs in (
+                ("lora_A", layer.lora_A),
+                ("lora_B", layer.lora_B),
+                ("lora_magnitude", layer.lora_magnitude_vector),
+            ):
                 grad = getattr(experts, f"{name}_proj_{ours}").grad[e]
                 torch.testing.assert_close(grad, theirs["default"].weight.grad, atol=2e-5, rtol=2e-4)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Module
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_dora_norm_equals_the_norm_of_the_merged_weight():
     torch.manual_seed(0)
     weight, lora_A, lora_B = torch.randn(3, 10, 16), torch.randn(3, 4, 16), torch.randn(3, 10, 4)
     direct = (weight.double() + 1.5 * lora_B.double() @ lora_A.double()).norm(dim=-1)
-    torch.testing.assert_close(dora_norm(weight, squared_row_norms(weight), lora_A, lora_B, 1.5).double(), direct, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        dora_norm(weight, squared_row_norms(weight), lora_A, lora_B, 1.5).double(), direct, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_start_values_on_the_meta_device_and_after_loading():
@@ -555,7 +652,8 @@ def test_refusals_say_what_differs():
 
 
 def test_fsdp2_shards_experts_and_trains_fp32_adapters(tmp_path):
-    """fully_shard with bf16 compute: start values do not depend on the sharding, gradients of the adapters arrive in fp32."""
+    """fully_shard with bf16 compute: start values do not depend on the sharding, gradients of the adapters arrive in
+    fp32."""
     import torch.distributed as dist
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -571,7 +669,9 @@ def test_fsdp2_shards_experts_and_trains_fp32_adapters(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        fully_shard(sharded, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+        fully_shard(
+            sharded, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        )
         for module in (plain, sharded):
             torch.manual_seed(5)
             module.reset_lora_parameters()
@@ -586,9 +686,9 @@ def test_fsdp2_shards_experts_and_trains_fp32_adapters(tmp_path):
         dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # On a GPU
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -606,7 +706,7 @@ def cuda():
 @pytest.mark.parametrize("edge", ON_GPU)
 def test_kernels_in_bf16(cuda, monkeypatch, edge, dora, mode, path):
     if path == "portable":
-        monkeypatch.setattr(fused_moe_lora, "tiles_for", lambda device, dtype: fused_moe_lora.AMPERE)
+        monkeypatch.setattr("malaysian_sft.moe_routing.tiles_for", lambda device, dtype: AMPERE)
     *case, routing = ON_GPU[edge]
     slack = 1e-3 if edge == "one token" else 5e-4  # a gradient of two numbers has whatever error they happen to have
     assert_three_way(case, dora, mode, routing, cuda, torch.bfloat16, torch.float32, slack)
@@ -689,7 +789,10 @@ def test_offsets_beyond_32_bits(cuda):
     rows = torch.tensor([0, 1, 17_777, T - 2, T - 1], device=cuda)
 
     def sample(tensors):
-        return {name: t[rows] if name in ("hidden_states", "top_k_weights", "top_k_index") else t for name, t in tensors.items()}
+        return {
+            name: t[rows] if name in ("hidden_states", "top_k_weights", "top_k_index") else t
+            for name, t in tensors.items()
+        }
 
     truth = run(moe_lora_reference, sample(leaves), sample(fixed), upstream[rows], torch.float32)
     for name, values in (
@@ -715,4 +818,6 @@ def test_module_on_gpu_equals_module_on_cpu(cuda):
         module(*inputs).square().sum().backward()
     for (name, ours), theirs in zip(on_gpu.named_parameters(), experts.parameters(), strict=True):
         if ours.requires_grad:
-            torch.testing.assert_close(ours.grad.cpu(), theirs.grad, atol=1e-3, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                ours.grad.cpu(), theirs.grad, atol=1e-3, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+            )

@@ -11,12 +11,14 @@ import pytest
 from safetensors.torch import load_file
 from transformers import HfArgumentParser
 
-import adapter
 import calculate_malaymmlu
 import malaymmlu
-import multipack
 import train_dense
 import train_moe
+from malaysian_sft.conversations import DataArguments
+from malaysian_sft.lora import LoraArguments
+from malaysian_sft.sample_models import upcycle
+from malaysian_sft.verify import verify_adapter
 
 ROOT = Path(__file__).parent.parent
 LAUNCHERS = sorted([*ROOT.glob("ds3-*.sh"), *ROOT.glob("fsdp2-*.sh")])
@@ -40,7 +42,7 @@ def parser_of(script):
         groups = (train_dense.ModelArguments, train_dense.DenseTrainingArguments)
     else:
         groups = (train_moe.TrainingArguments,)
-    return HfArgumentParser((*groups, multipack.DataArguments, adapter.LoraArguments))
+    return HfArgumentParser((*groups, DataArguments, LoraArguments))
 
 
 def test_all_of_them_are_here():
@@ -59,10 +61,17 @@ def test_all_of_them_are_here():
 def test_launcher(launcher, tmp_path):
     subprocess.run(["bash", "-n", str(launcher)], check=True)
     assert os.access(launcher, os.X_OK)
-    prepare, train = calls_of(launcher, tmp_path, "--learning_rate", "3e-4", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1")
+    prepare, train = calls_of(
+        launcher, tmp_path, "--learning_rate", "3e-4", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1"
+    )
     assert prepare[0] == "python3" and train[0] == "torchrun"
     assert "--prepare_only" in prepare and "--prepare_only" not in train
-    for flag, value in {"--nproc_per_node": "8", "--nnodes": "2", "--node_rank": "1", "--master_addr": "10.0.0.1"}.items():
+    for flag, value in {
+        "--nproc_per_node": "8",
+        "--nnodes": "2",
+        "--node_rank": "1",
+        "--master_addr": "10.0.0.1",
+    }.items():
         assert train[train.index(flag) + 1] == value
     script = next(a for a in train if a.endswith(".py"))
     flags = train[train.index(script) + 1 :]
@@ -76,17 +85,26 @@ def test_launcher(launcher, tmp_path):
 
 
 def test_a_launcher_runs_on_two_cpu_processes(tmp_path):
-    """The real thing in small: a launcher with model, data and sizes overridden: DoRA in bf16 through ZeRO-3 on two processes."""
+    """The real thing in small: a launcher with model, data and sizes overridden: DoRA in bf16 through ZeRO-3 on two
+    processes."""
     from conftest import save_tiny_checkpoint
 
     save_tiny_checkpoint(tmp_path / "model", "qwen3")
     (tmp_path / "train.jsonl").write_text('{"input": "Ali makan nasi.", "output": "Nasi dimakan oleh Ali."}\n' * 5)
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NUM_GPUS": "2", "OMP_NUM_THREADS": "1"}
-    flags = f"""--model_name_or_path {tmp_path}/model --dataset {tmp_path}/train.jsonl --data_cache {tmp_path}/cache --max_seq_length 128
-        --output_dir {tmp_path}/run --global_batch_size 2 --r 4 --use_dora True --num_train_epochs 1 --report_to none""".split()
-    done = subprocess.run(["bash", str(ROOT / "ds3-qwen3-32b-lora-256.sh"), *flags], env=env, capture_output=True, text=True, timeout=300)
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "NUM_GPUS": "2",
+        "OMP_NUM_THREADS": "1",
+    }
+    flags = f"""--model_name_or_path {tmp_path}/model --dataset {tmp_path}/train.jsonl --data_cache {tmp_path}/cache
+        --max_seq_length 128 --output_dir {tmp_path}/run --global_batch_size 2 --r 4 --use_dora True
+        --num_train_epochs 1 --report_to none""".split()
+    done = subprocess.run(
+        ["bash", str(ROOT / "ds3-qwen3-32b-lora-256.sh"), *flags], env=env, capture_output=True, text=True, timeout=300
+    )
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
-    assert adapter.verify_adapter(checkpoint, tmp_path / "model") == [], done.stderr[-3000:]
+    assert verify_adapter(checkpoint, tmp_path / "model") == [], done.stderr[-3000:]
     saved = {name: t for name, t in load_file(checkpoint / "adapter_model.safetensors").items() if "lora_B" in name}
     assert all((t.bfloat16().float() != t).any() for t in saved.values()), "fp32 is trained and saved, not a bf16 copy"
 
@@ -99,7 +117,8 @@ def quickstart_calls(workspace, *flags):
 
 
 def test_quickstart(tmp_path):
-    """Both runs of the quickstart pass flags that exist, take what is added, are evaluated and scored, and go on where they were."""
+    """Both runs of the quickstart pass flags that exist, take what is added, are evaluated and scored, and go on where
+    they were."""
     shutil.copy(ROOT / "quickstart.sh", tmp_path)
     (tmp_path / "setup.sh").write_text("")
     (tmp_path / ".venv/bin").mkdir(parents=True)
@@ -118,11 +137,16 @@ def test_quickstart(tmp_path):
     assert any(call[1] == "-c" and f"upcycle('{dense}', '{moe}'" in call[2] for call in calls)
 
     evaluated, unknown = HfArgumentParser(malaymmlu.Arguments).parse_known_args(scripts["malaymmlu.py"])
-    scored, unknown_too = HfArgumentParser(calculate_malaymmlu.Arguments).parse_known_args(scripts["calculate_malaymmlu.py"])
+    scored, unknown_too = HfArgumentParser(calculate_malaymmlu.Arguments).parse_known_args(
+        scripts["calculate_malaymmlu.py"]
+    )
     assert unknown == unknown_too == [] and evaluated.base == dense, "the mixture before training is no row"
     for pattern, names in (
         (evaluated.pattern, [f"{run}-checkpoint-15" for run in runs]),
-        (scored.pattern, [f"malaymmlu-{run}-checkpoint-15" for run in runs] + [f"malaymmlu-{malaymmlu.base_name(dense)}"]),
+        (
+            scored.pattern,
+            [f"malaymmlu-{run}-checkpoint-15" for run in runs] + [f"malaymmlu-{malaymmlu.base_name(dense)}"],
+        ),
     ):
         globs = pattern.split(",")
         assert [sum(fnmatch.fnmatchcase(name, glob) for glob in globs) for name in names] == [1] * len(names)
@@ -139,15 +163,16 @@ def test_quickstart(tmp_path):
 
 
 def test_upcycled_model_can_start_a_dora(tmp_path):
-    """DoRA divides by the norm of a weight's row: no row that is adapted may be zero, the idle shared expert's included."""
+    """DoRA divides by the norm of a weight's row: no row that is adapted may be zero, the idle shared expert's
+    included."""
     from conftest import save_tiny_checkpoint
 
     save_tiny_checkpoint(tmp_path / "dense", "llama", tie_word_embeddings=True)
-    train_moe.upcycle(tmp_path / "dense", tmp_path / "moe")
+    upcycle(tmp_path / "dense", tmp_path / "moe")
     weights = load_file(tmp_path / "moe" / "model.safetensors")
     adapted = [name for name in weights if name.endswith("_proj.weight")]
     assert any("shared_expert.down_proj" in name for name in adapted)
     assert all(weights[name].norm(dim=-1).min() > 0 for name in adapted)
     assert not (tmp_path / "moe.part").exists()
     with pytest.raises(ValueError, match="moe is there already"):
-        train_moe.upcycle(tmp_path / "dense", tmp_path / "moe")
+        upcycle(tmp_path / "dense", tmp_path / "moe")

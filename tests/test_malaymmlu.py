@@ -1,4 +1,5 @@
-"""malaymmlu.py: names, plans and files without an engine; then real vLLM engines that are killed, stopped, split and compared."""
+"""malaymmlu.py: names, plans and files without an engine; then real vLLM engines that are killed, stopped, split and
+compared."""
 
 import argparse
 import json
@@ -16,11 +17,19 @@ from pathlib import Path
 import pytest
 
 import malaymmlu
-from calculate_malaymmlu import load_questions
 from conftest import save_tiny_checkpoint, tiny_model
+from malaysian_sft.engine import engine_environment, llm_options, sample_seed, serve
+from malaysian_sft.generations import FIXED, Output
+from malaysian_sft.questions import load_questions
+from malaysian_sft.scheduler import Engine, Scheduler
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = {2: "A. Betul\nB. Salah", 3: "A. 1\nB. 2\nC. 3", 4: "A.satu\nB.dua\nC.tiga\nD.empat", 5: "A  a\nB  b\nC  c\nD  d\nE  e"}
+PROMPTS = {
+    2: "A. Betul\nB. Salah",
+    3: "A. 1\nB. 2\nC. 3",
+    4: "A.satu\nB.dua\nC.tiga\nD.empat",
+    5: "A  a\nB  b\nC  c\nD  d\nE  e",
+}
 
 
 def write_questions(path, count):
@@ -58,7 +67,7 @@ def arguments(**given):
     return argparse.Namespace(**{**vars(malaymmlu.Arguments()), **given})
 
 
-# ---- names and plans ------------------------------------------------------------------------------------------------------------------
+# ---- names and plans -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -71,7 +80,9 @@ def runs(tmp_path, monkeypatch):
     for step in (960, 320, 1280):
         write_adapter(tmp_path / f"outputs/ds3-qwen3-32b-lora-256/checkpoint-{step}", "models/Qwen3-32B", 256)
     for step in (944, 314):
-        write_adapter(tmp_path / f"outputs/fsdp2-fused-moe-glm-4.5-air-lora-256/checkpoint-{step}", "models/GLM-4.5-Air", 256)
+        write_adapter(
+            tmp_path / f"outputs/fsdp2-fused-moe-glm-4.5-air-lora-256/checkpoint-{step}", "models/GLM-4.5-Air", 256
+        )
     return tmp_path
 
 
@@ -84,7 +95,10 @@ def test_both_naming_styles_match_in_natural_order(runs):
         "malaymmlu-ds3-qwen3-32b-lora-256-checkpoint-1280",
     ]
     jobs = malaymmlu.find_jobs(arguments(pattern="GLM-4.5-Air-lora-256-*", base="none"))
-    assert [str(job.directory) for job in jobs] == ["malaymmlu-GLM-4.5-Air-lora-256-314", "malaymmlu-GLM-4.5-Air-lora-256-944"]
+    assert [str(job.directory) for job in jobs] == [
+        "malaymmlu-GLM-4.5-Air-lora-256-314",
+        "malaymmlu-GLM-4.5-Air-lora-256-944",
+    ]
     assert jobs[1].adapter == "outputs/fsdp2-fused-moe-glm-4.5-air-lora-256/checkpoint-944"
     assert jobs[1].names == ["fsdp2-fused-moe-glm-4.5-air-lora-256-checkpoint-944", "GLM-4.5-Air-lora-256-944"]
 
@@ -124,7 +138,9 @@ def test_two_checkpoints_with_one_name_are_refused(runs):
 
 def test_dora_has_its_own_name_and_hub_cache_paths_keep_the_models_name(tmp_path):
     path = "/cache/models--Qwen--Qwen3-30B-A3B-Instruct-2507/snapshots/0123abc"
-    names = malaymmlu.checkpoint_names(tmp_path / "run/checkpoint-319", {"base_model_name_or_path": path, "r": 256, "use_dora": True})
+    names = malaymmlu.checkpoint_names(
+        tmp_path / "run/checkpoint-319", {"base_model_name_or_path": path, "r": 256, "use_dora": True}
+    )
     assert names == ["run-checkpoint-319", "Qwen3-30B-A3B-Instruct-2507-dora-256-319"]
 
 
@@ -155,9 +171,9 @@ def test_gpus_are_split_into_engines(monkeypatch):
 
 
 def test_every_sample_has_its_own_seed_whatever_else_is_run():
-    seeds = {malaymmlu.sample_seed(0, i, s, 0) for i in range(2000) for s in range(3)}
+    seeds = {sample_seed(0, i, s, 0) for i in range(2000) for s in range(3)}
     assert len(seeds) == 6000 and all(0 <= seed < 2**31 for seed in seeds)
-    assert malaymmlu.sample_seed(0, 5, 1, 0) == malaymmlu.sample_seed(0, 5, 1, 0) != malaymmlu.sample_seed(1, 5, 1, 0)
+    assert sample_seed(0, 5, 1, 0) == sample_seed(0, 5, 1, 0) != sample_seed(1, 5, 1, 0)
 
 
 def test_sampling_comes_from_flags_then_generation_config(tmp_path):
@@ -166,15 +182,22 @@ def test_sampling_comes_from_flags_then_generation_config(tmp_path):
     assert (found["temperature"], found["top_p"], found["top_k"], found["max_tokens"]) == (0.6, 0.8, 20, 4096)
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def wanted(**changed):
-    return {**dict.fromkeys(malaymmlu.FIXED), "names": ["x"], **changed}
+    return {**dict.fromkeys(FIXED), "names": ["x"], **changed}
 
 
 def record(index, sample, text="Jawapan: A"):
-    return {"index": index, "id": 100 + index, "sample": sample, "text": text, "finish_reason": "stop", "completion_tokens": 3}
+    return {
+        "index": index,
+        "id": 100 + index,
+        "sample": sample,
+        "text": text,
+        "finish_reason": "stop",
+        "completion_tokens": 3,
+    }
 
 
 def read(path):
@@ -189,7 +212,7 @@ def output(tmp_path):
 
     def start(samples=3, **changed):
         job = malaymmlu.Job("x", ["x"], "base", "base", None, tmp_path / "malaymmlu-x")
-        opened.append(malaymmlu.Output(job, wanted(**changed), questions, samples))
+        opened.append(Output(job, wanted(**changed), questions, samples))
         return opened[-1]
 
     yield start
@@ -291,10 +314,10 @@ def test_a_full_disk_leaves_whole_lines_and_a_clear_message(output):
     assert output().missing == 10
 
 
-# ---- the scheduler, with engines that do nothing by themselves ------------------------------------------------------------------------
+# ---- the scheduler, with engines that do nothing by themselves -------------------------------------------------------
 
 
-class StandIn(malaymmlu.Engine):
+class StandIn(Engine):
     """An engine slot without a process: the test says what it does."""
 
     log = Path("engine.log")
@@ -318,12 +341,12 @@ def scheduler(tmp_path, monkeypatch):
     rows = []
     for name in ("a", "b"):
         job = malaymmlu.Job(name, [name], "base", "base", None, tmp_path / f"malaymmlu-{name}")
-        rows.append(malaymmlu.Output(job, wanted(), questions, 3))
-    monkeypatch.setattr(malaymmlu, "Engine", StandIn)
+        rows.append(Output(job, wanted(), questions, 3))
+    monkeypatch.setattr("malaysian_sft.scheduler.Engine", StandIn)
 
     def make(slots, max_num_seqs=256, **given):
         plan = malaymmlu.Plan("cpu", [[] for _ in range(slots)], 1, max_num_seqs, True)
-        made = malaymmlu.Scheduler(arguments(**given), plan, questions, rows)
+        made = Scheduler(arguments(**given), plan, questions, rows)
         made.ahead = True  # as on GPUs
         return made
 
@@ -348,7 +371,7 @@ def test_work_is_shared_fairly_and_kept_within_the_engines_capacity(scheduler):
 
 def test_an_idle_engine_loads_the_next_row_while_others_finish(scheduler, monkeypatch):
     made = scheduler(2)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: False)
+    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: False)
     made.assign()
     made.dispatch()
     first, second = made.outputs
@@ -368,7 +391,7 @@ def finish(engine, keep=0):
 
 def test_one_slot_prepares_the_next_row_at_the_tail_and_loads_it_when_memory_is_free(scheduler, monkeypatch):
     made = scheduler(1)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: False)
+    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: False)
     made.assign()
     assert made.engines[0].next is None
     made.dispatch()
@@ -392,7 +415,7 @@ def test_one_slot_prepares_the_next_row_at_the_tail_and_loads_it_when_memory_is_
 
 def test_with_room_for_two_the_next_row_loads_and_begins_while_the_last_answers_are_written(scheduler, monkeypatch):
     made = scheduler(1)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: True)
+    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: True)
     made.assign()
     made.dispatch()
     made.assign()
@@ -414,7 +437,7 @@ def test_with_room_for_two_the_next_row_loads_and_begins_while_the_last_answers_
 
 def test_an_engine_that_fails_ahead_of_its_turn_costs_no_restart_and_is_not_tried_again(scheduler, monkeypatch):
     made = scheduler(1, restarts=0)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: True)
+    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: True)
     made.assign()
     made.dispatch()
     made.assign()
@@ -434,7 +457,7 @@ def test_an_engine_that_fails_ahead_of_its_turn_costs_no_restart_and_is_not_trie
 
 def test_an_engine_ahead_whose_row_others_have_finished_is_ended(scheduler, monkeypatch):
     made = scheduler(2, max_num_seqs=64)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: False)
+    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: False)
     made.assign()
     made.dispatch()
     made.assign()
@@ -458,7 +481,7 @@ def test_engines_start_ahead_on_gpus_with_room_for_two(scheduler):
     assert made.room_for_two()
     for device in ("cpu", "cuda"):
         plan = malaymmlu.Plan(device, [[]], 1, 256, True)
-        assert malaymmlu.Scheduler(made.args, plan, made.questions, made.outputs).ahead == (device == "cuda")
+        assert Scheduler(made.args, plan, made.questions, made.outputs).ahead == (device == "cuda")
 
 
 def test_a_dead_engine_on_a_full_disk_ends_the_run_at_once(scheduler, monkeypatch):
@@ -512,11 +535,12 @@ def test_a_silent_engine_counts_as_hung_only_while_it_has_work(scheduler):
     assert not engine.alive and len(made.outputs[0].queue) == 12
 
 
-# ---- an engine process's loop, with a model that says what the test wants --------------------------------------------------------------
+# ---- an engine process's loop, with a model that says what the test wants --------------------------------------------
 
 
 class Scripted:
-    """vLLM's engine as far as `serve` uses it: answers every request at the next step with `reply(question, attempt)`."""
+    """vLLM's engine as far as `serve` uses it: answers every request at the next step with `reply(question,
+    attempt)`."""
 
     def __init__(self, reply, max_model_len=4096):
         self.reply, self.requests, self.asked = reply, [], []
@@ -533,7 +557,9 @@ class Scripted:
             text, reason = self.reply(name)
             output = argparse.Namespace(text=text, finish_reason=reason, token_ids=[1, 2])
             results.append(
-                argparse.Namespace(request_id=name, outputs=[output], prompt_token_ids=prompt["prompt_token_ids"], finished=True)
+                argparse.Namespace(
+                    request_id=name, outputs=[output], prompt_token_ids=prompt["prompt_token_ids"], finished=True
+                )
             )
         self.requests = []
         return results
@@ -545,11 +571,16 @@ def serve_scripted(tmp_path, reply, units, template=None, max_model_len=4096, **
 
     tokenizer = tiny_tokenizer(template) if template else tiny_tokenizer()
     sampling = {"temperature": 1.0, "max_tokens": 64}
-    config = {"questions": load_questions(write_questions(tmp_path / "q.json", 4)), "sampling": sampling, "seed": 0, "retries": 0}
+    config = {
+        "questions": load_questions(write_questions(tmp_path / "q.json", 4)),
+        "sampling": sampling,
+        "seed": 0,
+        "retries": 0,
+    }
     config |= {"protocol": "reasoning", "system_prompt": "Fikir.", "chat_template_kwargs": {}, **changed}
     ours, theirs = Pipe()
     engine = Scripted(reply, max_model_len)
-    loop = threading.Thread(target=malaymmlu.serve, args=(theirs, engine, None, tokenizer, config), daemon=True)
+    loop = threading.Thread(target=serve, args=(theirs, engine, None, tokenizer, config), daemon=True)
     loop.start()
     ours.send(units)
     records, refused = {}, None
@@ -575,10 +606,15 @@ def test_an_unreadable_answer_is_asked_again_with_another_seed_as_often_as_retri
 
 
 def test_a_template_that_opens_the_reasoning_is_noted_and_its_marker_kept_in_the_text(tmp_path):
-    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n<think>\n"
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor"
+        " %}<|im_start|>assistant\n<think>\n"
+    )
     records, _, engine = serve_scripted(tmp_path, lambda name: ("Mungkin A", "length"), [(0, 0)], template=template)
     assert records[0, 0]["thinking"] is True
-    assert engine.asked[0][1].skip_special_tokens is False  # <think> is special in this tokenizer, and reasoning ends at </think>
+    assert (
+        engine.asked[0][1].skip_special_tokens is False
+    )  # <think> is special in this tokenizer, and reasoning ends at </think>
     records, _, _ = serve_scripted(tmp_path, lambda name: ("A", "stop"), [(0, 0)])
     assert "thinking" not in records[0, 0]
 
@@ -588,12 +624,26 @@ def test_a_prompt_that_leaves_no_room_is_refused_by_name(tmp_path):
     assert refused.startswith("question 1 (id 101) has a prompt of") and "--max_model_len" in refused
 
 
-# ---- what vLLM is asked for ------------------------------------------------------------------------------------------------------------
+# ---- what vLLM is asked for ------------------------------------------------------------------------------------------
 
 
 def engine_config(model, **changed):
-    config = {"model": model, "adapter": None, "serve_lora": False, "device": "cuda", "engines": 4, "tensor_parallel": 2, "seed": 0}
-    config |= {"max_num_seqs": 256, "enforce_eager": False, "gpu_memory_utilization": 0.92, "max_model_len": None, "dtype": "auto"}
+    config = {
+        "model": model,
+        "adapter": None,
+        "serve_lora": False,
+        "device": "cuda",
+        "engines": 4,
+        "tensor_parallel": 2,
+        "seed": 0,
+    }
+    config |= {
+        "max_num_seqs": 256,
+        "enforce_eager": False,
+        "gpu_memory_utilization": 0.92,
+        "max_model_len": None,
+        "dtype": "auto",
+    }
     return config | {"batch_invariant": True, "sampling": {"temperature": 1.0, "max_tokens": 4096}} | changed
 
 
@@ -607,11 +657,13 @@ def test_vllm_takes_the_arguments_of_every_kind_of_engine(tiny, tmp_path, device
     if serve_lora is not None:
         write_adapter(tmp_path / "checkpoint-1", tiny, 256)
         adapter = str(tmp_path / "checkpoint-1")
-    options, lora = malaymmlu.llm_options(engine_config(tiny, device=device, adapter=adapter, serve_lora=bool(serve_lora)))
+    options, lora = llm_options(engine_config(tiny, device=device, adapter=adapter, serve_lora=bool(serve_lora)))
     made = EngineArgs(**options)
     assert (made.tensor_parallel_size, made.max_num_seqs, made.enable_prefix_caching) == (2, 256, True)
     assert made.load_format == ("merge_adapter" if serve_lora is False else "auto")
-    assert (made.enable_lora, made.max_lora_rank, lora is not None) == ((True, 256, True) if serve_lora else (False, 16, False))
+    assert (made.enable_lora, made.max_lora_rank, lora is not None) == (
+        (True, 256, True) if serve_lora else (False, 16, False)
+    )
 
 
 def test_batch_invariance_is_what_the_flag_says_and_vllm_reads_it(monkeypatch):
@@ -622,7 +674,7 @@ def test_batch_invariance_is_what_the_flag_says_and_vllm_reads_it(monkeypatch):
             monkeypatch.setenv("VLLM_BATCH_INVARIANT", left_behind)
             for name in ("CUDA_VISIBLE_DEVICES", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK", "TOKENIZERS_PARALLELISM"):
                 monkeypatch.setenv(name, os.environ.get(name, "1"))  # so that it is put back afterwards
-            malaymmlu.engine_environment(["0", "1"], engine_config("m", batch_invariant=flag))
+            engine_environment(["0", "1"], engine_config("m", batch_invariant=flag))
             assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
             assert vllm.envs.environment_variables["VLLM_BATCH_INVARIANT"]() is flag
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -630,7 +682,7 @@ def test_batch_invariance_is_what_the_flag_says_and_vllm_reads_it(monkeypatch):
         malaymmlu.plan_engines(arguments(batch_invariant=True))
 
 
-# ---- real engines ---------------------------------------------------------------------------------------------------------------------
+# ---- real engines ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -640,7 +692,15 @@ def tiny(tmp_path_factory):
 
 
 def command(*given):
-    return [sys.executable, str(ROOT / "malaymmlu.py"), "--log_every", "2", "--restart_backoff", "0.1", *map(str, given)]
+    return [
+        sys.executable,
+        str(ROOT / "malaymmlu.py"),
+        "--log_every",
+        "2",
+        "--restart_backoff",
+        "0.1",
+        *map(str, given),
+    ]
 
 
 def environment():
@@ -700,11 +760,20 @@ def disk(tmp_path):
 
 
 def test_killed_and_hung_engines_a_killed_driver_and_a_full_disk_lose_and_repeat_nothing(tiny, tmp_path, disk):
-    """Two engines. One is killed, one is stopped (hangs): both are replaced. Then the driver is killed. The same command goes on until the
-    disk is full, which it says in one line; with room again, it finishes."""
+    """Two engines. One is killed, one is stopped (hangs): both are replaced. Then the driver is killed. The same
+    command goes on until the disk is full, which it says in one line; with room again, it finishes."""
     count = 90
     root, resize, no_disk = disk
-    flags = ["--base", tiny, "--questions", write_questions(tmp_path / "q.json", count), "--num_gpus", 2, "--max_tokens", 300]
+    flags = [
+        "--base",
+        tiny,
+        "--questions",
+        write_questions(tmp_path / "q.json", count),
+        "--num_gpus",
+        2,
+        "--max_tokens",
+        300,
+    ]
     flags += ["--max_num_seqs", 4, "--hang_timeout", 10, "--dtype", "float32", "--output_root", root]
     path = root / "malaymmlu-tiny/generations.jsonl"
     driver = start(tmp_path, "first", *flags)
@@ -719,8 +788,13 @@ def test_killed_and_hung_engines_a_killed_driver_and_a_full_disk_lose_and_repeat
     before = lines(path)
     # the killed one is replaced within moments and works alone until the silence of the other is noticed
     both = ("its process is gone", "has been silent for")
-    wait_for(lambda: all(words in said() for words in both) and said().count("is ready") >= 3 and lines(path) >= before + 20, driver)
-    assert path.read_bytes().endswith(b"\n") and lines(path) < 3 * count, "the run ended before the driver could be killed"
+    wait_for(
+        lambda: all(words in said() for words in both) and said().count("is ready") >= 3 and lines(path) >= before + 20,
+        driver,
+    )
+    assert path.read_bytes().endswith(b"\n") and lines(path) < 3 * count, (
+        "the run ended before the driver could be killed"
+    )
     engines += group_of_engines(driver.pid)
     driver.kill()
     driver.wait()
@@ -733,10 +807,16 @@ def test_killed_and_hung_engines_a_killed_driver_and_a_full_disk_lose_and_repeat
     flags[flags.index("--num_gpus") + 1] = 1  # how many engines there are changes no answer
     if no_disk is None:
         space = os.statvfs(root)
-        resize((space.f_blocks - space.f_bfree) * space.f_frsize + (32 << 10))  # room for the engine's log and some answers
-        full = subprocess.run(command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+        resize(
+            (space.f_blocks - space.f_bfree) * space.f_frsize + (32 << 10)
+        )  # room for the engine's log and some answers
+        full = subprocess.run(
+            command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
+        )
         assert full.returncode == 1 and "cut off a half-written last line" in full.stdout, full.stdout + full.stderr
-        assert "Traceback" not in full.stderr and path.read_bytes().startswith(kept) and path.read_bytes().endswith(b"\n")
+        assert (
+            "Traceback" not in full.stderr and path.read_bytes().startswith(kept) and path.read_bytes().endswith(b"\n")
+        )
         error = full.stderr.strip().splitlines()[-1]
         assert error.startswith("error: ") and "o space left on" in error, error
         assert f"{lines(path)} of {3 * count} samples are safe; make room and run the same command again" in error
@@ -744,20 +824,31 @@ def test_killed_and_hung_engines_a_killed_driver_and_a_full_disk_lose_and_repeat
         kept = path.read_bytes()
         resize("64m")
     missing = 3 * count - kept.count(b"\n")
-    again = subprocess.run(command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240)
+    again = subprocess.run(
+        command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
+    )
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"{3 * count - missing} of {3 * count} samples there, {missing} to make" in again.stdout and "leaked" not in again.stderr
+    assert (
+        f"{3 * count - missing} of {3 * count} samples there, {missing} to make" in again.stdout
+        and "leaked" not in again.stderr
+    )
     assert path.read_bytes().startswith(kept)
     records = read(path)
     assert Counter((r["index"], r["sample"]) for r in records) == {(i, s): 1 for i in range(count) for s in range(3)}
-    assert all(r["id"] == 100 + r["index"] and 1 <= r["completion_tokens"] <= 300 and r["prompt_tokens"] > 50 for r in records)
+    assert all(
+        r["id"] == 100 + r["index"] and 1 <= r["completion_tokens"] <= 300 and r["prompt_tokens"] > 50 for r in records
+    )
     # three samples of a question are three draws
     texts = {(r["index"], r["sample"]): r["text"] for r in records}
     assert sum(len({texts[i, s] for s in range(3)}) == 3 for i in range(count)) > 0.95 * count
-    changed = subprocess.run(command(*flags, "--seed", 1), cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    changed = subprocess.run(
+        command(*flags, "--seed", 1), cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
     assert changed.returncode == 1 and "generated with seed = 0, now it is 1" in changed.stderr
     if no_disk:
-        pytest.skip(f"everything passed but for the full disk, because mounting a tmpfs is not permitted here: {no_disk}")
+        pytest.skip(
+            f"everything passed but for the full disk, because mounting a tmpfs is not permitted here: {no_disk}"
+        )
 
 
 def test_first_token_with_two_tensor_parallel_ranks_and_a_merged_adapter_equals_transformers(tiny, tmp_path):
@@ -767,7 +858,9 @@ def test_first_token_with_two_tensor_parallel_ranks_and_a_merged_adapter_equals_
     from transformers import AutoTokenizer
 
     torch.manual_seed(1)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     model = get_peft_model(tiny_model("qwen3", head_dim=32), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -776,7 +869,18 @@ def test_first_token_with_two_tensor_parallel_ranks_and_a_merged_adapter_equals_
     model.save_pretrained(tmp_path / "outputs/run/checkpoint-7")
     questions = write_questions(tmp_path / "q.json", 12)
     run = subprocess.run(
-        command("--pattern", "tiny-lora-8-*", "--base", "none", "--questions", questions, "--protocol", "first_token", "--dtype", "float32")
+        command(
+            "--pattern",
+            "tiny-lora-8-*",
+            "--base",
+            "none",
+            "--questions",
+            questions,
+            "--protocol",
+            "first_token",
+            "--dtype",
+            "float32",
+        )
         + ["--num_gpus", "2", "--gpu_partition", "2"],
         cwd=tmp_path,
         env=environment(),
@@ -796,7 +900,10 @@ def test_first_token_with_two_tensor_parallel_ranks_and_a_merged_adapter_equals_
     model.eval()
     picks = set()
     for question in load_questions(questions):
-        text = f"Berikut adalah soalan aneka pilihan tentang Matematik. Sila berikan jawapan sahaja.\n\n{question['prompt']}\nJawapan:"
+        text = (
+            "Berikut adalah soalan aneka pilihan tentang Matematik. Sila berikan jawapan"
+            f" sahaja.\n\n{question['prompt']}\nJawapan:"
+        )
         rendered = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
         ids = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)["input_ids"]
         with torch.no_grad():
@@ -815,16 +922,28 @@ def test_first_token_with_two_tensor_parallel_ranks_and_a_merged_adapter_equals_
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [True, False])
 def test_one_slot_starts_the_next_row_before_the_last_answers(tiny, tmp_path, monkeypatch, capfd, room):
-    """Real engines, with memory for two and without: the second row's process starts while the first row's last answers are written."""
+    """Real engines, with memory for two and without: the second row's process starts while the first row's last answers
+    are written."""
     (tmp_path / "other").symlink_to(tiny)
     questions = write_questions(tmp_path / "q.json", 6)
     monkeypatch.chdir(tmp_path)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(malaymmlu.Scheduler, "room_for_two", lambda self: room)
-    assign = malaymmlu.Scheduler.assign
-    monkeypatch.setattr(malaymmlu.Scheduler, "assign", lambda self: (setattr(self, "ahead", True), assign(self)))  # as on GPUs
-    given = command("--base", f"{tiny},other", "--questions", questions, "--max_tokens", 100, "--max_num_seqs", 4, "--dtype", "float32")
+    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: room)
+    assign = Scheduler.assign
+    monkeypatch.setattr(Scheduler, "assign", lambda self: (setattr(self, "ahead", True), assign(self)))  # as on GPUs
+    given = command(
+        "--base",
+        f"{tiny},other",
+        "--questions",
+        questions,
+        "--max_tokens",
+        100,
+        "--max_num_seqs",
+        4,
+        "--dtype",
+        "float32",
+    )
     monkeypatch.setattr(sys, "argv", given[1:])
     malaymmlu.main()
     said = capfd.readouterr().out

@@ -18,7 +18,20 @@ from tokenizers.processors import TemplateProcessing
 
 import multipack
 from conftest import FAMILIES, tiny_model, tiny_tokenizer
-from multipack import DataArguments, pack, prepare
+from malaysian_sft import tokenise as rooms_tokenise
+from malaysian_sft.attention import (
+    _backend,
+    _document_loop,
+    _import_varlen,
+    _parameters,
+    attention_backend,
+    packed_attention,
+    register_attention,
+)
+from malaysian_sft.chat_format import ChatFormat
+from malaysian_sft.conversations import DataArguments, _hub_sources
+from malaysian_sft.tokenise import tokenise
+from multipack import pack, prepare
 
 TEMPLATES = Path(__file__).parent / "templates"
 CONTROL = [
@@ -42,7 +55,9 @@ def family_tokenizer(name):
         tokenizer.bos_token, tokenizer.eos_token = "<|begin_of_text|>", "<|eot_id|>"
         # like Llama's own, it puts BOS before any text it is asked to tokenise with special tokens
         bos = ("<|begin_of_text|>", tokenizer.bos_token_id)
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[bos])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<|begin_of_text|> $A", special_tokens=[bos]
+        )
     if name == "glm4.5":
         tokenizer.eos_token = "<|endoftext|>"
     return tokenizer
@@ -58,7 +73,9 @@ def write_jsonl(path, rows):
 
 
 def arguments(tmp_path, dataset, **overrides):
-    return DataArguments(dataset=str(dataset), data_cache=str(tmp_path / "cache"), **{"max_seq_length": 512, **overrides})
+    return DataArguments(
+        dataset=str(dataset), data_cache=str(tmp_path / "cache"), **{"max_seq_length": 512, **overrides}
+    )
 
 
 def user(text):
@@ -90,14 +107,29 @@ def supervised_texts(document, tokenizer):
 
 
 SINGLE = [user("Apa khabar?"), assistant("Khabar baik.")]
-REASONED = [{"role": "system", "content": "Fikir dahulu."}, user("2 + 2?"), assistant("4", "dua campur dua\nialah empat")]
-TURNS = [user("satu"), assistant("jawapan satu"), user("dua"), assistant("jawapan dua"), user("tiga"), assistant("\tjawapan tiga ")]
+REASONED = [
+    {"role": "system", "content": "Fikir dahulu."},
+    user("2 + 2?"),
+    assistant("4", "dua campur dua\nialah empat"),
+]
+TURNS = [
+    user("satu"),
+    assistant("jawapan satu"),
+    user("dua"),
+    assistant("jawapan dua"),
+    user("tiga"),
+    assistant("\tjawapan tiga "),
+]
 
 # what the model has to write, by hand, turn by turn
 EXPECTED = {
     ("qwen3", "SINGLE"): ["<think>\n\n</think>\n\nKhabar baik.<|im_end|>"],
     ("qwen3", "REASONED"): ["<think>\ndua campur dua\nialah empat\n</think>\n\n4<|im_end|>"],
-    ("qwen3", "TURNS"): ["jawapan satu<|im_end|>", "jawapan dua<|im_end|>", "<think>\n\n</think>\n\n\tjawapan tiga <|im_end|>"],
+    ("qwen3", "TURNS"): [
+        "jawapan satu<|im_end|>",
+        "jawapan dua<|im_end|>",
+        "<think>\n\n</think>\n\n\tjawapan tiga <|im_end|>",
+    ],
     ("qwen2.5", "SINGLE"): ["Khabar baik.<|im_end|>"],
     ("qwen2.5", "REASONED"): ["<think>\ndua campur dua\nialah empat\n</think>\n\n4<|im_end|>"],
     ("qwen2.5", "TURNS"): ["jawapan satu<|im_end|>", "jawapan dua<|im_end|>", "\tjawapan tiga <|im_end|>"],
@@ -118,7 +150,9 @@ EXPECTED = {
 def test_labels_are_the_assistants_text(tmp_path, family, name):
     messages = {"SINGLE": SINGLE, "REASONED": REASONED, "TURNS": TURNS}[name]
     tokenizer = family_tokenizer(family)
-    dataset = prepare(arguments(tmp_path, write_jsonl(tmp_path / "d.jsonl", [{"messages": messages}])), tokenizer, "tiny")
+    dataset = prepare(
+        arguments(tmp_path, write_jsonl(tmp_path / "d.jsonl", [{"messages": messages}])), tokenizer, "tiny"
+    )
     (document,) = documents_of(dataset)
     assert document["labels"][0] == -100
     assert supervised_texts(document, tokenizer) == EXPECTED[family, name]
@@ -134,18 +168,26 @@ def test_labels_are_the_assistants_text(tmp_path, family, name):
 
     # what comes before the first answer is, token for token, what the model is given at inference
     first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-    prompt = tokenizer.apply_chat_template(messages[:first], tokenize=True, add_generation_prompt=True, return_dict=False)
+    prompt = tokenizer.apply_chat_template(
+        messages[:first], tokenize=True, add_generation_prompt=True, return_dict=False
+    )
     assert (document["labels"] != -100).nonzero()[0].item() == len(prompt)
     assert ids[: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_every_schema_trains_on_reasoning_answer_and_stop(tmp_path, family):
-    """The five configs by file name, plus messages: reasoning and answer are supervised, question and system turn never."""
+    """The five configs by file name, plus messages: reasoning and answer are supervised, question and system turn
+    never."""
     rows = {
         "ayat_aktif_pasif": {"input": "Ali makan nasi.", "output": "Nasi dimakan Ali."},
         "coding": {"question": "Tulis kod.", "answer": "```python\nprint('hai')\n```"},
-        "malaysian_reasoning": {"system": "Fikir.", "input": "Ibu negara?", "answer": "Kuala Lumpur", "reasoning": "Ia di Lembah Klang."},
+        "malaysian_reasoning": {
+            "system": "Fikir.",
+            "input": "Ibu negara?",
+            "answer": "Kuala Lumpur",
+            "reasoning": "Ia di Lembah Klang.",
+        },
         "meta_prompt": {"input": "Jadikan lebih baik.", "answer": "Baik: çé 漢字 😀"},
         "multiple_choice_qa": {"question": "A. emas\nB. perak", "answer": "Jawapannya B"},
         "perbualan": {"messages": [user("Hai"), assistant("Hai juga")]},
@@ -168,9 +210,16 @@ def test_every_schema_trains_on_reasoning_answer_and_stop(tmp_path, family):
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_no_reasoning_is_lost_when_the_template_hides_history(tmp_path, family):
     """Qwen3 and GLM-4.5 strip the reasoning of earlier turns: then each turn is trained in a document of its own."""
-    messages = [user("satu"), assistant("jawapan satu", "fikiran satu"), user("dua"), assistant("jawapan dua", "fikiran dua")]
+    messages = [
+        user("satu"),
+        assistant("jawapan satu", "fikiran satu"),
+        user("dua"),
+        assistant("jawapan dua", "fikiran dua"),
+    ]
     tokenizer = family_tokenizer(family)
-    dataset = prepare(arguments(tmp_path, write_jsonl(tmp_path / "d.jsonl", [{"messages": messages}])), tokenizer, "tiny")
+    dataset = prepare(
+        arguments(tmp_path, write_jsonl(tmp_path / "d.jsonl", [{"messages": messages}])), tokenizer, "tiny"
+    )
     texts = [supervised_texts(document, tokenizer) for document in documents_of(dataset)]
     if family in ("qwen3", "glm4.5"):
         assert [len(runs) for runs in texts] == [1, 1] and dataset.report["extra_documents"] == 1
@@ -185,7 +234,9 @@ def test_no_reasoning_is_lost_when_the_template_hides_history(tmp_path, family):
 
 def test_loss_on_all_supervises_everything_but_the_first_token(tmp_path):
     tokenizer = family_tokenizer("qwen3")
-    dataset = prepare(arguments(tmp_path, write_jsonl(tmp_path / "d.jsonl", [{"messages": TURNS}]), loss_on="all"), tokenizer, "tiny")
+    dataset = prepare(
+        arguments(tmp_path, write_jsonl(tmp_path / "d.jsonl", [{"messages": TURNS}]), loss_on="all"), tokenizer, "tiny"
+    )
     document = dataset.document(0)
     assert document["labels"][0] == -100 and torch.equal(document["labels"][1:], document["input_ids"][1:])
 
@@ -195,7 +246,10 @@ def test_loss_on_all_supervises_everything_but_the_first_token(tmp_path):
     [
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not render"),
         (
-            "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}",
+            (
+                "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{%"
+                " endif %}"
+            ),
             "generation prompt",
         ),
         (None, "no chat template"),
@@ -203,12 +257,14 @@ def test_loss_on_all_supervises_everything_but_the_first_token(tmp_path):
 )
 def test_unusable_templates_are_refused(tmp_path, template, message):
     with pytest.raises(ValueError, match=message):
-        multipack.ChatFormat(tiny_tokenizer(template))
+        ChatFormat(tiny_tokenizer(template))
 
 
 def test_a_template_that_drops_the_system_turn_is_noticed(tmp_path):
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("for m in messages %}", "for m in messages if m.role != 'system' %}")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "for m in messages %}", "for m in messages if m.role != 'system' %}"
+    )
     path = write_jsonl(tmp_path / "d.jsonl", [{"messages": SINGLE}, {"messages": REASONED}])
     with pytest.raises(ValueError, match=r"row 2: the chat template drops the content of messages\[0\]"):
         prepare(arguments(tmp_path, path), tokenizer, "tiny")
@@ -250,12 +306,19 @@ def test_bad_rows_are_named_counted_and_never_lost(tmp_path, capsys):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n\n")  # a byte-order mark and a blank line are no rows
     tokenizer = family_tokenizer("qwen3")
-    with pytest.raises(ValueError, match=rf"{len(BAD)} bad rows of {2 * len(BAD)}.*\n.*d\.jsonl, row 2: .*fit no schema"):
+    with pytest.raises(
+        ValueError, match=rf"{len(BAD)} bad rows of {2 * len(BAD)}.*\n.*d\.jsonl, row 2: .*fit no schema"
+    ):
         prepare(arguments(tmp_path, path), tokenizer, "tiny")
     assert not list((tmp_path / "cache").glob("*/")), "a refused dataset leaves no cache"
     dataset = prepare(arguments(tmp_path, path, bad_rows="skip"), tokenizer, "tiny")
     report = dataset.report
-    assert (report["rows"], report["skipped"], report["documents"], report["too_long"]) == (2 * len(BAD), len(BAD), len(BAD), 0)
+    assert (report["rows"], report["skipped"], report["documents"], report["too_long"]) == (
+        2 * len(BAD),
+        len(BAD),
+        len(BAD),
+        0,
+    )
     assert "row 2: " in capsys.readouterr().err
     (listed,) = (tmp_path / "cache").glob("*/bad_rows.jsonl")
     reasons = [json.loads(line) for line in listed.read_text().splitlines()]
@@ -265,13 +328,19 @@ def test_bad_rows_are_named_counted_and_never_lost(tmp_path, capsys):
 
 
 def test_a_named_config_is_held_to_its_fields(tmp_path):
-    for name, row in (("coding", {"input": "a", "answer": "b"}), ("malaysian_reasoning", {"input": "a", "answer": "b"})):
+    for name, row in (
+        ("coding", {"input": "a", "answer": "b"}),
+        ("malaysian_reasoning", {"input": "a", "answer": "b"}),
+    ):
         with pytest.raises(ValueError, match=f"{name}.jsonl, row 1: missing field"):
-            prepare(arguments(tmp_path, write_jsonl(tmp_path / f"{name}.jsonl", [row])), family_tokenizer("qwen3"), "tiny")
+            prepare(
+                arguments(tmp_path, write_jsonl(tmp_path / f"{name}.jsonl", [row])), family_tokenizer("qwen3"), "tiny"
+            )
 
 
 def test_json_parquet_and_hub_give_the_same_documents(tmp_path, monkeypatch):
-    """The same rows as JSON Lines, a JSON list, Parquet, and through datasets.load_dataset (a local folder with two configs)."""
+    """The same rows as JSON Lines, a JSON list, Parquet, and through datasets.load_dataset (a local folder with two
+    configs)."""
     import datasets
     import pyarrow
     import pyarrow.parquet
@@ -296,11 +365,14 @@ def test_json_parquet_and_hub_give_the_same_documents(tmp_path, monkeypatch):
     yaml = "".join(f"- config_name: {config}\n  data_files: {file}.jsonl\n" for config, file in configs)
     (hub / "README.md").write_text(f"---\nconfigs:\n{yaml}---\n")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
-    sources = multipack._hub_sources(str(hub), None, None)
+    sources = _hub_sources(str(hub), None, None)
     assert {source.label: source.count for source in sources} == {"coding": 5, "ayat_aktif_pasif": 1}
-    monkeypatch.setattr(multipack, "find_sources", lambda _: sources)
+    monkeypatch.setattr("malaysian_sft.conversations.find_sources", lambda _: sources)
     dataset = prepare(arguments(tmp_path, "owner/name"), tokenizer, "tiny")
-    assert dataset.report["configs"]["coding"]["documents"] == 5 and dataset.report["configs"]["ayat_aktif_pasif"]["documents"] == 1
+    assert (
+        dataset.report["configs"]["coding"]["documents"] == 5
+        and dataset.report["configs"]["ayat_aktif_pasif"]["documents"] == 1
+    )
     found = [document["input_ids"].tolist() for document in documents_of(dataset)]
     assert all(ids in found for ids in expected) and len(found) == 6
 
@@ -324,7 +396,11 @@ def test_json_parquet_and_hub_give_the_same_documents(tmp_path, monkeypatch):
 def test_wrong_arguments_are_refused_by_name(tmp_path, overrides, message):
     path = write_jsonl(tmp_path / "d.jsonl", [GOOD])
     with pytest.raises(ValueError, match=message):
-        prepare(DataArguments(**{"dataset": path, "data_cache": str(tmp_path / "cache"), **overrides}), tiny_tokenizer(), "tiny")
+        prepare(
+            DataArguments(**{"dataset": path, "data_cache": str(tmp_path / "cache"), **overrides}),
+            tiny_tokenizer(),
+            "tiny",
+        )
 
 
 # --- packs
@@ -414,7 +490,10 @@ def test_pack_refuses_what_does_not_fit():
 
 
 def many_rows(count=60):
-    return [{"question": f"soalan {i} " + "a" * (i * 7 % 50), "answer": f"jawapan {i} " + "b" * (i * 13 % 90)} for i in range(count)]
+    return [
+        {"question": f"soalan {i} " + "a" * (i * 7 % 50), "answer": f"jawapan {i} " + "b" * (i * 13 % 90)}
+        for i in range(count)
+    ]
 
 
 def test_dataset_holds_every_document_uncut_in_every_epoch(tmp_path):
@@ -422,7 +501,10 @@ def test_dataset_holds_every_document_uncut_in_every_epoch(tmp_path):
     tokenizer = tiny_tokenizer()
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     expected = sorted(
-        tokenizer.apply_chat_template([user(row["question"]), assistant(row["answer"])], tokenize=True, return_dict=False) for row in rows
+        tokenizer.apply_chat_template(
+            [user(row["question"]), assistant(row["answer"])], tokenize=True, return_dict=False
+        )
+        for row in rows
     )
     too_long = sum(len(ids) > 150 for ids in expected)
     expected = [ids for ids in expected if len(ids) <= 150]
@@ -445,16 +527,23 @@ def test_dataset_holds_every_document_uncut_in_every_epoch(tmp_path):
 
 
 def test_the_fingerprint_is_that_of_the_data_and_its_packing(tmp_path, monkeypatch):
-    """A run is resumed only on the same one: another version of the code that makes the same of the data must not stand in the way."""
+    """A run is resumed only on the same one: another version of the code that makes the same of the data must not stand
+    in the way."""
 
     def fingerprint(rows=None, seed=0, **settings):
         path = write_jsonl(tmp_path / "d.jsonl", rows or many_rows(20))
-        return prepare(arguments(tmp_path, path, max_seq_length=150, **settings), tiny_tokenizer(), "tiny", seed=seed).fingerprint
+        return prepare(
+            arguments(tmp_path, path, max_seq_length=150, **settings), tiny_tokenizer(), "tiny", seed=seed
+        ).fingerprint
 
     first = fingerprint()
-    others = [fingerprint(seed=1), fingerprint(loss_on="all"), fingerprint([*many_rows(19), {"question": "a", "answer": "b"}])]
+    others = [
+        fingerprint(seed=1),
+        fingerprint(loss_on="all"),
+        fingerprint([*many_rows(19), {"question": "a", "answer": "b"}]),
+    ]
     assert first not in others and len(set(others)) == 3
-    monkeypatch.setattr(multipack, "_fingerprint", lambda *_: "another version of the code")
+    monkeypatch.setattr("malaysian_sft.tokenise.data_fingerprint", lambda *_: "another version of the code")
     assert fingerprint() == first
 
 
@@ -550,16 +639,15 @@ def test_cache_is_keyed_by_all_that_matters_and_nothing_else(tmp_path, monkeypat
 
 def test_a_crash_leaves_no_cache_and_a_damaged_one_is_refused(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "d.jsonl", many_rows(8))
-    tokenise = multipack.tokenise
 
     def crash(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(multipack, "tokenise", crash)
+    monkeypatch.setattr("malaysian_sft.tokenise.tokenise", crash)
     with pytest.raises(KeyboardInterrupt):
         prepare(arguments(tmp_path, path), tiny_tokenizer(), "tiny")
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
-    monkeypatch.setattr(multipack, "tokenise", tokenise)
+    monkeypatch.setattr("malaysian_sft.tokenise.tokenise", tokenise)
     prepare(arguments(tmp_path, path), tiny_tokenizer(), "tiny")
     (tokens,) = (tmp_path / "cache").glob("*/tokens.bin")
     tokens.write_bytes(tokens.read_bytes()[:-4])
@@ -568,14 +656,12 @@ def test_a_crash_leaves_no_cache_and_a_damaged_one_is_refused(tmp_path, monkeypa
 
 
 def _prepare_and_report(data_args, log, queue):
-    tokenise = multipack.tokenise
-
     def logged(*args):
         with open(log, "a") as file:
             file.write("x")
         return tokenise(*args)
 
-    multipack.tokenise = logged
+    rooms_tokenise.tokenise = logged
     dataset = prepare(data_args, tiny_tokenizer(), "tiny")
     queue.put((dataset.fingerprint, int(dataset.lengths.sum())))
 
@@ -601,9 +687,14 @@ def test_workers_give_the_same_data_as_one_process(tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", rows)
     found = []
     for workers in (1, 2):
-        data_args = DataArguments(path, data_cache=str(tmp_path / f"{workers}"), bad_rows="skip", preprocessing_num_workers=workers)
+        data_args = DataArguments(
+            path, data_cache=str(tmp_path / f"{workers}"), bad_rows="skip", preprocessing_num_workers=workers
+        )
         dataset = prepare(data_args, tiny_tokenizer(), "tiny")
-        files = [next((tmp_path / f"{workers}").glob(f"*/{name}")).read_bytes() for name in ("tokens.bin", "supervised.bin", "rows.npy")]
+        files = [
+            next((tmp_path / f"{workers}").glob(f"*/{name}")).read_bytes()
+            for name in ("tokens.bin", "supervised.bin", "rows.npy")
+        ]
         found.append((dataset.fingerprint, dataset.report, files))
         assert dataset.report["skipped"] == 1 and dataset.report["documents"] == 1499
     assert found[0] == found[1]
@@ -624,7 +715,8 @@ def made_up_pack(lengths, seed=0, vocab=300):
 
 
 def document_losses(logits, labels, boundaries):
-    """Sum of the token losses of each document of a packed row, in float64. logits (1, T, vocabulary), labels (1, T)."""
+    """Sum of the token losses of each document of a packed row, in float64. logits (1, T, vocabulary), labels (1,
+    T)."""
     losses = torch.nn.functional.cross_entropy(logits[0, :-1].double(), labels[0, 1:], reduction="none")
     losses = torch.nn.functional.pad(losses, (1, 0))  # the loss of predicting the token at each position
     return torch.stack([losses[start:end].sum() for start, end in zip(boundaries, boundaries[1:], strict=False)])
@@ -657,12 +749,14 @@ def test_packed_losses_and_gradients_equal_each_document_alone(family):
     batch = multipack.collate([documents[:3], documents[3:]])
     labels, boundaries = batch.pop("labels"), batch["cu_seq_lens_q"].tolist()
     plain = {key: batch[key] for key in ("input_ids", "position_ids")}
-    for implementation in (multipack.register_attention(), "eager", "sdpa"):
+    for implementation in (register_attention(), "eager", "sdpa"):
         model.set_attn_implementation(implementation)
         model.zero_grad()
         logits = model(**(batch if implementation == "packed" else plain), use_cache=False).logits
         found = document_losses(logits, labels, boundaries)
-        torch.testing.assert_close(found.detach(), losses, rtol=1e-5, atol=1e-5, msg=lambda text, i=implementation: f"{i}: {text}")
+        torch.testing.assert_close(
+            found.detach(), losses, rtol=1e-5, atol=1e-5, msg=lambda text, i=implementation: f"{i}: {text}"
+        )
         found.sum().backward()
         for name, grad in gradients(model).items():
             torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
@@ -683,7 +777,7 @@ def test_packing_that_leaks_would_be_noticed():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
     model = tiny_model("qwen3").train()
-    model.set_attn_implementation(multipack.register_attention())
+    model.set_attn_implementation(register_attention())
     batch = multipack.collate([made_up_pack(LENGTHS)])
     found = []
     for checkpointing in (False, True):
@@ -704,7 +798,7 @@ def test_sliding_window_equals_eager():
     documents = made_up_pack(LENGTHS)
     losses, _ = alone(model, documents)
     batch = multipack.collate([documents])
-    model.set_attn_implementation(multipack.register_attention())
+    model.set_attn_implementation(register_attention())
     found = document_losses(model(**batch).logits, batch["labels"], batch["cu_seq_lens_q"].tolist())
     torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-5)
     model.model.layers[1].self_attn.sliding_window = None
@@ -716,13 +810,13 @@ def test_without_boundaries_each_batch_row_is_a_document():
     model = tiny_model("llama")
     ids = torch.randint(3, 300, (3, 11), generator=torch.Generator().manual_seed(0))
     expected = model(input_ids=ids, use_cache=False).logits
-    model.set_attn_implementation(multipack.register_attention())
+    model.set_attn_implementation(register_attention())
     torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_packed_attention_refuses_what_it_cannot_do():
     model = tiny_model("llama", attention_dropout=0.1).train()
-    model.set_attn_implementation(multipack.register_attention())
+    model.set_attn_implementation(register_attention())
     ids = torch.arange(3, 9)[None]
     with pytest.raises(ValueError, match="dropout"):
         model(input_ids=ids)
@@ -739,7 +833,7 @@ def test_packed_attention_refuses_what_it_cannot_do():
     query = torch.zeros(1, 2, 3, 4)
     for kwargs in (dict(softcap=1.0), dict(s_aux=torch.zeros(2)), dict(is_causal=False)):
         with pytest.raises(ValueError, match="packed attention cannot do"):
-            multipack.packed_attention(model, query, query, query, None, **kwargs)
+            packed_attention(model, query, query, query, None, **kwargs)
 
 
 def _reference_varlen(query, key, value, boundaries, scale, window):
@@ -767,19 +861,36 @@ def _torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=F
     return _reference_varlen(query, key, value, cu_seq_q.tolist(), query.shape[-1] ** -0.5, None)
 
 
-def _torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+def _torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
     assert query.shape[1] == key.shape[1] and window_size[1] == 0
     return _reference_varlen(query, key, value, cu_seq_q.tolist(), scale, _left(window_size))
 
 
-def _torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+def _torch_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
     assert enable_gqa and query.shape[1] != key.shape[1]
     return _reference_varlen(query, key, value, cu_seq_q.tolist(), scale, _left(window_size))
 
 
-def _flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False, window_size=(-1, -1)):
+def _flash_2(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+):
     assert causal and (max_seqlen_q, max_seqlen_k) == (6, 6)
-    return _reference_varlen(q, k, v, cu_seqlens_q.tolist(), softmax_scale, None if window_size == (-1, -1) else _left(window_size))
+    return _reference_varlen(
+        q, k, v, cu_seqlens_q.tolist(), softmax_scale, None if window_size == (-1, -1) else _left(window_size)
+    )
 
 
 def _flash_4(
@@ -809,13 +920,15 @@ def test_every_kernel_signature_computes_the_same_attention(monkeypatch, kernel,
     query, key, value = (torch.randn(1, heads, 11, 8, generator=generator) for heads in (4, 2, 2))
     boundaries = torch.tensor([0, 4, 10, 11], dtype=torch.int32)
     expected = _reference_varlen(*(x[0].transpose(0, 1) for x in (query, key, value)), boundaries.tolist(), 0.3, window)
-    call = functools.partial(multipack.packed_attention, torch.nn.Module(), scaling=0.3, sliding_window=window, attention_mask=None)
+    call = functools.partial(
+        packed_attention, torch.nn.Module(), scaling=0.3, sliding_window=window, attention_mask=None
+    )
     kwargs = dict(cu_seq_lens_q=boundaries, max_length_q=6)
     if kernel is None:  # the loop, in float32
         out, _ = call(query, key, value, **kwargs)
         torch.testing.assert_close(out[0].double(), expected, rtol=1e-5, atol=1e-5)
         return
-    monkeypatch.setattr(multipack, "_backend", lambda device: ("test", kernel))
+    monkeypatch.setattr("malaysian_sft.attention._backend", lambda device: ("test", kernel))
     half = [x.bfloat16() for x in (query, key, value)]
     if kernel is _torch_2_10 and window:
         with pytest.raises(ValueError, match="no sliding window"):
@@ -830,30 +943,37 @@ def test_every_kernel_signature_computes_the_same_attention(monkeypatch, kernel,
 def test_the_output_is_kept_once(head_by_head, monkeypatch):
     """What PyTorch's kernel keeps for the backward is what the caller gets, not something that it is copied from.
 
-    Partial rotary joins two parts of every head, and so leaves queries head by head. On the meta device: layouts without numbers.
+    Partial rotary joins two parts of every head, and so leaves queries head by head. On the meta device: layouts
+    without numbers.
     """
-    varlen_attn = multipack._import_varlen("torch.nn.attention.varlen")
-    monkeypatch.setattr(multipack, "_backend", lambda device: ("varlen_attn", varlen_attn))
-    query, key, value = (torch.zeros(1, 11, heads, 8, dtype=torch.bfloat16, device="meta").transpose(1, 2) for heads in (4, 2, 2))
+    varlen_attn = _import_varlen("torch.nn.attention.varlen")
+    monkeypatch.setattr("malaysian_sft.attention._backend", lambda device: ("varlen_attn", varlen_attn))
+    query, key, value = (
+        torch.zeros(1, 11, heads, 8, dtype=torch.bfloat16, device="meta").transpose(1, 2) for heads in (4, 2, 2)
+    )
     query = query.contiguous() if head_by_head else query
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        out, _ = multipack.packed_attention(torch.nn.Module(), query.requires_grad_(), key, value, None)
+        out, _ = packed_attention(torch.nn.Module(), query.requires_grad_(), key, value, None)
     assert out.shape == (1, 11, 4, 8) and out.is_contiguous()
     assert out.untyped_storage()._cdata in {tensor.untyped_storage()._cdata for tensor in kept}
     queries = [tensor for tensor in kept if tensor.shape == (11, 4, 8)]
     assert len(queries) == 2, "the query and the output"
-    assert (query.untyped_storage()._cdata in {tensor.untyped_storage()._cdata for tensor in kept}) != head_by_head, "copied where it must"
+    assert (query.untyped_storage()._cdata in {tensor.untyped_storage()._cdata for tensor in kept}) != head_by_head, (
+        "copied where it must"
+    )
 
 
 def test_attention_backend_by_device_and_package(monkeypatch):
-    assert multipack.attention_backend("cpu") == "sdpa"
+    assert attention_backend("cpu") == "sdpa"
 
     def backend(capability, installed):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(multipack, "_import_varlen", lambda module: _flash_2 if module in installed else None)
-        multipack._backend.cache_clear()
-        return multipack.attention_backend("cuda")
+        monkeypatch.setattr(
+            "malaysian_sft.attention._import_varlen", lambda module: _flash_2 if module in installed else None
+        )
+        _backend.cache_clear()
+        return attention_backend("cuda")
 
     torch_only = {"torch.nn.attention.varlen"}
     everything = {"flash_attn.cute", "flash_attn_interface", "flash_attn", *torch_only}
@@ -863,22 +983,25 @@ def test_attention_backend_by_device_and_package(monkeypatch):
     assert backend((8, 0), torch_only) == backend((9, 0), torch_only) == "varlen_attn"
     assert backend((7, 5), everything) == "sdpa"
     assert backend((9, 0), everything) == "flash-attn-4"
-    function = multipack._backend(torch.device("cuda"))[1]
+    function = _backend(torch.device("cuda"))[1]
     assert function._torchdynamo_disable, "not to be traced by torch.compile"
-    assert multipack._parameters(function) == multipack._parameters(_flash_2), "its signature shows through"
-    multipack._backend.cache_clear()
+    assert _parameters(function) == _parameters(_flash_2), "its signature shows through"
+    _backend.cache_clear()
     monkeypatch.undo()
-    assert multipack._import_varlen("torch.nn.attention.varlen") is not None
+    assert _import_varlen("torch.nn.attention.varlen") is not None
 
 
 def test_a_broken_kernel_package_is_not_passed_over_in_silence(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken_attn" / "cute").mkdir(parents=True)
     (tmp_path / "broken_attn" / "cute" / "__init__.py").write_text("import no_such_compiler\n")
-    assert multipack._import_varlen("broken_attn.cute") is None
-    assert "warning: broken_attn.cute is installed, but cannot be imported (No module named 'no_such_compiler')" in capsys.readouterr().err
+    assert _import_varlen("broken_attn.cute") is None
+    assert (
+        "warning: broken_attn.cute is installed, but cannot be imported (No module named 'no_such_compiler')"
+        in capsys.readouterr().err
+    )
     for absent in ("broken_attn.interface", "absent_attn.cute", "absent_attn"):
-        assert multipack._import_varlen(absent) is None
+        assert _import_varlen(absent) is None
     assert capsys.readouterr().err == "", "nobody has to install them"
 
 
@@ -889,7 +1012,15 @@ def test_command_prints_a_report_and_marked_examples(tmp_path, monkeypatch, caps
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     rows = [*many_rows(20), {"question": "panjang", "answer": "x" * 400}, {"question": "tiada"}]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
-    argv = ["multipack.py", "--dataset", path, "--model", str(tmp_path / "model"), "--data_cache", str(tmp_path / "cache")]
+    argv = [
+        "multipack.py",
+        "--dataset",
+        path,
+        "--model",
+        str(tmp_path / "model"),
+        "--data_cache",
+        str(tmp_path / "cache"),
+    ]
     monkeypatch.setattr(sys, "argv", [*argv, "--max_seq_length", "300", "--bad_rows", "skip", "--show", "2"])
     multipack.main()
     out = capsys.readouterr().out
@@ -901,7 +1032,9 @@ def test_command_prints_a_report_and_marked_examples(tmp_path, monkeypatch, caps
     assert report["tokens"] == tokens and sum(count for _, _, count in report["histogram"]) == 20
     supervised = sum(len(row["answer"]) + 1 for row in rows[:20])
     assert report["supervised_tokens"] == supervised and f"{supervised / tokens:.1%}" in out
-    assert report["fill"] == pytest.approx(tokens / (report["packs"] * 300)) and f"{report['packs']} packs of 300" in out
+    assert (
+        report["fill"] == pytest.approx(tokens / (report["packs"] * 300)) and f"{report['packs']} packs of 300" in out
+    )
     assert f"<|im_start|>assistant\n[[{rows[0]['answer']}<|im_end|>]]\n" in out
     assert f"<|im_start|>assistant\n[[{rows[19]['answer']}<|im_end|>]]\n" in out and out.count("[[") == 2
 
@@ -924,8 +1057,11 @@ def test_examples_are_coloured_on_a_terminal():
     assert f"[[{inside}]]" in multipack.format_document(document, tokenizer, color=False)
 
 
-def assert_as_near_as_pytorch(heads, kv_heads, head_dim, window=None, query_head_by_head=True, wrap=lambda attention: attention):
-    """packed_attention in bf16 is as near to fp32 attention, document by document, as bf16 SDPA is: output and every gradient."""
+def assert_as_near_as_pytorch(
+    heads, kv_heads, head_dim, window=None, query_head_by_head=True, wrap=lambda attention: attention
+):
+    """packed_attention in bf16 is as near to fp32 attention, document by document, as bf16 SDPA is: output and every
+    gradient."""
     lengths = [1, 700, 3, 129, 64, 1151]
     boundaries = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32).cuda()
     generator = torch.Generator("cuda").manual_seed(0)
@@ -938,12 +1074,12 @@ def assert_as_near_as_pytorch(heads, kv_heads, head_dim, window=None, query_head
 
     @wrap
     def attention(*inputs):
-        return multipack.packed_attention(torch.nn.Module(), *inputs, None, **borders)[0]
+        return packed_attention(torch.nn.Module(), *inputs, None, **borders)[0]
 
     def results(dtype, loop):
         inputs = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in tensors]
         if loop:
-            out = multipack._document_loop(*inputs, boundaries.tolist(), None, window).transpose(1, 2)
+            out = _document_loop(*inputs, boundaries.tolist(), None, window).transpose(1, 2)
         else:
             out = attention(*inputs)
         return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
@@ -952,9 +1088,13 @@ def assert_as_near_as_pytorch(heads, kv_heads, head_dim, window=None, query_head
     for name, t, p, k in zip(("out", "dq", "dk", "dv"), truth, plain, packed, strict=True):
         error, bound = ((x.float() - t).norm() / t.norm() for x in (k, p))
         assert error <= 1.2 * bound + 1e-3, f"{name}: {error:.1e}, PyTorch {bound:.1e}"
-        one = slice(0, 1)  # the document of a single token: its output is its value, and it says nothing about queries and keys
+        one = slice(
+            0, 1
+        )  # the document of a single token: its output is its value, and it says nothing about queries and keys
         where = (slice(None), one) if name == "out" else (slice(None), slice(None), one)
-        torch.testing.assert_close(k.float()[where], t[where], rtol=2e-2, atol=2e-2, msg=lambda m, n=name: f"{n} of one token: {m}")
+        torch.testing.assert_close(
+            k.float()[where], t[where], rtol=2e-2, atol=2e-2, msg=lambda m, n=name: f"{n} of one token: {m}"
+        )
 
 
 @pytest.mark.gpu
@@ -962,7 +1102,7 @@ def assert_as_near_as_pytorch(heads, kv_heads, head_dim, window=None, query_head
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(8, 8, 64), (8, 2, 128)])
 def test_packed_attention_on_a_gpu(heads, kv_heads, head_dim):
     """With whichever kernel is found first."""
-    assert multipack.attention_backend("cuda") != "sdpa"
+    assert attention_backend("cuda") != "sdpa"
     assert_as_near_as_pytorch(heads, kv_heads, head_dim)
 
 
@@ -980,5 +1120,5 @@ def checkpointed(attention):
 def test_flash_attn_4(more):
     """flash-attn-4, where it is installed, by its own name: Qwen3-30B-A3B's heads, and a document of a single token."""
     pytest.importorskip("flash_attn.cute")
-    assert multipack.attention_backend("cuda") == "flash-attn-4"
+    assert attention_backend("cuda") == "flash-attn-4"
     assert_as_near_as_pytorch(**dict(heads=32, kv_heads=4, head_dim=128) | more)

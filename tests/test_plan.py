@@ -1,4 +1,5 @@
-"""plan.py against transformers, PEFT, torch's FLOP counter, saved files and published totals; `pytest tests/test_plan.py`."""
+"""plan.py against transformers, PEFT, torch's FLOP counter, saved files and published totals; `pytest
+tests/test_plan.py`."""
 
 import itertools
 import json
@@ -17,16 +18,46 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-import adapter
 import plan
 from conftest import FAMILIES, tiny_config, tiny_model
 from fused_moe_lora import wrap_experts
+from malaysian_sft.account import (
+    GIB,
+    architecture,
+    compare_gemm,
+    count_parameters,
+    expert_rank,
+    measure_gemm,
+    mfu,
+    peak_flops,
+    recompute_flops,
+    train_flops,
+)
+from malaysian_sft.adapter_state import save_adapter
+from malaysian_sft.attention import _import_varlen
+from malaysian_sft.load_base import compute_buffers
+from malaysian_sft.lora import LoraArguments, apply_lora, lora_targets
+from malaysian_sft.memory import compare_peak, experts_saved_bytes, layer_saved_bytes, layer_working_bytes
+from malaysian_sft.moe_model import build_model, make_mesh
+from malaysian_sft.planning import (
+    CHOICES,
+    best_policy,
+    check_fits,
+    dry_run,
+    options,
+    plan_run,
+    settle,
+    this_machine,
+    trainer_flags,
+)
+from malaysian_sft.run import setup_distributed
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {path.stem: path for path in sorted((ROOT / "tests/configs").glob("*.json"))}
 LAUNCHERS = sorted(ROOT.glob("ds3-*.sh")) + sorted(ROOT.glob("fsdp2-*.sh"))
 MOE = ("qwen3_moe", "glm4_moe", "qwen2_moe")
-# Published on the model cards, in billions: total, total without embeddings, active for a token (GLM's without embeddings).
+# Published on the model cards, in billions: total, total without embeddings, active for a token (GLM's without
+# embeddings).
 PUBLISHED = {
     "Qwen3-32B": (32.8, 31.2, 32.8),
     "Qwen2.5-72B-Instruct": (72.7, None, 72.7),
@@ -42,13 +73,14 @@ def real_config(name):
 
 
 def adapted_model(family, r=8, use_dora=False):
-    """A tiny fp32 model with the trainers' adapters, LoRA B away from zero, ready for a backward pass through every layer."""
+    """A tiny fp32 model with the trainers' adapters, LoRA B away from zero, ready for a backward pass through every
+    layer."""
     model = tiny_model(family)
     config = model.config
-    lora_args = adapter.LoraArguments(r=r, use_dora=use_dora)
+    lora_args = LoraArguments(r=r, use_dora=use_dora)
     if family in MOE:
         wrap_experts(model, lora_args.expert_rank(config), lora_args.expert_alpha(config), use_dora=use_dora)
-    model = adapter.apply_lora(model, lora_args)
+    model = apply_lora(model, lora_args)
     model.set_attn_implementation("eager")
     model.enable_input_require_grads()
     model.train()
@@ -63,12 +95,12 @@ def count_flops(model, tokens):
     return counter.get_total_flops()
 
 
-# ---------------------------------------------------------------------------------------------------------------- parameters
+# ----------------------------------------------------------------------------------------------------------- parameters
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_real_parameters_are_the_published_ones(name):
-    counts = plan.count_parameters(real_config(name))
+    counts = count_parameters(real_config(name))
     total, without_embeddings, active = PUBLISHED[name]
     embeddings = counts["base"]["embedding"] + counts["base"]["head"]
     digits = 0 if isinstance(total, int) else 1
@@ -85,7 +117,12 @@ def test_real_parameters_are_the_published_ones(name):
 def test_real_parameters_by_hand(name):
     """The sums written out from the config, independent of any model class."""
     c = real_config(name)
-    H, L, q, kv = c.hidden_size, c.num_hidden_layers, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    H, L, q, kv = (
+        c.hidden_size,
+        c.num_hidden_layers,
+        c.num_attention_heads * c.head_dim,
+        c.num_key_value_heads * c.head_dim,
+    )
     norms = (2 * L + 1) * H + (0 if name == "GLM-4.5-Air" else 2 * c.head_dim * L)
     biases = (q + 2 * kv) * L if name == "GLM-4.5-Air" else 0
     expected = {"embedding": c.vocab_size * H, "head": c.vocab_size * H, "attention": L * (2 * q + 2 * kv) * H}
@@ -98,40 +135,44 @@ def test_real_parameters_by_hand(name):
         expected["router"] = (L - dense) * 128 * H
     if name == "GLM-4.5-Air":
         expected["shared_expert"] = (L - dense) * 3 * H * c.moe_intermediate_size
-    assert plan.count_parameters(c)["base"] == expected
+    assert count_parameters(c)["base"] == expected
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_parameters_are_those_of_the_trained_model(family, use_dora):
     model, lora_args = adapted_model(family, use_dora=use_dora)
-    counts = plan.count_parameters(model.config, lora_args.r, use_dora=use_dora)
+    counts = count_parameters(model.config, lora_args.r, use_dora=use_dora)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert counts["trainable"] == trainable == sum(counts["adapter"].values())
-    assert counts["total"] == sum(p.numel() for p in model.parameters() if not p.requires_grad) == sum(counts["base"].values())
+    assert (
+        counts["total"]
+        == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        == sum(counts["base"].values())
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapted_matrices_are_the_adapters_targets(family):
     model = tiny_model(family)
-    matrices = plan.architecture(model.config).matrices
+    matrices = architecture(model.config).matrices
     ours = {m.name.removesuffix(".weight") for m in matrices if m.adapted and m.kind != "expert"}
-    assert ours == set(adapter.lora_targets(model))
+    assert ours == set(lora_targets(model))
 
 
 def test_tied_head_is_counted_once_and_computed():
     tied, untied = tiny_config("llama", tie_word_embeddings=True), tiny_config("llama")
     size = tied.vocab_size * tied.hidden_size
-    assert plan.count_parameters(untied)["total"] - plan.count_parameters(tied)["total"] == size
-    assert plan.train_flops(untied, 10, 100, 4) == plan.train_flops(tied, 10, 100, 4)
+    assert count_parameters(untied)["total"] - count_parameters(tied)["total"] == size
+    assert train_flops(untied, 10, 100, 4) == train_flops(tied, 10, 100, 4)
 
 
 def test_expert_rank_is_the_rank_over_active_experts():
     config = real_config("Qwen3-30B-A3B-Instruct-2507")
-    assert plan.expert_rank(config, 256) == 32 == adapter.LoraArguments().expert_rank(config)
-    assert plan.expert_rank(config, 256, expert_r=5) == 5
+    assert expert_rank(config, 256) == 32 == LoraArguments().expert_rank(config)
+    assert expert_rank(config, 256, expert_r=5) == 5
     # 48 layers, 128 experts, three projections of 2048 x 768 with rank 32
-    assert plan.count_parameters(config, 256)["adapter"]["expert"] == 48 * 128 * 3 * 32 * (2048 + 768)
+    assert count_parameters(config, 256)["adapter"]["expert"] == 48 * 128 * 3 * 32 * (2048 + 768)
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -141,47 +182,50 @@ def test_adapter_bytes_are_the_saved_files(family, use_dora, tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter.data)  # an untrained adapter is refused
-    adapter.save_adapter(model, str(tmp_path / "checkpoint-1"), "tiny", lora_args=lora_args)
+    save_adapter(model, str(tmp_path / "checkpoint-1"), "tiny", lora_args=lora_args)
     file = (tmp_path / "checkpoint-1/adapter_model.safetensors").read_bytes()
     tensors = len(file) - 8 - int.from_bytes(file[:8], "little")  # after the length of the header and the header
     kind = "moe" if family in MOE else "dense"
-    planned = plan.plan_run(model.config, kind=kind, gpus=1, r=lora_args.r, use_dora=use_dora)
+    planned = plan_run(model.config, kind=kind, gpus=1, r=lora_args.r, use_dora=use_dora)
     assert planned["disk_bytes"]["adapter of every checkpoint, fp32"] == tensors
 
 
-# ---------------------------------------------------------------------------------------------------------------------- FLOPs
+# ---------------------------------------------------------------------------------------------------------------- FLOPs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_are_those_torch_counts(family):
-    """Without recompute ours is the count, less what eager attention wastes; recompute adds recompute_flops and leaves ours alone."""
+    """Without recompute ours is the count, less what eager attention wastes; recompute adds recompute_flops and leaves
+    ours alone."""
     tokens, r = 24, 8
     model, _ = adapted_model(family, r)
     config = model.config
     width, layers = config.num_attention_heads * config.head_dim, config.num_hidden_layers
     masked_half = tokens * tokens - tokens * (tokens + 1) // 2  # pairs that eager attention computes and then masks
-    rotary = tokens * 2 * model.get_base_model().model.rotary_emb.inv_freq.numel()  # positions times frequencies, as a matrix product
-    ours = plan.train_flops(config, tokens, tokens * tokens, r)
+    rotary = (
+        tokens * 2 * model.get_base_model().model.rotary_emb.inv_freq.numel()
+    )  # positions times frequencies, as a matrix product
+    ours = train_flops(config, tokens, tokens * tokens, r)
     counted = count_flops(model, tokens)
     assert counted == ours + 12 * layers * width * masked_half + rotary
 
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     recomputed = count_flops(model, tokens) - counted
-    expected = plan.recompute_flops(config, "full", "fast", r, plan.expert_rank(config, r), document_length=tokens) * tokens
+    expected = recompute_flops(config, "full", "fast", r, expert_rank(config, r), document_length=tokens) * tokens
     assert recomputed == expected + 4 * layers * width * masked_half
 
 
 def test_flops_of_dora_are_those_of_lora():
     config = tiny_config("qwen3_moe")
-    assert plan.train_flops(config, 10, 60, 8, use_dora=True) == plan.train_flops(config, 10, 60, 8)
+    assert train_flops(config, 10, 60, 8, use_dora=True) == train_flops(config, 10, 60, 8)
 
 
 def test_attention_counts_documents_not_packs():
     config = tiny_config("llama")
     width = config.num_attention_heads * config.head_dim
-    alone = sum(plan.train_flops(config, n, n * n, 8) for n in (5, 7, 12))
-    assert plan.train_flops(config, 24, 5**2 + 7**2 + 12**2, 8) == alone
-    one_document = plan.train_flops(config, 24, 24**2, 8)
+    alone = sum(train_flops(config, n, n * n, 8) for n in (5, 7, 12))
+    assert train_flops(config, 24, 5**2 + 7**2 + 12**2, 8) == alone
+    one_document = train_flops(config, 24, 24**2, 8)
     assert one_document - alone == 12 * config.num_hidden_layers * width * (24**2 - 5**2 - 7**2 - 12**2) / 2
 
 
@@ -189,23 +233,24 @@ def test_sliding_window_caps_the_pairs():
     layers = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
     windowed, full = tiny_config("qwen2", **layers), tiny_config("qwen2")
     width = full.num_attention_heads * full.head_dim
-    saved = plan.train_flops(full, 64, 64**2, 8) - plan.train_flops(windowed, 64, 64**2, 8)
+    saved = train_flops(full, 64, 64**2, 8) - train_flops(windowed, 64, 64**2, 8)
     assert saved == 12 * width * (64 * 65 / 2 - 64 * 4)  # one of the two layers is windowed
 
 
 @pytest.mark.parametrize(
-    "name, teraflops", [("Qwen3-30B-A3B-Instruct-2507", 1.237), ("Qwen3-235B-A22B-Instruct-2507", 4.948), ("GLM-4.5-Air", 4.535)]
+    "name, teraflops",
+    [("Qwen3-30B-A3B-Instruct-2507", 1.237), ("Qwen3-235B-A22B-Instruct-2507", 4.948), ("GLM-4.5-Air", 4.535)],
 )
 def test_experts_block_flops(name, teraflops):
     """The base forward of one experts block at 16,384 tokens, as counted when the kernels were designed."""
-    layer = [m for m in plan.architecture(real_config(name)).layers()[-1] if m.kind == "expert"]
+    layer = [m for m in architecture(real_config(name)).layers()[-1] if m.kind == "expert"]
     forward = sum(2 * m.active * m.out_features * m.in_features for m in layer) * 16384
     assert forward / 1e12 == pytest.approx(teraflops, abs=1e-3)
 
 
 def test_mfu():
-    assert plan.mfu(989.4e12 * 8 * 2 * 0.25, seconds=2, gpus=8, device_name="NVIDIA H100 80GB HBM3") == pytest.approx(0.25)
-    assert plan.mfu(1e15, 1, 1, "cpu") is None
+    assert mfu(989.4e12 * 8 * 2 * 0.25, seconds=2, gpus=8, device_name="NVIDIA H100 80GB HBM3") == pytest.approx(0.25)
+    assert mfu(1e15, 1, 1, "cpu") is None
 
 
 @pytest.mark.parametrize(
@@ -228,31 +273,34 @@ def test_mfu():
     ],
 )
 def test_peak_flops(device, teraflops):
-    assert plan.peak_flops(device) == (teraflops and pytest.approx(teraflops * 1e12))
+    assert peak_flops(device) == (teraflops and pytest.approx(teraflops * 1e12))
 
 
-# --------------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 @pytest.mark.parametrize(
-    "name, mebibytes", [("Qwen3-30B-A3B-Instruct-2507", 402), ("Qwen3-235B-A22B-Instruct-2507", 786), ("GLM-4.5-Air", 722)]
+    "name, mebibytes",
+    [("Qwen3-30B-A3B-Instruct-2507", 402), ("Qwen3-235B-A22B-Instruct-2507", 786), ("GLM-4.5-Air", 722)],
 )
 def test_experts_saved_bytes_are_the_floors(name, mebibytes):
-    """The floors were worked out for one A shared by gate and up, separate As add one product; frugal keeps where rows go, no more."""
+    """The floors were worked out for one A shared by gate and up, separate As add one product; frugal keeps where rows
+    go, no more."""
     config = real_config(name)
     arguments = 16384, config.num_experts_per_tok, config.hidden_size, config.moe_intermediate_size, 32
-    fast, frugal = (plan.experts_saved_bytes(*arguments, mode, shared_A=True) for mode in ("fast", "frugal"))
+    fast, frugal = (experts_saved_bytes(*arguments, mode, shared_A=True) for mode in ("fast", "frugal"))
     rows = 16384 * 8
     assert fast / 2**20 == pytest.approx(mebibytes, abs=0.5)
     assert fast - frugal == rows * 2 * (config.moe_intermediate_size + 32) * 2
     assert frugal == rows * 16
-    separate = plan.experts_saved_bytes(*arguments, "fast")
+    separate = experts_saved_bytes(*arguments, "fast")
     assert separate - fast == rows * 32 * 2
-    assert plan.experts_saved_bytes(*arguments, "fast", use_dora=True) - separate == rows * config.hidden_size * 2
+    assert experts_saved_bytes(*arguments, "fast", use_dora=True) - separate == rows * config.hidden_size * 2
 
 
 def saved_bytes(module, *inputs, **arguments):
-    """Bytes that autograd saves in a forward pass of `module`, each storage once, without parameters and rotary tables."""
+    """Bytes that autograd saves in a forward pass of `module`, each storage once, without parameters and rotary
+    tables."""
     known = {p.untyped_storage()._cdata for p in module.parameters()}  # unlike data_ptr(), there on the meta device too
     known |= {tensor.untyped_storage()._cdata for tensor in arguments.get("position_embeddings", ())}
     saved = {}
@@ -270,10 +318,11 @@ def saved_bytes(module, *inputs, **arguments):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_kept_activations_are_those_autograd_saves(device, monkeypatch):
-    """train_moe.py's attention, with partial rotary, and shared expert, no norms in them, in bf16, against the plan's terms.
+    """train_moe.py's attention, with partial rotary, and shared expert, no norms in them, in bf16, against the plan's
+    terms.
 
-    On the CPU by multipack's loop over the documents; on the meta device by PyTorch's own kernel for a GPU, which there has shapes,
-    layouts and what is saved, and no numbers.
+    On the CPU by multipack's loop over the documents; on the meta device by PyTorch's own kernel for a GPU, which there
+    has shapes, layouts and what is saved, and no numbers.
     """
     import multipack
     import train_moe
@@ -282,24 +331,31 @@ def test_kept_activations_are_those_autograd_saves(device, monkeypatch):
     config = tiny_config("glm4_moe", use_qk_norm=False)
     assert config.rope_parameters["partial_rotary_factor"] < 1
     run, _, lora_args = train_moe.parse(f"--model_name_or_path tiny --activations none --compile False --r {r}".split())
-    _, model = train_moe.build_model(config, run, lora_args)
+    _, model = build_model(config, run, lora_args)
     model.to_empty(device="cpu")
-    train_moe.compute_buffers(model.causal_lm)
+    compute_buffers(model.causal_lm)
     layer, hidden = model.causal_lm.base_model.layers[1].to(device), config.hidden_size
     x = torch.zeros(1, tokens, hidden, dtype=torch.bfloat16, requires_grad=True)
     documents = [torch.zeros(n, dtype=torch.int64) for n in (60, 36)]
     batch = multipack.collate([[{"input_ids": document, "labels": document} for document in documents]])
     borders = {name: value for name, value in batch.items() if name.startswith(("cu_seq", "max_length"))}
-    rotary = tuple(table.to(device) for table in model.causal_lm.base_model.rotary_emb(x, position_ids=batch["position_ids"]))
+    rotary = tuple(
+        table.to(device) for table in model.causal_lm.base_model.rotary_emb(x, position_ids=batch["position_ids"])
+    )
 
     def planned(kind):
-        matrices = [m for m in plan.architecture(config).layers()[1] if m.kind == kind]
-        whole = plan.layer_saved_bytes(config, "moe", matrices, tokens, "none", "fast", r, None)
-        nothing = plan.layer_saved_bytes(config, "moe", [], tokens, "none", "fast", r, None)
-        return whole - nothing + 2 * tokens * hidden  # what this half keeps and, of what every half does, the normed input
+        matrices = [m for m in architecture(config).layers()[1] if m.kind == kind]
+        whole = layer_saved_bytes(config, "moe", matrices, tokens, "none", "fast", r, None)
+        nothing = layer_saved_bytes(config, "moe", [], tokens, "none", "fast", r, None)
+        return (
+            whole - nothing + 2 * tokens * hidden
+        )  # what this half keeps and, of what every half does, the normed input
 
     if device == "meta":
-        monkeypatch.setattr(multipack, "_backend", lambda device: ("varlen_attn", multipack._import_varlen("torch.nn.attention.varlen")))
+        monkeypatch.setattr(
+            "malaysian_sft.attention._backend",
+            lambda device: ("varlen_attn", _import_varlen("torch.nn.attention.varlen")),
+        )
         borders["cu_seq_lens_q"] = borders["cu_seq_lens_q"].to(device)
         uncounted = 4 * (len(documents) + 1) + 16  # the borders, a random state that is not used
     else:  # each document's output, before it is copied into the pack's
@@ -315,11 +371,12 @@ def test_sharded_terms_by_hand():
     """Qwen3-30B-A3B on 8 GPUs: what has one right answer."""
     config = real_config("Qwen3-30B-A3B-Instruct-2507")
     base, trainable = 30_532_122_624, 1_874_853_888
-    terms = plan.plan_run(config, kind="moe", gpus=8)["gpu_bytes"]
+    terms = plan_run(config, kind="moe", gpus=8)["gpu_bytes"]
     assert terms["frozen base, bf16 shard"] == base * 2 // 8
     assert terms["adapter, fp32"] == trainable // 2
     assert terms["Adam moments, fp32"] == trainable  # 8 bytes each over 8 GPUs
-    # full recompute keeps each layer's input; the most is there in the backward of the last but one, while the last one's are reduced
+    # full recompute keeps each layer's input; the most is there in the backward of the last but one, while the last
+    # one's are reduced
     assert terms["kept activations"] == 47 * 16384 * 2048 * 2
     assert "head and loss" not in terms
     assert terms["gathered embedding and head"] == 2 * 151936 * 2048 * 2
@@ -330,29 +387,35 @@ def test_sharded_terms_by_hand():
     assert terms["gradient reduction"] == (2 + 4 + 4) * layer_adapter
     # four micro-batches a step
     assert terms["whole adapter gradient while accumulating"] == 4 * trainable and "adapter gradient, fp32" not in terms
-    reduced = plan.plan_run(config, kind="moe", gpus=8, reduce_every_micro_batch=True)["gpu_bytes"]
-    at_once = plan.plan_run(config, kind="moe", gpus=8, global_batch_size=8)["gpu_bytes"]
+    reduced = plan_run(config, kind="moe", gpus=8, reduce_every_micro_batch=True)["gpu_bytes"]
+    at_once = plan_run(config, kind="moe", gpus=8, global_batch_size=8)["gpu_bytes"]
     for other in (reduced, at_once):
-        assert other["adapter gradient, fp32"] == trainable // 2 and "whole adapter gradient while accumulating" not in other
+        assert (
+            other["adapter gradient, fp32"] == trainable // 2
+            and "whole adapter gradient while accumulating" not in other
+        )
 
 
 def test_shards_over_nodes():
     config, shard = real_config("Qwen3-30B-A3B-Instruct-2507"), "frozen base, bf16 shard"
     one, copies, shared = (
-        plan.plan_run(config, kind="moe", gpus=8, **nodes)["gpu_bytes"][shard]
+        plan_run(config, kind="moe", gpus=8, **nodes)["gpu_bytes"][shard]
         for nodes in ({}, dict(nodes=2), dict(nodes=2, shard_nodes=2))
     )
     assert copies == one and shared == one // 2
     dense = real_config("Qwen3-32B")
-    assert plan.plan_run(dense, kind="dense", gpus=8, nodes=2)["gpu_bytes"][shard] == 32_762_123_264 * 2 // 16
-    offloaded = plan.plan_run(config, kind="moe", gpus=8, cpu_offload=True)
+    assert plan_run(dense, kind="dense", gpus=8, nodes=2)["gpu_bytes"][shard] == 32_762_123_264 * 2 // 16
+    offloaded = plan_run(config, kind="moe", gpus=8, cpu_offload=True)
     assert shard not in offloaded["gpu_bytes"] and "Adam moments, fp32" not in offloaded["gpu_bytes"]
-    assert sum(offloaded["host_bytes"].values()) - sum(plan.plan_run(config, kind="moe", gpus=8)["host_bytes"].values()) > 30e9 * 2
+    assert (
+        sum(offloaded["host_bytes"].values()) - sum(plan_run(config, kind="moe", gpus=8)["host_bytes"].values())
+        > 30e9 * 2
+    )
 
 
 @pytest.mark.parametrize("kind, name", [("dense", "Qwen3-32B"), ("moe", "GLM-4.5-Air")])
 def test_more_recompute_needs_less_memory_and_more_flops(kind, name):
-    plans = [plan.plan_run(real_config(name), kind=kind, gpus=8, activation_policy=policy) for policy in plan.CHOICES[kind]]
+    plans = [plan_run(real_config(name), kind=kind, gpus=8, activation_policy=policy) for policy in CHOICES[kind]]
     peaks, extra = [p["peak_bytes"] for p in plans], [p["recompute_per_token"] for p in plans]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
     assert extra == sorted(extra) and extra[0] == 0 and len(set(extra)) == len(extra)
@@ -361,34 +424,42 @@ def test_more_recompute_needs_less_memory_and_more_flops(kind, name):
 
 def test_best_policy_recomputes_no_more_than_it_must():
     config = real_config("Qwen3-30B-A3B-Instruct-2507")
-    roomy = plan.best_policy(config, kind="moe", gpus=8, gpu_memory_gib=140)
-    tight = plan.best_policy(config, kind="moe", gpus=8, gpu_memory_gib=40)
-    assert (roomy["activation_policy"], roomy["memory_mode"], roomy["reduce_every_micro_batch"]) == ("none", "fast", False)
+    roomy = best_policy(config, kind="moe", gpus=8, gpu_memory_gib=140)
+    tight = best_policy(config, kind="moe", gpus=8, gpu_memory_gib=40)
+    assert (roomy["activation_policy"], roomy["memory_mode"], roomy["reduce_every_micro_batch"]) == (
+        "none",
+        "fast",
+        False,
+    )
     assert tight["recompute_per_token"] > 0 and tight["peak_bytes"] < 0.9 * tight["limit_bytes"]
-    everything = plan.options(config, kind="moe", gpus=8, gpu_memory_gib=40)
+    everything = options(config, kind="moe", gpus=8, gpu_memory_gib=40)
     assert len(everything) == 10 and everything[0] == tight
     comfortable = [p for p in everything if p["peak_bytes"] < 0.9 * p["limit_bytes"]]
     assert all(p["recompute_per_token"] >= tight["recompute_per_token"] for p in comfortable)
     assert any(p["activation_policy"] == "none" and not p["fits"] for p in everything)
-    for given in ({"activation_policy": "full"}, {"memory_mode": "frugal"}, {"activation_policy": "selective", "memory_mode": "fast"}):
-        for chosen in plan.options(config, kind="moe", gpus=8, **given):
+    for given in (
+        {"activation_policy": "full"},
+        {"memory_mode": "frugal"},
+        {"activation_policy": "selective", "memory_mode": "fast"},
+    ):
+        for chosen in options(config, kind="moe", gpus=8, **given):
             assert given.items() <= chosen.items()
 
 
 def test_what_barely_fits_is_the_second_choice():
     config = real_config("Qwen3-30B-A3B-Instruct-2507")
     way = dict(kind="moe", gpus=8, reduce_every_micro_batch=False)
-    fast = plan.plan_run(config, activation_policy="none", **way)
-    need = fast["peak_bytes"] / plan.GIB + 4.0
-    barely, easily = (plan.options(config, gpu_memory_gib=memory, **way)[0] for memory in (need + 0.01, 1.15 * need))
+    fast = plan_run(config, activation_policy="none", **way)
+    need = fast["peak_bytes"] / GIB + 4.0
+    barely, easily = (options(config, gpu_memory_gib=memory, **way)[0] for memory in (need + 0.01, 1.15 * need))
     assert easily["memory_mode"] == "fast" and barely["recompute_per_token"] > 0
-    assert plan.options(config, gpu_memory_gib=need + 0.01, activation_policy="none", memory_mode="fast", **way)[0]["fits"]
+    assert options(config, gpu_memory_gib=need + 0.01, activation_policy="none", memory_mode="fast", **way)[0]["fits"]
 
 
 def test_without_zero3_every_gpu_holds_all():
     config = real_config("Qwen3-32B")
-    alone = plan.plan_run(config, kind="dense", gpus=1, global_batch_size=4)["gpu_bytes"]
-    assert plan.plan_run(config, kind="dense", gpus=8, zero3=False)["gpu_bytes"] == alone
+    alone = plan_run(config, kind="dense", gpus=1, global_batch_size=4)["gpu_bytes"]
+    assert plan_run(config, kind="dense", gpus=8, zero3=False)["gpu_bytes"] == alone
 
 
 @pytest.mark.parametrize(
@@ -408,61 +479,65 @@ def test_this_machine_is_what_torchrun_started(environment, whole, machine, monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=79 * 2**30))
-    monkeypatch.setattr("multipack.attention_backend", lambda device: "varlen_attn")  # of a PyTorch that takes fewer keys than queries
+    monkeypatch.setattr(
+        "multipack.attention_backend", lambda device: "varlen_attn"
+    )  # of a PyTorch that takes fewer keys than queries
     expected = {"gpus": machine[0], "nodes": machine[1], "gpu_memory_gib": 79.0, "repeated_heads": False}
-    assert plan.this_machine(whole) == expected
+    assert this_machine(whole) == expected
 
 
 def test_settle_refuses_or_warns(monkeypatch, capsys):
     config = real_config("Qwen2.5-72B-Instruct")
     arguments = dict(kind="dense", gpus=2, nodes=1, gpu_memory_gib=79.0, micro_batch=1, activation_policy=None)
-    with pytest.raises(ValueError, match="GiB a GPU are needed.*Largest: frozen base, bf16 shard 67.7 GiB.*--ignore_plan True"):
-        plan.settle(config, **arguments)
-    nearest = plan.settle(config, ignore=True, **arguments)
+    with pytest.raises(
+        ValueError, match="GiB a GPU are needed.*Largest: frozen base, bf16 shard 67.7 GiB.*--ignore_plan True"
+    ):
+        settle(config, **arguments)
+    nearest = settle(config, ignore=True, **arguments)
     assert nearest["activation_policy"] == "full" and not nearest["fits"]
     assert capsys.readouterr().err.startswith("warning: ")
     monkeypatch.setenv("RANK", "1")
-    assert plan.settle(config, ignore=True, **arguments) == nearest and capsys.readouterr().err == ""
+    assert settle(config, ignore=True, **arguments) == nearest and capsys.readouterr().err == ""
 
 
 def test_dry_run_refuses_on_a_gpu_after_printing(monkeypatch, capsys):
     machine = {"gpus": 2, "nodes": 1, "gpu_memory_gib": 79.0}
-    monkeypatch.setattr(plan, "this_machine", lambda whole: dict(machine))
+    monkeypatch.setattr("malaysian_sft.planning.this_machine", lambda whole: dict(machine))
     with pytest.raises(ValueError, match="Take more GPUs"):
-        plan.dry_run(real_config("Qwen2.5-72B-Instruct"), kind="dense", micro_batch=1, activation_policy="full")
+        dry_run(real_config("Qwen2.5-72B-Instruct"), kind="dense", micro_batch=1, activation_policy="full")
     assert "1 x 2 GPUs of 79 GiB" in capsys.readouterr().out
     machine["gpu_memory_gib"] = None
-    plan.dry_run(real_config("Qwen2.5-72B-Instruct"), kind="dense", micro_batch=1, activation_policy="full")
+    dry_run(real_config("Qwen2.5-72B-Instruct"), kind="dense", micro_batch=1, activation_policy="full")
     assert "No GPU here: planned for 2 of 80 GiB" in capsys.readouterr().out
 
 
 def test_matrix_products_are_measured_and_compared():
-    assert plan.measure_gemm(size=64, repeats=2, device="cpu") > 1e6
-    line = plan.compare_gemm("NVIDIA H100 80GB HBM3", 791.52e12)
+    assert measure_gemm(size=64, repeats=2, device="cpu") > 1e6
+    line = compare_gemm("NVIDIA H100 80GB HBM3", 791.52e12)
     assert "792 TFLOP/s" in line and "peak of 989 TFLOP/s" in line and "80.0%" in line
-    assert "its peak is not known" in plan.compare_gemm("some GPU", 1e12)
+    assert "its peak is not known" in compare_gemm("some GPU", 1e12)
 
 
 def test_a_model_too_large_for_a_node_is_shared_by_two():
     config = real_config("Qwen3-235B-A22B-Instruct-2507")
     with pytest.raises(ValueError, match="Largest: frozen base, bf16 shard 54.7 GiB"):
-        plan.best_policy(config, kind="moe", gpus=8, gpu_memory_gib=80)
-    best = plan.best_policy(config, kind="moe", gpus=8, nodes=2, gpu_memory_gib=80)
-    assert best["shard_nodes"] == 2 and "--shard_nodes 2" in plan.trainer_flags(best)
+        best_policy(config, kind="moe", gpus=8, gpu_memory_gib=80)
+    best = best_policy(config, kind="moe", gpus=8, nodes=2, gpu_memory_gib=80)
+    assert best["shard_nodes"] == 2 and "--shard_nodes 2" in trainer_flags(best)
 
 
 def test_small_packs_are_batched():
-    best = plan.best_policy(real_config("Qwen3-32B"), kind="dense", gpus=8, max_seq_length=4096)
+    best = best_policy(real_config("Qwen3-32B"), kind="dense", gpus=8, max_seq_length=4096)
     assert best["micro_batch"] == 4  # four packs of 4,096 fill the GPU as one of 16,384 does
 
 
 def test_what_cannot_fit_is_refused_with_its_largest_terms():
     config = real_config("Qwen2.5-72B-Instruct")
     with pytest.raises(ValueError, match=r"Largest: frozen base, bf16 shard 67.7 GiB.*Take more GPUs"):
-        plan.best_policy(config, kind="dense", gpus=2, gpu_memory_gib=80)
+        best_policy(config, kind="dense", gpus=2, gpu_memory_gib=80)
     with pytest.raises(ValueError, match="Largest: kept activations.*max_seq_length"):
-        plan.check_fits(plan.plan_run(config, kind="dense", gpus=8, activation_policy="none"))
-    plan.check_fits(plan.plan_run(config, kind="dense", gpus=8))
+        check_fits(plan_run(config, kind="dense", gpus=8, activation_policy="none"))
+    check_fits(plan_run(config, kind="dense", gpus=8))
 
 
 @pytest.mark.parametrize(
@@ -478,22 +553,25 @@ def test_what_cannot_fit_is_refused_with_its_largest_terms():
 )
 def test_impossible_plans_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        plan.plan_run(tiny_config("llama"), **{"kind": "dense", "gpus": 8, **wrong})
+        plan_run(tiny_config("llama"), **{"kind": "dense", "gpus": 8, **wrong})
 
 
 def test_evaluation_by_hand():
-    """Qwen3-235B over 8 GPUs: 4 key-value heads are replicated, one on each GPU; 94 layers of keys and values of 128 in bf16."""
+    """Qwen3-235B over 8 GPUs: 4 key-value heads are replicated, one on each GPU; 94 layers of keys and values of 128 in
+    bf16."""
     vllm = plan.plan_evaluation(real_config("Qwen3-235B-A22B-Instruct-2507"), gpu_partition=8)
     assert vllm["kv_bytes_per_token"] == 94 * 2 * 128 * 2
     assert vllm["weights_bytes"] == 235_093_634_560 * 2 // 8
     assert vllm["cache_bytes"] == pytest.approx(0.92 * 80 * 2**30 - 235_093_634_560 * 2 / 8 - 3 * 2**30, abs=2)
-    assert vllm["fits"] and not plan.plan_evaluation(real_config("Qwen3-235B-A22B-Instruct-2507"), gpu_partition=4)["fits"]
+    assert (
+        vllm["fits"] and not plan.plan_evaluation(real_config("Qwen3-235B-A22B-Instruct-2507"), gpu_partition=4)["fits"]
+    )
     with pytest.raises(ValueError, match="64 attention heads"):
         plan.plan_evaluation(real_config("Qwen3-32B"), gpu_partition=3)
 
 
-# GiB, of four layers and 16,384 tokens, by the GPU test below on an H100 with PyTorch 2.11's own attention: the peak, and what the third
-# layer keeps (a twentieth covers that packs are not quite full).
+# GiB, of four layers and 16,384 tokens, by the GPU test below on an H100 with PyTorch 2.11's own attention: the peak,
+# and what the third layer keeps (a twentieth covers that packs are not quite full).
 MEASURED = [
     ("qwen3-30b-a3b", "none", 16.27, 1.335),
     ("qwen3-30b-a3b", "selective", 13.09, 0.285),
@@ -508,21 +586,29 @@ MEASURED = [
 def planned_slice(config, policy, repeated_heads):
     """(plan of a slice as step_of_a_slice runs it, bytes that its third layer keeps)."""
     way = dict(kind="moe", gpus=1, global_batch_size=2, activation_policy=policy, repeated_heads=repeated_heads)
-    planned = plan.plan_run(config, **way)
-    layer = plan.architecture(config).layers()[2]
+    planned = plan_run(config, **way)
+    layer = architecture(config).layers()[2]
     mode, ranks = planned["memory_mode"], (planned["r"], planned["expert_r"])
-    return planned, plan.layer_saved_bytes(config, "moe", layer, 16384, policy, mode, *ranks, repeated_heads=repeated_heads)
+    return planned, layer_saved_bytes(config, "moe", layer, 16384, policy, mode, *ranks, repeated_heads=repeated_heads)
 
 
 def keep_what_was_kept_then(monkeypatch):
-    """Let the plan count what layers kept when MEASURED was measured and keep no more: the LoRA inner products of frugal experts."""
-    now = plan.layer_saved_bytes
+    """Let the plan count what layers kept when MEASURED was measured and keep no more: the LoRA inner products of
+    frugal experts."""
+    now = layer_saved_bytes
 
     def then(config, kind, matrices, tokens, policy, mode, r, expert_r, *rest, **more):
-        inner = 2 * tokens * config.num_experts_per_tok * 3 * expert_r * (mode == "frugal" and any(m.kind == "expert" for m in matrices))
+        inner = (
+            2
+            * tokens
+            * config.num_experts_per_tok
+            * 3
+            * expert_r
+            * (mode == "frugal" and any(m.kind == "expert" for m in matrices))
+        )
         return now(config, kind, matrices, tokens, policy, mode, r, expert_r, *rest, **more) + inner
 
-    monkeypatch.setattr(plan, "layer_saved_bytes", then)
+    monkeypatch.setattr("malaysian_sft.memory.layer_saved_bytes", then)
 
 
 @pytest.mark.parametrize("name, policy, peak, kept", MEASURED)
@@ -534,42 +620,47 @@ def test_planned_memory_is_what_was_measured(name, policy, peak, kept, monkeypat
     config = getattr(transformers, class_name)(**facts, num_hidden_layers=4, pad_token_id=None)
     keep_what_was_kept_then(monkeypatch)
     planned, planned_kept = planned_slice(config, policy, repeated_heads=True)
-    assert planned["peak_bytes"] / plan.GIB == pytest.approx(peak, rel=0.05)
-    assert planned_kept / plan.GIB == pytest.approx(kept, rel=0.05)
+    assert planned["peak_bytes"] / GIB == pytest.approx(peak, rel=0.05)
+    assert planned_kept / GIB == pytest.approx(kept, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-30B-A3B-Instruct-2507", "Qwen3-235B-A22B-Instruct-2507", "GLM-4.5-Air"])
 @pytest.mark.parametrize("dora, mode", [(False, "fast"), (False, "frugal"), (True, "fast")])
 def test_what_the_experts_block_holds_for_a_moment_is_what_was_measured(name, dora, mode):
-    """The peak of the block alone, as results/fused_moe_lora.json has it last: what it keeps, its output, what it holds for a moment and,
-    if the peak is in the backward, the adapters' gradients (bf16 there), which are another term of the plan."""
+    """The peak of the block alone, as results/fused_moe_lora.json has it last: what it keeps, its output, what it holds
+    for a moment and, if the peak is in the backward, the adapters' gradients (bf16 there), which are another term of
+    the plan."""
     config, tokens = real_config(name), 16384
-    experts = [m for m in plan.architecture(config).layers()[-1] if m.kind == "expert"]
+    experts = [m for m in architecture(config).layers()[-1] if m.kind == "expert"]
     down = next(m for m in experts if m.name.endswith("down_proj"))
     shape = (tokens, down.active, down.out_features, down.in_features)
-    wanted = dict(adapter="dora" if dora else "lora", mode=mode, routing="random", tokens=tokens, implementation="fused_moe_lora")
+    wanted = dict(
+        adapter="dora" if dora else "lora", mode=mode, routing="random", tokens=tokens, implementation="fused_moe_lora"
+    )
     records = json.loads((ROOT / "results/fused_moe_lora.json").read_text())
-    measured = [r for r in records if r["model"] in name.lower() and all(r[key] == value for key, value in wanted.items())][-1]
+    measured = [
+        r for r in records if r["model"] in name.lower() and all(r[key] == value for key, value in wanted.items())
+    ][-1]
     output = residual = 2 * tokens * config.hidden_size
-    for_the_moment = plan.layer_working_bytes(config, experts, tokens, mode, dora) - 4 * residual
-    planned = plan.experts_saved_bytes(*shape, measured["rank"], mode, dora) + output + for_the_moment
+    for_the_moment = layer_working_bytes(config, experts, tokens, mode, dora) - 4 * residual
+    planned = experts_saved_bytes(*shape, measured["rank"], mode, dora) + output + for_the_moment
     gradients = sum(2 * m.copies * measured["rank"] * (m.out_features + m.in_features) for m in experts)
     assert 0.97 * planned < measured["peak_mib"] * 2**20 < 1.05 * (planned + gradients)
 
 
 @pytest.fixture(scope="module")
 def device():
-    import train_moe
 
-    yield train_moe.setup_distributed()
+    yield setup_distributed()
     torch.distributed.destroy_process_group()
 
 
 def step_of_a_slice(name, policy, device, layers=4, tokens=16384):
-    """Two optimiser steps of two micro-batches on a slice of a real model, by train_moe's own functions; the second is measured.
+    """Two optimiser steps of two micro-batches on a slice of a real model, by train_moe's own functions; the second is
+    measured.
 
-    Returns (config, facts). On a GPU the facts are the measured peak, what was allocated before the step and at every start and end of
-    a layer's forward, and what lived at the peak, all in bytes; elsewhere there are none.
+    Returns (config, facts). On a GPU the facts are the measured peak, what was allocated before the step and at every
+    start and end of a layer's forward, and what lived at the peak, all in bytes; elsewhere there are none.
     """
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import bench_train_moe
@@ -578,11 +669,15 @@ def step_of_a_slice(name, policy, device, layers=4, tokens=16384):
 
     run = train_moe.parse(["--model_name_or_path", name, "--activations", policy])[0]
     arguments = bench_train_moe.Arguments(activations=policy)
-    config, model = bench_train_moe.build(name, layers, arguments, "bfloat16", device, train_moe.make_mesh(device, 1))
+    config, model = bench_train_moe.build(name, layers, arguments, "bfloat16", device, make_mesh(device, 1))
     optimizer = train_moe.make_optimizer(model, run)
     generator = torch.Generator().manual_seed(0)
-    batches = [bench_train_moe.random_pack(tokens, config.vocab_size, generator, torch.device("cpu"))[0] for _ in range(2)]
-    supervised = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)), dtype=torch.float64, device=device)
+    batches = [
+        bench_train_moe.random_pack(tokens, config.vocab_size, generator, torch.device("cpu"))[0] for _ in range(2)
+    ]
+    supervised = torch.tensor(
+        float(sum(len(batch["targets"]) for batch in batches)), dtype=torch.float64, device=device
+    )
 
     def step():
         train_moe.forward_backward(model, batches, supervised, run, device)
@@ -619,10 +714,12 @@ def step_of_a_slice(name, policy, device, layers=4, tokens=16384):
 
 
 def alive_at_the_peak(events, before):
-    """Replay an allocator trace (torch.cuda.memory._snapshot's, of one device) that begins with `before` bytes allocated.
+    """Replay an allocator trace (torch.cuda.memory._snapshot's, of one device) that begins with `before` bytes
+    allocated.
 
-    Returns (when the most was allocated, in microseconds; what was left then of `before`; the blocks that had come since, largest first,
-    as [bytes in all, how many, bytes of one, the innermost lines of this repository's or transformers' Python]).
+    Returns (when the most was allocated, in microseconds; what was left then of `before`; the blocks that had come
+    since, largest first, as [bytes in all, how many, bytes of one, the innermost lines of this repository's or
+    transformers' Python]).
     """
     changes = {"alloc": 1, "free_requested": -1}
     totals = list(itertools.accumulate(changes.get(event["action"], 0) * event["size"] for event in events))
@@ -635,7 +732,9 @@ def alive_at_the_peak(events, before):
             older -= event["size"]
     counts = Counter()
     for event in alive.values():
-        frames = [f for f in event.get("frames", ()) if str(ROOT) in f["filename"] or "transformers/models" in f["filename"]]
+        frames = [
+            f for f in event.get("frames", ()) if str(ROOT) in f["filename"] or "transformers/models" in f["filename"]
+        ]
         lines = " < ".join(f"{Path(f['filename']).name}:{f['line']} {f['name']}" for f in frames[:3])
         counts[event["size"], lines or "no Python: autograd or a communication"] += 1
     blocks = [[size * count, count, size, lines] for (size, lines), count in counts.items()]
@@ -670,7 +769,8 @@ def test_a_slice_takes_a_step_on_a_cpu(device):
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", ["qwen3-30b-a3b", "glm-4.5-air", "qwen3-235b-a22b"])
 def test_planned_peak_is_within_a_tenth_of_the_measured(name, policy):
-    """Each case in a process of its own: nothing that an earlier one left behind is measured. PLAN_PEAKS names a file for the facts."""
+    """Each case in a process of its own: nothing that an earlier one left behind is measured. PLAN_PEAKS names a file
+    for the facts."""
     child = [sys.executable, __file__, name, policy]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=580)
@@ -682,7 +782,10 @@ def test_planned_peak_is_within_a_tenth_of_the_measured(name, policy):
     gib = [f"{key} {value / 2**30:.3f}" for key, value in facts.items() if isinstance(value, int)]
     gib += [f"  planned: {term} {size / 2**30:.3f}" for term, size in facts["planned"].items()]
     gib += [f"  {what} {size / 2**30:.3f}" for what, size in facts["allocated"]]
-    gib += [f"  at the peak: {count} x {size / 2**30:.3f} {lines}" for _, count, size, lines in facts["blocks_at_the_peak"][:30]]
+    gib += [
+        f"  at the peak: {count} x {size / 2**30:.3f} {lines}"
+        for _, count, size, lines in facts["blocks_at_the_peak"][:30]
+    ]
     report = "\n".join([f"{name}, {policy}, GiB; peak after {facts['peak_after']}", *gib])
     assert facts["planned_bytes"] == pytest.approx(facts["measured_bytes"], rel=0.1), report
     starts = [size for what, size in facts["allocated"] if what.startswith("start")]
@@ -691,18 +794,17 @@ def test_planned_peak_is_within_a_tenth_of_the_measured(name, policy):
 
 def measure_a_slice(name, policy):
     """The child of the test above: print one JSON line with what was planned and what was measured."""
-    import train_moe
 
-    device = train_moe.setup_distributed()
+    device = setup_distributed()
     config, facts = step_of_a_slice(name, policy, device)
     torch.distributed.destroy_process_group()
-    planned, kept = planned_slice(config, policy, plan.this_machine()["repeated_heads"])
+    planned, kept = planned_slice(config, policy, this_machine()["repeated_heads"])
     head = {"model": name, "activations": policy, "device": torch.cuda.get_device_name()}
     ours = {"planned_bytes": planned["peak_bytes"], "planned_kept_bytes": kept, "planned": planned["gpu_bytes"]}
     print(json.dumps({**head, **ours, **facts}))
 
 
-# ------------------------------------------------------------------------------------------------------------- steps and time
+# ------------------------------------------------------------------------------------------------------- steps and time
 
 
 def test_schedule_covers_every_token():
@@ -713,7 +815,7 @@ def test_schedule_covers_every_token():
 
 def test_time_comes_from_measured_records_only(tmp_path):
     config, model = real_config("Qwen3-30B-A3B-Instruct-2507"), "Qwen/Qwen3-30B-A3B-Instruct-2507"
-    planned = plan.plan_run(config, kind="moe", gpus=8)
+    planned = plan_run(config, kind="moe", gpus=8)
     device = "NVIDIA H100 80GB HBM3"
 
     def hours(*records, device=device):
@@ -721,11 +823,22 @@ def test_time_comes_from_measured_records_only(tmp_path):
         return plan.expected_time(planned, config, model, 1e9, device, plan.read_results(tmp_path))
 
     block = dict(
-        device=device, model="qwen3-30b-a3b", adapter="lora", mode="fast", tokens=16384, implementation="fused_moe_lora", total_ms=6.0
+        device=device,
+        model="qwen3-30b-a3b",
+        adapter="lora",
+        mode="fast",
+        tokens=16384,
+        implementation="fused_moe_lora",
+        total_ms=6.0,
     )
     step = dict(device=device, model="qwen3-30b-a3b", adapter="lora", tokens_per_second_per_gpu=1.0, mfu=0.25)
     assert hours() is None
-    assert hours({**step, "adapter": "dora"}, {**step, "model": "glm-4.5-air"}, {**step, "device": "NVIDIA A100-SXM4-80GB"}) is None
+    assert (
+        hours(
+            {**step, "adapter": "dora"}, {**step, "model": "glm-4.5-air"}, {**step, "device": "NVIDIA A100-SXM4-80GB"}
+        )
+        is None
+    )
     lower_bound = hours(block, {**block, "implementation": "torch", "total_ms": 1.0})
     assert lower_bound["low"] == pytest.approx(48 * 6.0 / 16384 * 1e9 / 8 / 3.6e6) and lower_bound["high"] is None
     measured = hours(block, step, {**step, "mfu": 0.5})
@@ -738,7 +851,7 @@ def test_time_comes_from_measured_records_only(tmp_path):
     assert slices["source"] == "results/bench.json, 4 of 48 layers on 1 GPUs"
 
 
-# -------------------------------------------------------------------------------------------------------------------- command
+# -------------------------------------------------------------------------------------------------------------- command
 
 
 def run_main(monkeypatch, *words):
@@ -751,7 +864,12 @@ def test_every_launcher_can_be_planned(launcher, monkeypatch, capsys):
     reading = plan.read_launcher(launcher)
     flags, name = reading["flags"], reading["flags"]["model_name_or_path"].split("/")[-1]
     arguments = plan.plan_flags(flags)
-    assert (arguments["r"], arguments["max_seq_length"], arguments["global_batch_size"], reading["gpus"]) == (256, 16384, 32, 8)
+    assert (arguments["r"], arguments["max_seq_length"], arguments["global_batch_size"], reading["gpus"]) == (
+        256,
+        16384,
+        32,
+        8,
+    )
     assert arguments.get("use_dora", False) == ("dora" in launcher.stem)
     assert reading["script"] == ("train_dense.py" if launcher.stem.startswith("ds3") else "train_moe.py")
     run_main(monkeypatch, launcher, "--config", CONFIGS[name], "--gpu_memory", "140")
@@ -759,7 +877,7 @@ def test_every_launcher_can_be_planned(launcher, monkeypatch, capsys):
     adapter_kind = "DoRA" if "dora" in launcher.stem else "LoRA"
     assert f"{adapter_kind} r 256" in printed and "A step: 8 GPUs x 1 x 4 micro-batches = 32 packs" in printed
     assert printed.count("<- best") == 1 and printed.count("as launched") == 1
-    assert f"{plan.count_parameters(real_config(name))['total']:,}" in printed
+    assert f"{count_parameters(real_config(name))['total']:,}" in printed
 
 
 def test_launchers_are_found():
@@ -768,9 +886,22 @@ def test_launchers_are_found():
 
 def test_command_refuses_what_cannot_fit_and_takes_the_trainers_flags(monkeypatch, capsys):
     launcher, config = ROOT / "ds3-qwen2.5-72b-lora-256.sh", CONFIGS["Qwen2.5-72B-Instruct"]
-    with pytest.raises(SystemExit, match="Largest: kept activations 19.8 GiB, frozen base, bf16 shard 16.9 GiB.*Lower --max_seq_length"):
+    with pytest.raises(
+        SystemExit, match="Largest: kept activations 19.8 GiB, frozen base, bf16 shard 16.9 GiB.*Lower --max_seq_length"
+    ):
         run_main(monkeypatch, launcher, "--config", config, "--gpu_memory", "24")
-    run_main(monkeypatch, launcher, "--config", config, "--lora_r", "64", "--max_seq_length", "4096", "--per_device_train_batch_size", "2")
+    run_main(
+        monkeypatch,
+        launcher,
+        "--config",
+        config,
+        "--lora_r",
+        "64",
+        "--max_seq_length",
+        "4096",
+        "--per_device_train_batch_size",
+        "2",
+    )
     printed = capsys.readouterr().out
     assert "LoRA r 64" in printed and "8 GPUs x 2 x 2 micro-batches = 32 packs of 4,096 tokens" in printed
     for flag, message in (("--gpu_memroy", "--gpu_memroy: neither"), ("--lora_r", "--lora_r 80x: expected an integer")):
@@ -805,17 +936,22 @@ def test_command_chooses_what_the_launcher_leaves_open(memory, policy, monkeypat
 def test_command_says_which_flags_would_fit(monkeypatch, capsys):
     launcher, config = ROOT / "ds3-qwen3-32b-lora-256.sh", CONFIGS["Qwen3-32B"]
     with pytest.raises(SystemExit, match="Largest: kept activations 160.0 GiB"):
-        run_main(monkeypatch, launcher, "--config", config, "--per_device_train_batch_size", "4", "--max_seq_length", "65536")
+        run_main(
+            monkeypatch, launcher, "--config", config, "--per_device_train_batch_size", "4", "--max_seq_length", "65536"
+        )
     assert "<- best" not in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--gradient_checkpointing False"):
         run_main(monkeypatch, launcher, "--config", config, "--gradient_checkpointing", "False")
     printed = capsys.readouterr().out
-    assert "This launch doesn't fit; with --gradient_checkpointing True --per_device_train_batch_size 1 it does." in printed
+    assert (
+        "This launch doesn't fit; with --gradient_checkpointing True --per_device_train_batch_size 1 it does."
+        in printed
+    )
 
 
 def test_peak_is_compared_with_the_plan():
     planned = {"peak_bytes": 20 * 2**30}
-    assert plan.compare_peak(planned, 21 * 2**30) == "peak memory: measured 21.00 GiB, planned 20.00 GiB (+5.0%)"
+    assert compare_peak(planned, 21 * 2**30) == "peak memory: measured 21.00 GiB, planned 20.00 GiB (+5.0%)"
 
 
 def test_command_without_a_reachable_config_says_what_to_do(tmp_path, monkeypatch):
@@ -826,7 +962,8 @@ def test_command_without_a_reachable_config_says_what_to_do(tmp_path, monkeypatc
 
 
 def test_launchers_are_read_and_not_run(tmp_path):
-    """Variables, arrays and defaults come out as bash makes them, even where the launcher activates an environment of its own."""
+    """Variables, arrays and defaults come out as bash makes them, even where the launcher activates an environment of
+    its own."""
     environment = tmp_path / "activate"
     environment.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
     launcher = tmp_path / "mine.sh"
@@ -836,7 +973,8 @@ def test_launchers_are_read_and_not_run(tmp_path):
         f'python3 -c \'open("{tmp_path}/ran", "w")\'\n'
         'SIZES=(--r 16 --max_seq_length=512)\nMODEL="some model"\n'
         'python3 train_moe.py --prepare_only True "$@"\n'
-        'torchrun --nproc_per_node "${NUM_GPUS:-4}" --nnodes 2 train_moe.py --model_name_or_path "$MODEL" "${SIZES[@]}" --resume "$@"\n'
+        'torchrun --nproc_per_node "${NUM_GPUS:-4}" --nnodes 2 train_moe.py --model_name_or_path "$MODEL" "${SIZES[@]}"'
+        ' --resume "$@"\n'
     )
     reading = plan.read_launcher(launcher, ["--r", "8"])
     expected = {"model_name_or_path": "some model", "r": "8", "max_seq_length": "512", "resume": "True"}

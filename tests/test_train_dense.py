@@ -1,4 +1,5 @@
-"""train_dense.py, run as users run it: against a plain loop without packing, on two ranks under ZeRO-3, killed and resumed."""
+"""train_dense.py, run as users run it: against a plain loop without packing, on two ranks under ZeRO-3, killed and
+resumed."""
 
 import contextlib
 import json
@@ -18,19 +19,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import adapter
 import multipack
 import train_dense
 from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
-from record import claim
+from malaysian_sft.adapter_state import adapter_state_dict, save_adapter
+from malaysian_sft.conversations import DataArguments
+from malaysian_sft.lora import LoraArguments, apply_lora
+from malaysian_sft.run import claim
+from malaysian_sft.verify import verify_adapter
 
 ROOT = Path(__file__).parent.parent
 STEPS_AN_EPOCH = 12  # of 4 packs; many and quick, so that a kill lands in the middle
 STEPS = 2 * STEPS_AN_EPOCH
 # fp32, so that what is compared is arithmetic, not rounding; a short warm-up, so that the learning rate moves
 FLAGS = (
-    "--max_seq_length 256 --global_batch_size 4 --lora_r 4 --bf16 False --report_to none --warmup_steps 2 --learning_rate 3e-3 "
-    "--num_train_epochs 2 --gradient_checkpointing False --preprocessing_num_workers 1 --seed 3"
+    "--max_seq_length 256 --global_batch_size 4 --lora_r 4 --bf16 False --report_to none --warmup_steps 2"
+    " --learning_rate 3e-3 --num_train_epochs 2 --gradient_checkpointing False --preprocessing_num_workers 1 --seed 3"
 ).split()
 
 
@@ -49,12 +53,21 @@ def workspace(tmp_path_factory):
 
 
 def command(workspace, name, *extra, processes=1, torchrun=False, script=ROOT / "train_dense.py"):
-    launcher = f"-m torch.distributed.run --nproc_per_node {processes} --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:0".split()
+    launcher = (
+        f"-m torch.distributed.run --nproc_per_node {processes} --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:0".split()
+    )
     return [
         sys.executable,
         *(launcher if torchrun or processes > 1 else []),
         str(script),
-        *("--model_name_or_path", str(workspace / "model"), "--dataset", str(workspace / "train.jsonl"), "--run_name", name),
+        *(
+            "--model_name_or_path",
+            str(workspace / "model"),
+            "--dataset",
+            str(workspace / "train.jsonl"),
+            "--run_name",
+            name,
+        ),
         *("--data_cache", str(workspace / "cache")),
         *FLAGS,
         *extra,
@@ -107,14 +120,17 @@ def plain_loop(workspace):
     """
     from transformers import set_seed
 
-    data_args = multipack.DataArguments(
-        dataset=str(workspace / "train.jsonl"), max_seq_length=256, data_cache=str(workspace / "cache"), preprocessing_num_workers=1
+    data_args = DataArguments(
+        dataset=str(workspace / "train.jsonl"),
+        max_seq_length=256,
+        data_cache=str(workspace / "cache"),
+        preprocessing_num_workers=1,
     )
     packs = multipack.prepare(data_args, tiny_tokenizer(), str(workspace / "model"), seed=3)
     assert math.ceil(len(packs) / 4) == STEPS_AN_EPOCH and len(packs) % 4, "the test wants a short last step"
     model = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32, attn_implementation="eager")
     set_seed(3)
-    model = adapter.apply_lora(model, adapter.LoraArguments(r=4))
+    model = apply_lora(model, LoraArguments(r=4))
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(s / 2, (STEPS - s) / (STEPS - 2)))
@@ -136,7 +152,7 @@ def plain_loop(workspace):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-    return losses, norms, adapter.adapter_state_dict(model)
+    return losses, norms, adapter_state_dict(model)
 
 
 def test_equals_a_plain_loop_without_packing(unbroken, plain_loop):
@@ -190,7 +206,7 @@ def test_bf16_does_not_need_an_autocast_around_the_model(workspace):
     """DeepSpeed's engine turns one off on a GPU, and the fp32 adapters would meet bf16 activations in an error."""
     model_args = SimpleNamespace(model_name_or_path=str(workspace / "model"), model_revision=None)
     training_args = SimpleNamespace(bf16=True, seed=0, gradient_checkpointing=False, device=torch.device("cpu"))
-    model = train_dense.build_model(model_args, adapter.LoraArguments(r=4), training_args)
+    model = train_dense.build_model(model_args, LoraArguments(r=4), training_args)
     ids = torch.arange(3, 12)[None]
     batch = multipack.collate([[{"input_ids": ids[0], "labels": ids[0]}]])
     with torch.autocast("cpu", enabled=False):
@@ -204,9 +220,18 @@ def test_bf16_does_not_need_an_autocast_around_the_model(workspace):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dora", [False, True])
 def test_bf16_on_a_gpu_follows_the_plain_fp32_loop(workspace, plain_loop, dora):
-    """ZeRO-3, Liger's fused cross entropy and variable-length attention in bf16. DoRA starts at the same function as LoRA."""
+    """ZeRO-3, Liger's fused cross entropy and variable-length attention in bf16. DoRA starts at the same function as
+    LoRA."""
     log, adapters = run(
-        workspace, f"gpu-{dora}", "--bf16", "True", "--deepspeed", str(ROOT / "ds3.json"), "--use_dora", str(dora), torchrun=True
+        workspace,
+        f"gpu-{dora}",
+        "--bf16",
+        "True",
+        "--deepspeed",
+        str(ROOT / "ds3.json"),
+        "--use_dora",
+        str(dora),
+        torchrun=True,
     )
     losses, _, tensors = plain_loop
     for step in [1, 2] if dora else losses:
@@ -230,7 +255,8 @@ train_dense.main()
 
 
 def kill_with_all_it_started(process):
-    """kill -9. Workers of torchrun have sessions of their own: a kill of its process group would leave them training."""
+    """kill -9. Workers of torchrun have sessions of their own: a kill of its process group would leave them
+    training."""
     started = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.kill()  # first, so that it starts nothing in place of what dies
     for each in started:
@@ -265,8 +291,13 @@ def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
     finally:
         kill_with_all_it_started(process)
     assert not (output / f"checkpoint-{STEPS}").exists()
-    # as if the last checkpoint had been cut short: an adapter without a trainer's state is passed over, and written again
-    shutil.copytree(output / f"checkpoint-{STEPS_AN_EPOCH}", output / f"checkpoint-{STEPS}", ignore=lambda *_: ["trainer_state.json"])
+    # as if the last checkpoint had been cut short: an adapter without a trainer's state is passed over, and written
+    # again
+    shutil.copytree(
+        output / f"checkpoint-{STEPS_AN_EPOCH}",
+        output / f"checkpoint-{STEPS}",
+        ignore=lambda *_: ["trainer_state.json"],
+    )
     log, adapters = run(workspace, name, "--resume", *zero3, processes=processes)
     # alone not 0 either: matrix products on a CPU may round differently where memory happens to be aligned differently
     tolerance = {1: 1e-5, 2: 1e-4}[processes]
@@ -276,7 +307,7 @@ def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
         assert log[step]["learning_rate"] == pytest.approx(unbroken[0][step]["learning_rate"]), step
     for step, expected in unbroken[1].items():
         assert_same_adapter(adapters[step], expected, rtol=1e-3, atol=1e-4)
-        assert adapter.verify_adapter(output / f"checkpoint-{step}", workspace / "model") == []
+        assert verify_adapter(output / f"checkpoint-{step}", workspace / "model") == []
 
 
 @pytest.fixture
@@ -336,7 +367,9 @@ def test_another_base_is_not_resumed(workspace, unbroken, main):
     shutil.copytree(workspace / "model", workspace / "other")
     for path in (workspace / "other").glob("*.safetensors"):
         save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
-    with pytest.raises(SystemExit, match="error: --resume: base .*other.* is not that of .*another base model's adapter"):
+    with pytest.raises(
+        SystemExit, match="error: --resume: base .*other.* is not that of .*another base model's adapter"
+    ):
         main("unbroken", "--resume", "--model_name_or_path", str(workspace / "other"))
 
 
@@ -349,7 +382,11 @@ def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     assert train_dense.find_resume_checkpoint(arguments) is None
     assert capsys.readouterr().out == f"--resume: no complete checkpoint under {tmp_path}: starting anew\n"
-    for name in ("checkpoint-2/trainer_state.json", "checkpoint-2/adapter_model.safetensors", "checkpoint-10/adapter_model.safetensors"):
+    for name in (
+        "checkpoint-2/trainer_state.json",
+        "checkpoint-2/adapter_model.safetensors",
+        "checkpoint-10/adapter_model.safetensors",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found = train_dense.find_resume_checkpoint(arguments)
@@ -359,7 +396,9 @@ def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
     train_dense.trim_log(arguments, found)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     arguments.process_index = 1
-    assert train_dense.find_resume_checkpoint(arguments) == found and capsys.readouterr().out == "", "one process prints"
+    assert train_dense.find_resume_checkpoint(arguments) == found and capsys.readouterr().out == "", (
+        "one process prints"
+    )
 
 
 @pytest.mark.parametrize(
@@ -370,7 +409,10 @@ def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
         ("--r 8", "r is 8,"),
         ("--lora_alpha 3", "lora_alpha is 3,"),
         ("--use_dora True", "use_dora is True,"),
-        ("--learning_rate 0.5", "learning_rate is 0.5,"),  # would not be used: the scheduler comes back with the one that it was saved with
+        (
+            "--learning_rate 0.5",
+            "learning_rate is 0.5,",
+        ),  # would not be used: the scheduler comes back with the one that it was saved with
         ("--weight_decay 0.5", "weight_decay is 0.5,"),
         ("--warmup_steps 7", "warmup_steps is 7.0,"),
         ("--max_grad_norm 2.0", "max_grad_norm is 2.0,"),
@@ -382,25 +424,40 @@ def test_another_run_is_not_resumed(main, unbroken, monkeypatch, flags, fault):
     def no_further(*_):
         raise ValueError("taken for the same run")
 
-    monkeypatch.setattr(adapter, "base_faults", no_further)  # what is looked at next
+    monkeypatch.setattr("malaysian_sft.base_model.base_faults", no_further)  # what is looked at next
     with pytest.raises(SystemExit, match=f"error: --resume: {fault} but .*args.json says"):
         main("unbroken", "--resume", *flags.split())
     with pytest.raises(SystemExit, match="taken for the same run"):
-        main("unbroken", "--resume", "--lora_alpha", "8", "--num_train_epochs", "1", "--max_steps", str(STEPS), "--save_steps", "7")
+        main(
+            "unbroken",
+            "--resume",
+            "--lora_alpha",
+            "8",
+            "--num_train_epochs",
+            "1",
+            "--max_steps",
+            str(STEPS),
+            "--save_steps",
+            "7",
+        )
 
 
-@pytest.mark.parametrize(("processes", "liger"), [(1, False), (1, True), pytest.param(2, False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("processes", "liger"), [(1, False), (1, True), pytest.param(2, False, marks=pytest.mark.slow)]
+)
 def test_validation_loss_is_that_of_the_held_out_documents(workspace, processes, liger):
     """After a step of learning rate 0: the base model's loss. Two ranks are under ZeRO-3."""
     name, zero3 = f"validation-{processes}-{liger}", ["--deepspeed", str(ROOT / "ds3.json")] if processes == 2 else []
     script = workspace / "with_liger.py" if liger else ROOT / "train_dense.py"
     (workspace / "with_liger.py").write_text(WITH_LIGER)
-    arguments = command(workspace, name, "--validation_share", "0.2", "--max_steps", "1", *zero3, processes=processes, script=script)
+    arguments = command(
+        workspace, name, "--validation_share", "0.2", "--max_steps", "1", *zero3, processes=processes, script=script
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({"TRITON_INTERPRET": "1"} if liger else {})
     done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=300)
     log = (workspace / "outputs" / name / "log.jsonl").read_text().splitlines()
     [found] = [record["validation_loss"] for record in map(json.loads, log) if "validation_loss" in record]
-    data_args = multipack.DataArguments(
+    data_args = DataArguments(
         str(workspace / "train.jsonl"), max_seq_length=256, data_cache=str(workspace / "cache"), validation_share=0.2
     )
     packs = multipack.prepare(data_args, tiny_tokenizer(), str(workspace / "model"), seed=3)
@@ -437,16 +494,18 @@ def test_validation_and_saving_are_no_part_of_a_step_s_speed(workspace, main, mo
 
         return call
 
-    monkeypatch.setattr(adapter, "save_adapter", slow(adapter.save_adapter))
+    monkeypatch.setattr("malaysian_sft.adapter_state.save_adapter", slow(save_adapter))
     monkeypatch.setattr(torch.nn.Module, "eval", slow(torch.nn.Module.eval))  # called where validation begins
     monkeypatch.setattr(train_dense, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
     main("slow", "--validation_share", "0.2", "--save_strategy", "steps", "--save_steps", "1")
     log = read_log(workspace / "outputs/slow")
-    assert late[0] > 1000 * len(log) and all(record["tokens"] / record["tokens_per_second"] < 1000 for record in log.values())
+    assert late[0] > 1000 * len(log) and all(
+        record["tokens"] / record["tokens_per_second"] < 1000 for record in log.values()
+    )
 
 
 def test_magnitudes_of_dora_are_not_decayed():
-    model = adapter.apply_lora(tiny_model("llama"), adapter.LoraArguments(r=4, use_dora=True))
+    model = apply_lora(tiny_model("llama"), LoraArguments(r=4, use_dora=True))
     trainer = train_dense.DenseTrainer.__new__(train_dense.DenseTrainer)
     decayed = set(trainer.get_decay_parameter_names(model))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -464,7 +523,9 @@ def call(workspace, monkeypatch):
     monkeypatch.setattr(multipack, "prepare", used)
 
     def call(*flags):
-        monkeypatch.setattr(sys, "argv", command(workspace, "planned", "--output_dir", str(workspace / "planned"), *flags)[1:])
+        monkeypatch.setattr(
+            sys, "argv", command(workspace, "planned", "--output_dir", str(workspace / "planned"), *flags)[1:]
+        )
         train_dense.main()
 
     return call
@@ -511,7 +572,10 @@ def test_measured_is_printed_beside_planned_once(monkeypatch, capsys):
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model_name_or_path", "./no-such-model"], "no-such-model"),
         (["--resume", "--run_name", "never-started"], "--resume: no run under"),
-        (["--model_name_or_path", "moe", "--prepare_only", "True"], "qwen3_moe has routed experts: train it with train_moe.py"),
+        (
+            ["--model_name_or_path", "moe", "--prepare_only", "True"],
+            "qwen3_moe has routed experts: train it with train_moe.py",
+        ),
         (["--no_such_flag", "1"], "no_such_flag"),
     ],
 )

@@ -1,4 +1,5 @@
-"""train_moe.py against transformers, PEFT's definitions of LoRA and DoRA, and a plain single-process loop; runs that are killed."""
+"""train_moe.py against transformers, PEFT's definitions of LoRA and DoRA, and a plain single-process loop; runs that
+are killed."""
 
 import json
 import os
@@ -21,24 +22,38 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.integration_utils import rewrite_logs
 
-import adapter
 import multipack
 import train_moe
 from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
-from record import claim
+from malaysian_sft.adapter_state import adapter_state_dict
+from malaysian_sft.load_base import frozen_tensors, load_weights, reset_adapter
+from malaysian_sft.lora import PREFIX, WEIGHTS
+from malaysian_sft.moe_model import (
+    LoraLinear,
+    SummedCrossEntropy,
+    build_model,
+    fuse_small_operations,
+    make_mesh,
+    nll_and_gradient,
+    shard,
+)
+from malaysian_sft.run import Log, claim, router_record, setup_distributed
+from malaysian_sft.sample_models import upcycle
+from malaysian_sft.verify import verify_adapter
 
 FAMILIES = ["qwen3_moe", "glm4_moe", "qwen2_moe"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Helpers
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """{family: directory of a tiny fp32 checkpoint}, biases and all: transformers starts them at zero, where mistakes do not show."""
+    """{family: directory of a tiny fp32 checkpoint}, biases and all: transformers starts them at zero, where mistakes
+    do not show."""
     root = tmp_path_factory.mktemp("checkpoints")
     for family in FAMILIES:
         model = tiny_model(family)
@@ -67,21 +82,33 @@ def conversations(tmp_path_factory):
 
 @pytest.fixture
 def process_group():
-    train_moe.setup_distributed()
+    setup_distributed()
     yield
     dist.destroy_process_group()
 
 
 def arguments(model, data, out, *more):
-    flags = "--max_seq_length 256 --global_batch_size 4 --r 8 --warmup_steps 2 --learning_rate 1e-2 --dtype float32 --report_to none"
-    flags += f" --num_train_epochs 2 --model_name_or_path {model} --dataset {data} --run_name {Path(out).name} --output_dir {out}"
+    flags = (
+        "--max_seq_length 256 --global_batch_size 4 --r 8 --warmup_steps 2 --learning_rate 1e-2 --dtype float32"
+        " --report_to none"
+    )
+    flags += (
+        f" --num_train_epochs 2 --model_name_or_path {model} --dataset {data} --run_name {Path(out).name} --output_dir"
+        f" {out}"
+    )
     return [*flags.split(), "--data_cache", str(Path(out).parent / "cache"), *map(str, more)]
 
 
 def run_processes(count, argv, patch="", local_world_size=None):
     """train_moe.main in `count` processes, `patch` executed in each before it; returns the exit code and the output."""
     script = Path(argv[argv.index("--output_dir") + 1]).parent / "patched.py"
-    lines = ["import os, signal, sys", f"sys.path.insert(0, {str(ROOT)!r})", "import train_moe", patch, "train_moe.main(sys.argv[1:])"]
+    lines = [
+        "import os, signal, sys, malaysian_sft.checkpoints as checkpoints",
+        f"sys.path.insert(0, {str(ROOT)!r})",
+        "import train_moe",
+        patch,
+        "train_moe.main(sys.argv[1:])",
+    ]
     script.write_text("\n".join(lines) + "\n")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script)]
@@ -101,15 +128,15 @@ def losses(out):
 
 
 def saved_adapter(directory):
-    return load_file(Path(directory) / adapter.WEIGHTS)
+    return load_file(Path(directory) / WEIGHTS)
 
 
 def build(checkpoint, *more):
     """(PeftModel, ModelWithLoss) with its weights, in this process, unsharded."""
     args, _, lora_args = train_moe.parse(arguments(checkpoint, "none", "none", *more))
-    peft_model, model = train_moe.build_model(AutoConfig.from_pretrained(checkpoint), args, lora_args)
-    train_moe.load_weights(model.causal_lm, Path(checkpoint), torch.device("cpu"))
-    train_moe.reset_adapter(model.causal_lm, args.seed)
+    peft_model, model = build_model(AutoConfig.from_pretrained(checkpoint), args, lora_args)
+    load_weights(model.causal_lm, Path(checkpoint), torch.device("cpu"))
+    reset_adapter(model.causal_lm, args.seed)
     return peft_model, model
 
 
@@ -122,14 +149,17 @@ def randomise_adapter(model):
 
 
 def adapted_weights(base, tensors, scaling):
-    """{parameter of the transformers model: W + s B A, or DoRA's m (W + s B A) / |W + s B A|}, differentiable in `tensors`."""
-    prefix = adapter.PREFIX
+    """{parameter of the transformers model: W + s B A, or DoRA's m (W + s B A) / |W + s B A|}, differentiable in
+    `tensors`."""
+    prefix = PREFIX
 
     def adapt(name, W):
         if f"{prefix}{name}.lora_A.weight" not in tensors:
             return W
         W = W + scaling * tensors[f"{prefix}{name}.lora_B.weight"] @ tensors[f"{prefix}{name}.lora_A.weight"]
-        if f"{prefix}{name}.lora_magnitude_vector" in tensors:  # the norm is a constant to the gradient (DoRA, section 4.3)
+        if (
+            f"{prefix}{name}.lora_magnitude_vector" in tensors
+        ):  # the norm is a constant to the gradient (DoRA, section 4.3)
             W = W * (tensors[f"{prefix}{name}.lora_magnitude_vector"] / W.norm(dim=1).detach())[:, None]
         return W
 
@@ -137,7 +167,10 @@ def adapted_weights(base, tensors, scaling):
     for name, W in base.items():
         if name.endswith("experts.gate_up_proj"):
             stack, half = name.removesuffix(".gate_up_proj"), W.shape[1] // 2
-            parts = [(adapt(f"{stack}.{e}.gate_proj", w[:half]), adapt(f"{stack}.{e}.up_proj", w[half:])) for e, w in enumerate(W)]
+            parts = [
+                (adapt(f"{stack}.{e}.gate_proj", w[:half]), adapt(f"{stack}.{e}.up_proj", w[half:]))
+                for e, w in enumerate(W)
+            ]
             adapted[name] = torch.stack([torch.cat(part) for part in parts])
         elif name.endswith("experts.down_proj"):
             stack = name.removesuffix(".down_proj")
@@ -151,14 +184,18 @@ def reference_loss(reference, weights, pack):
     """(summed loss, logits) of a pack: transformers' eager model, one document at a time."""
     total, logits = 0.0, []
     for document in pack:
-        out = functional_call(reference, weights, (), {"input_ids": document["input_ids"][None], "use_cache": False}).logits[0]
+        out = functional_call(
+            reference, weights, (), {"input_ids": document["input_ids"][None], "use_cache": False}
+        ).logits[0]
         total = total + F.cross_entropy(out[:-1], document["labels"][1:], ignore_index=-100, reduction="sum")
         logits.append(out)
     return total, torch.cat(logits)
 
 
 def plain_model(checkpoint):
-    return AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", experts_implementation="eager").train()
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, attn_implementation="eager", experts_implementation="eager"
+    ).train()
 
 
 def random_pack(*lengths):
@@ -172,9 +209,9 @@ def random_pack(*lengths):
     return pack
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The model
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -188,7 +225,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(family, use_dora, che
     loss, _ = model(batch)
     loss.backward()
 
-    tensors = {name: t.requires_grad_() for name, t in adapter.adapter_state_dict(peft_model).items()}
+    tensors = {name: t.requires_grad_() for name, t in adapter_state_dict(peft_model).items()}
     reference = plain_model(checkpoints[family])
     weights = adapted_weights(dict(reference.named_parameters()), tensors, scaling=2.0)
     expected, expected_logits = reference_loss(reference, weights, pack)
@@ -201,7 +238,7 @@ def test_logits_loss_and_every_gradient_equal_transformers(family, use_dora, che
         assert p.requires_grad == (p.grad is not None)
         if p.requires_grad:
             p.data = p.grad
-    gradients = adapter.adapter_state_dict(peft_model)
+    gradients = adapter_state_dict(peft_model)
     assert gradients.keys() == tensors.keys() and len(gradients) > 50
     for name, gradient in gradients.items():
         torch.testing.assert_close(
@@ -217,17 +254,21 @@ def test_dropout_of_lora_is_peft_s(checkpoints, process_group):
     torch.manual_seed(0)
     ours = layer(x)
     torch.manual_seed(0)
-    torch.testing.assert_close(ours, super(train_moe.LoraLinear, layer).forward(x))
+    torch.testing.assert_close(ours, super(LoraLinear, layer).forward(x))
     assert not torch.equal(ours, layer(x)), "a second call must drop other values"
 
 
 def test_fused_norms_equal_transformers_and_others_are_left_alone(checkpoints, process_group, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what is replaced, not the compiler, is under test
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: function
+    )  # what is replaced, not the compiler, is under test
     pack = random_pack(30, 20)
     _, plain = build(checkpoints["qwen3_moe"])
     _, fused = build(checkpoints["qwen3_moe"], "--compile", True, "--activations", "selective")
     layer = fused.causal_lm.model.layers[0]
-    assert all("forward" in vars(norm) for norm in (layer.input_layernorm, layer.self_attn.q_norm, fused.causal_lm.model.norm))
+    assert all(
+        "forward" in vars(norm) for norm in (layer.input_layernorm, layer.self_attn.q_norm, fused.causal_lm.model.norm)
+    )
     (a, _), (b, _) = plain(train_moe.to_batch(pack)), fused(train_moe.to_batch(pack))
     a.backward(), b.backward()
     torch.testing.assert_close(a, b)
@@ -240,7 +281,7 @@ def test_fused_norms_equal_transformers_and_others_are_left_alone(checkpoints, p
             return x
 
     fused.causal_lm.model.norm = OffsetRMSNorm()
-    train_moe.fuse_small_operations(fused.causal_lm)
+    fuse_small_operations(fused.causal_lm)
     assert "forward" not in vars(fused.causal_lm.model.norm)
 
 
@@ -265,20 +306,22 @@ def test_packs_of_other_lengths_compile_nothing_again(checkpoints, process_group
 
 def test_summed_cross_entropy():
     def ours(hidden, weight, targets):
-        return train_moe.SummedCrossEntropy.apply(hidden, weight, targets, train_moe.nll_and_gradient)
+        return SummedCrossEntropy.apply(hidden, weight, targets, nll_and_gradient)
 
     hidden = torch.randn(2500, 16, requires_grad=True)
     weight, targets = torch.randn(50, 16), torch.randint(0, 50, (2500,))
     theirs = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
     torch.testing.assert_close(ours(hidden, weight, targets), theirs)
     expected = torch.autograd.grad(3 * theirs, hidden)
-    torch.testing.assert_close(torch.autograd.grad(3 * ours(hidden, weight, targets), hidden), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(3 * ours(hidden, weight, targets), hidden), expected, rtol=1e-4, atol=1e-4
+    )
     nothing = ours(hidden[:0], weight, targets[:0])
     assert nothing.item() == 0 and torch.autograd.grad(nothing, hidden)[0].abs().sum() == 0
 
 
 def test_only_large_gradients_are_clipped(process_group):
-    mesh = train_moe.make_mesh(torch.device("cpu"), 1)
+    mesh = make_mesh(torch.device("cpu"), 1)
     for length, clipped in ((5.0, 2.0), (1.0, 1.0)):
         parameters = [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
         for p in parameters:
@@ -303,18 +346,21 @@ def test_router_loss_and_load_equal_transformers(checkpoints, process_group):
     assert model.router_load.take().sum() == 0
     # B is zero, so the only gradients are lora_B's; the first layer's attention moves its router
     assert model.causal_lm.model.layers[0].self_attn.o_proj.lora_B["default"].weight.grad.abs().sum() > 0
-    record = train_moe.router_record(torch.tensor([[4, 0, 0, 0], [1, 1, 1, 1]]))
+    record = router_record(torch.tensor([[4, 0, 0, 0], [1, 1, 1, 1]]))
     assert record == {"expert_load_max_over_mean": 2.5, "expert_load_worst_layer": 4.0, "dead_experts": 3}
     with pytest.raises(ValueError, match="router_aux_loss_coef: glm4_moe"):
         build(checkpoints["glm4_moe"], "--router_aux_loss_coef", 0.1)
 
 
 def test_a_place_without_a_pack_counts_in_nothing(checkpoints, process_group):
-    """The last step of an epoch has some: no load of their tokens, no gradient of a load-balancing loss, and none less for the others."""
+    """The last step of an epoch has some: no load of their tokens, no gradient of a load-balancing loss, and none less
+    for the others."""
     _, model = build(checkpoints["qwen3_moe"], "--router_aux_loss_coef", 0.1)
-    args = train_moe.parse(arguments("none", "none", "none", "--router_aux_loss_coef", 0.1, "--reduce_every_micro_batch", False))[0]
+    args = train_moe.parse(
+        arguments("none", "none", "none", "--router_aux_loss_coef", 0.1, "--reduce_every_micro_batch", False)
+    )[0]
     randomise_adapter(model)
-    train_moe.shard(model, train_moe.make_mesh(torch.device("cpu"), 1), args, use_dora=False)
+    shard(model, make_mesh(torch.device("cpu"), 1), args, use_dora=False)
     pack, empty = train_moe.to_batch(random_pack(40, 12)), train_moe.to_batch(train_moe.EMPTY_PACK)
 
     def step(*batches):
@@ -332,7 +378,7 @@ def test_a_place_without_a_pack_counts_in_nothing(checkpoints, process_group):
 
 def test_upcycled_model_computes_the_same_function(tmp_path):
     save_tiny_checkpoint(tmp_path / "dense", "llama", tie_word_embeddings=True)
-    train_moe.upcycle(tmp_path / "dense", tmp_path / "moe")
+    upcycle(tmp_path / "dense", tmp_path / "moe")
     dense, moe = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("dense", "moe"))
     ids = torch.randint(0, 320, (1, 60))
     torch.testing.assert_close(moe(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-5)
@@ -341,12 +387,12 @@ def test_upcycled_model_computes_the_same_function(tmp_path):
     assert "model.layers.0.self_attn.q_proj.bias" in load_file(tmp_path / "moe" / "model.safetensors")
     save_tiny_checkpoint(tmp_path / "qwen", "qwen3")
     with pytest.raises(ValueError, match="expected a Llama model"):
-        train_moe.upcycle(tmp_path / "qwen", tmp_path / "no")
+        upcycle(tmp_path / "qwen", tmp_path / "no")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Loading
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -361,7 +407,7 @@ def test_every_weight_and_buffer_is_the_checkpoint_s(tied, tmp_path, process_gro
     _, ours = build(str(tmp_path), "--dtype", "bfloat16")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     expected = {**dict(theirs.named_parameters()), **dict(theirs.named_buffers())}
-    loaded = {**train_moe.frozen_tensors(ours.causal_lm), **dict(ours.causal_lm.named_buffers())}
+    loaded = {**frozen_tensors(ours.causal_lm), **dict(ours.causal_lm.named_buffers())}
     assert loaded.keys() == expected.keys()
     for name, tensor in expected.items():
         assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
@@ -377,7 +423,7 @@ def test_stacked_experts_are_read_as_they_are(checkpoints, tmp_path, process_gro
     save_file({name: p.detach().clone() for name, p in reference.named_parameters()}, tmp_path / "model.safetensors")
     _, model = build(str(tmp_path))
     for name, p in reference.named_parameters():
-        assert torch.equal(train_moe.frozen_tensors(model.causal_lm)[name], p), name
+        assert torch.equal(frozen_tensors(model.causal_lm)[name], p), name
 
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -391,7 +437,10 @@ def break_shape(tensors):
     ("damage", "message"),
     [
         (lambda t: t.pop(EXPERT), rf"lacks: {re.escape(EXPERT)}"),
-        (lambda t: t.update({"model.layers.7.mlp.gate.weight": torch.ones(2)}), r"has, and the model does not: model\.layers\.7\.mlp"),
+        (
+            lambda t: t.update({"model.layers.7.mlp.gate.weight": torch.ones(2)}),
+            r"has, and the model does not: model\.layers\.7\.mlp",
+        ),
         (break_shape, rf"another shape: {re.escape(EXPERT)} is \(64, 32\), not \(32, 64\)"),
     ],
     ids=["missing", "extra", "shape"],
@@ -414,14 +463,16 @@ def test_a_truncated_or_absent_file_is_refused(checkpoints, tmp_path, process_gr
     path.unlink()
     with pytest.raises(ValueError, match="no .*safetensors file"):
         build(str(tmp_path))
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-00001.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"lm_head.weight": "model-00001.safetensors"}}'
+    )
     with pytest.raises(ValueError, match="model-00001.safetensors: missing"):
         build(str(tmp_path))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Runs
-# ------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -430,8 +481,11 @@ def one_process(checkpoints, conversations, tmp_path_factory):
     out = tmp_path_factory.mktemp("one") / "run"
     argv = arguments(checkpoints["qwen3_moe"], conversations, out, "--save_steps", 1)
     models = []
-    load, patch = train_moe.load_weights, pytest.MonkeyPatch()
-    patch.setattr(train_moe, "load_weights", lambda causal_lm, *rest: (models.append(causal_lm), load(causal_lm, *rest)))
+    load, patch = load_weights, pytest.MonkeyPatch()
+    patch.setattr(
+        "malaysian_sft.load_base.load_weights",
+        lambda causal_lm, *rest: (models.append(causal_lm), load(causal_lm, *rest)),
+    )
     train_moe.main(argv)
     patch.undo()
     return argv, out, models[0]
@@ -449,9 +503,11 @@ def test_steps_equal_a_plain_loop(checkpoints, conversations, one_process, tmp_p
     argv, out, _ = one_process
     args, data_args, _ = train_moe.parse(argv)
     peft_model, _ = build(checkpoints["qwen3_moe"])
-    tensors = {name: t.requires_grad_() for name, t in adapter.adapter_state_dict(peft_model).items()}
+    tensors = {name: t.requires_grad_() for name, t in adapter_state_dict(peft_model).items()}
     reference = plain_model(checkpoints["qwen3_moe"])
-    dataset = multipack.prepare(data_args, AutoTokenizer.from_pretrained(args.model_name_or_path), args.model_name_or_path)
+    dataset = multipack.prepare(
+        data_args, AutoTokenizer.from_pretrained(args.model_name_or_path), args.model_name_or_path
+    )
     steps = -(-len(dataset) // 4)
     assert len(dataset) % 4 != 0 and steps >= 3, "the last step of an epoch must be a smaller one"
     optimizer = torch.optim.AdamW(tensors.values(), weight_decay=0.01, fused=False)
@@ -481,10 +537,22 @@ def test_steps_equal_a_plain_loop(checkpoints, conversations, one_process, tmp_p
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_bf16_follows_fp32(use_dora, one_process, tmp_path):
-    """FSDP casts LoRA to bf16 for the arithmetic; with DoRA adapters stay fp32. What is trained and saved is fp32 in both."""
+    """FSDP casts LoRA to bf16 for the arithmetic; with DoRA adapters stay fp32. What is trained and saved is fp32 in
+    both."""
     runs = {}
     for dtype in ("float32", "bfloat16"):
-        argv = moved(one_process[0], tmp_path / dtype, "--dtype", dtype, "--use_dora", use_dora, "--max_steps", 4, "--activations", "none")
+        argv = moved(
+            one_process[0],
+            tmp_path / dtype,
+            "--dtype",
+            dtype,
+            "--use_dora",
+            use_dora,
+            "--max_steps",
+            4,
+            "--activations",
+            "none",
+        )
         train_moe.main(argv)
         runs[dtype] = [line[1] for line in losses(tmp_path / dtype)]
     assert runs["bfloat16"] != runs["float32"] and runs["bfloat16"] == pytest.approx(runs["float32"], rel=5e-3)
@@ -503,21 +571,24 @@ def test_max_steps_in_place_of_epochs(one_process, tmp_path):
     steps = len(losses(one_process[1]))
     argv = moved(one_process[0], tmp_path / "run", "--save_steps", 100, "--num_train_epochs", 1, "--max_steps", steps)
     train_moe.main(argv)
-    assert losses(tmp_path / "run") == unchanged(losses(one_process[1])) and read_log(tmp_path / "run")[-1]["epoch"] == 2.0
+    assert (
+        losses(tmp_path / "run") == unchanged(losses(one_process[1])) and read_log(tmp_path / "run")[-1]["epoch"] == 2.0
+    )
     train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True"))  # as many, counted in epochs
     with pytest.raises(SystemExit, match=f"--resume: total_steps is {steps + 1}, but .* was trained with {steps}"):
         train_moe.main([*argv, "--resume", "True", "--max_steps", str(steps + 1)])
 
 
 def test_norms_of_dora_are_those_of_the_step(one_process, tmp_path, monkeypatch):
-    """They are kept from micro-batch to micro-batch and dropped after an optimiser step, in every layer that has some."""
+    """They are kept from micro-batch to micro-batch and dropped after an optimiser step, in every layer that has
+    some."""
     flags = ["--use_dora", True, "--max_steps", 3, "--save_steps", 10]
     train_moe.main(moved(one_process[0], tmp_path / "kept", *flags))
 
     def forgetting(forward):
         return lambda module, *inputs: (module.forget_norms(), forward(module, *inputs))[1]
 
-    for kind in (train_moe.LoraLinear, train_moe.FusedMoELoRA):
+    for kind in (LoraLinear, train_moe.FusedMoELoRA):
         monkeypatch.setattr(kind, "forward", forgetting(kind.forward))
     train_moe.main(moved(one_process[0], tmp_path / "never-kept", *flags))
     assert losses(tmp_path / "kept") == [pytest.approx(line, rel=1e-5) for line in losses(tmp_path / "never-kept")]
@@ -527,25 +598,38 @@ def test_the_record_of_a_run(one_process):
     argv, out, causal_lm = one_process
     record = json.loads((out / "args.json").read_text())
     assert (
-        record["launcher"] == "run" and record["arguments"]["learning_rate"] == 1e-2 and re.fullmatch(r"[0-9a-f]{40}\+?", record["commit"])
+        record["launcher"] == "run"
+        and record["arguments"]["learning_rate"] == 1e-2
+        and re.fullmatch(r"[0-9a-f]{40}\+?", record["commit"])
     )
     log = read_log(out)
     assert [line["step"] for line in log] == list(range(1, len(log) + 1)) and log[-1]["epoch"] == 2.0
     assert all(line["tokens"] > line["supervised_tokens"] > 0 and line["tokens_per_second"] > 0 for line in log)
-    assert record["arguments"]["activations"] == "full" and record["arguments"]["memory_mode"] == "fast", "chosen, so written down"
+    assert record["arguments"]["activations"] == "full" and record["arguments"]["memory_mode"] == "fast", (
+        "chosen, so written down"
+    )
     assert len(list(out.glob("checkpoint-*"))) == len(log)
-    assert [path.parent.name for path in out.glob("checkpoint-*/resume")] == [f"checkpoint-{len(log)}"], "only the newest is kept"
-    assert adapter.verify_adapter(out / f"checkpoint-{len(log)}", record["model"]) == []
+    assert [path.parent.name for path in out.glob("checkpoint-*/resume")] == [f"checkpoint-{len(log)}"], (
+        "only the newest is kept"
+    )
+    assert verify_adapter(out / f"checkpoint-{len(log)}", record["model"]) == []
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])
 def test_a_tracker_gets_the_names_that_the_dense_runs_have(tracker, process_group, tmp_path, monkeypatch):
     """transformers' callback names the dense trainer's records; those of both trainers belong in the same charts."""
     sent, options = [], {}
-    functions = {"init": options.update, "log": sent.append, "define_metric": lambda *_, **__: None, "finish": lambda: None}
-    monkeypatch.setitem(sys.modules, tracker, SimpleNamespace(**{key: lambda *a, f=f, **k: f(*a, **k) for key, f in functions.items()}))
+    functions = {
+        "init": options.update,
+        "log": sent.append,
+        "define_metric": lambda *_, **__: None,
+        "finish": lambda: None,
+    }
+    monkeypatch.setitem(
+        sys.modules, tracker, SimpleNamespace(**{key: lambda *a, f=f, **k: f(*a, **k) for key, f in functions.items()})
+    )
     args, *_ = train_moe.parse(arguments("none", "none", tmp_path, "--report_to", tracker))
-    log = train_moe.Log(args, {}, 0)
+    log = Log(args, {}, 0)
     record = {"step": 3, "loss": 2.0, "learning_rate": 1e-4, "mfu": None}
     log.write(record)
     log.close()
@@ -556,7 +640,7 @@ def test_a_tracker_gets_the_names_that_the_dense_runs_have(tracker, process_grou
 
 def test_frozen_weights_do_not_change(one_process, checkpoints):
     _, _, causal_lm = one_process
-    frozen = train_moe.frozen_tensors(causal_lm)
+    frozen = frozen_tensors(causal_lm)
     for name, p in AutoModelForCausalLM.from_pretrained(checkpoints["qwen3_moe"]).named_parameters():
         assert torch.equal(frozen[name].to_local(), p), name
 
@@ -582,7 +666,9 @@ def test_two_processes_equal_one(one_process, two_processes):
 def test_copies_of_the_model_on_two_nodes_equal_one_process(one_process, tmp_path):
     """Two "nodes" of one process each hold a copy; gradients are added up across them, once a step."""
     patch = "os.environ['LOCAL_WORLD_SIZE'] = '1'"
-    argv = moved(one_process[0], tmp_path / "run", "--max_steps", 3, "--reduce_every_micro_batch", True, "--use_dora", True)
+    argv = moved(
+        one_process[0], tmp_path / "run", "--max_steps", 3, "--reduce_every_micro_batch", True, "--use_dora", True
+    )
     code, output = run_processes(2, argv, patch)
     alone = moved(one_process[0], tmp_path / "alone", "--max_steps", 3, "--use_dora", True)
     train_moe.main(alone)
@@ -591,12 +677,14 @@ def test_copies_of_the_model_on_two_nodes_equal_one_process(one_process, tmp_pat
 
 
 def unchanged(lines):
-    """`lines` but for the last bits: matrix products on a CPU may round differently where memory happens to be aligned differently."""
+    """`lines` but for the last bits: matrix products on a CPU may round differently where memory happens to be aligned
+    differently."""
     return [pytest.approx(line, rel=1e-5) for line in lines]
 
 
 def test_killed_in_a_step_and_resumed(one_process, two_processes, tmp_path):
-    """Rank 1 dies by kill -9 between the backward and the update of step 4; the resumed run's losses are those of the unbroken one."""
+    """Rank 1 dies by kill -9 between the backward and the update of step 4; the resumed run's losses are those of the
+    unbroken one."""
     patch = """
 clip = train_moe.clip_gradients
 calls = []
@@ -619,7 +707,9 @@ train_moe.clip_gradients = dying
     assert f"resuming from {out}/checkpoint-3" in output
     assert losses(out) == unchanged(losses(two_processes)), output
     ours, theirs = saved_adapter(out / "checkpoint-4"), saved_adapter(two_processes / "checkpoint-4")
-    assert all(torch.allclose(ours[name], tensor, rtol=1e-3, atol=2e-4) for name, tensor in theirs.items()), "not written again"
+    assert all(torch.allclose(ours[name], tensor, rtol=1e-3, atol=2e-4) for name, tensor in theirs.items()), (
+        "not written again"
+    )
     # and on another number of processes
     train_moe.main(moved(argv, tmp_path / "copy" / "run", "--resume", True))
     assert losses(tmp_path / "copy" / "run") == [pytest.approx(line, rel=1e-4) for line in losses(one_process[1])]
@@ -627,14 +717,15 @@ train_moe.clip_gradients = dying
 
 @pytest.fixture(scope="module")
 def killed_in_a_save(one_process, tmp_path_factory):
-    """The directory of a run that died by kill -9 when its second checkpoint, all of it written, was about to be renamed."""
+    """The directory of a run that died by kill -9 when its second checkpoint, all of it written, was about to be
+    renamed."""
     patch = """
 replace = os.replace
 def dying(source, target):
     if str(target).endswith("run/checkpoint-2"):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
-train_moe.os = type("os", (), {**vars(os), "replace": staticmethod(dying)})
+checkpoints.os = type("os", (), {**vars(os), "replace": staticmethod(dying)})
 """
     out = tmp_path_factory.mktemp("killed") / "run"
     code, output = run_processes(1, moved(one_process[0], out), patch)
@@ -674,7 +765,10 @@ def lose_the_directories(out):
         (
             lose_the_newest,
             [
-                "RUN/checkpoint-2 is incomplete (resume/__0_0.distcp is cut short): skipped, and written again when the run gets to step 2",
+                (
+                    "RUN/checkpoint-2 is incomplete (resume/__0_0.distcp is cut short): skipped, and written again when"
+                    " the run gets to step 2"
+                ),
                 "resuming from RUN/checkpoint-1",
             ],
         ),
@@ -690,7 +784,8 @@ def lose_the_directories(out):
     ],
 )
 def test_killed_in_a_save_and_resumed(damage, lines, killed_in_a_save, one_process, tmp_path, capsys):
-    """A run goes on from the newest complete checkpoint, from the start if there is none, says so, and ends like the unbroken one."""
+    """A run goes on from the newest complete checkpoint, from the start if there is none, says so, and ends like the
+    unbroken one."""
     shutil.copytree(killed_in_a_save.parent, tmp_path, dirs_exist_ok=True)
     out = tmp_path / "run"
     if damage is not None:
@@ -701,9 +796,11 @@ def test_killed_in_a_save_and_resumed(damage, lines, killed_in_a_save, one_proce
     assert min(places) >= 0 and places == sorted(places), output
     assert output.count("skipped") == len(lines) - 1 and output.count("resuming from") == ("resuming" in lines[-1])
     assert losses(out) == unchanged(losses(one_process[1]))
-    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in one_process[1].iterdir()), "nothing is left over"
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in one_process[1].iterdir()), (
+        "nothing is left over"
+    )
     for checkpoint in one_process[1].glob("checkpoint-*"):
-        assert adapter.verify_adapter(out / checkpoint.name) == []
+        assert verify_adapter(out / checkpoint.name) == []
         assert (out / checkpoint.name / "resume").exists() == (checkpoint / "resume").exists(), checkpoint.name
 
 
@@ -744,7 +841,9 @@ def test_validation_is_no_part_of_a_step_s_time(one_process, tmp_path, monkeypat
 def test_validation_loss_is_that_of_the_held_out_documents(one_process, checkpoints, tmp_path, process_group):
     argv = moved(one_process[0], tmp_path / "run", "--validation_share", 0.2)
     args, data_args, _ = train_moe.parse(argv)
-    dataset = multipack.prepare(data_args, AutoTokenizer.from_pretrained(args.model_name_or_path), args.model_name_or_path)
+    dataset = multipack.prepare(
+        data_args, AutoTokenizer.from_pretrained(args.model_name_or_path), args.model_name_or_path
+    )
     _, model = build(checkpoints["qwen3_moe"])  # B is zero: the base model
     reference = plain_model(checkpoints["qwen3_moe"])
     documents = [document for i in range(len(dataset.validation)) for document in dataset.validation[i]]
@@ -773,7 +872,12 @@ def forbid(monkeypatch, *names):
         monkeypatch.setattr(module, name, used)
 
 
-LOADING = [(train_moe, "find_checkpoint"), (train_moe, "load_weights"), (train_moe, "build_model"), (multipack, "prepare")]
+LOADING = [
+    (train_moe, "find_checkpoint"),
+    (train_moe, "load_weights"),
+    (train_moe, "build_model"),
+    (multipack, "prepare"),
+]
 
 
 def test_dry_run_prints_the_plan_and_loads_nothing(checkpoints, tmp_path, monkeypatch, capsys):
@@ -844,7 +948,9 @@ def test_mistakes_end_in_one_line(flags, message, one_process, tmp_path):
 def test_a_dense_model_is_refused(flags, one_process, tmp_path):
     tiny_config("llama").save_pretrained(tmp_path / "llama")
     with pytest.raises(SystemExit, match="error: llama has no routed experts: train it with train_dense.py"):
-        train_moe.main([*moved(one_process[0], tmp_path / "run"), "--model_name_or_path", str(tmp_path / "llama"), *flags])
+        train_moe.main(
+            [*moved(one_process[0], tmp_path / "run"), "--model_name_or_path", str(tmp_path / "llama"), *flags]
+        )
 
 
 def test_a_run_is_not_written_over(one_process):
@@ -876,5 +982,7 @@ def test_another_run_is_not_resumed(one_process, tmp_path):
         with pytest.raises(SystemExit, match=f"{key} is {value}, but .* was trained with"):
             train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", f"--{key}", value))
     other = other_base(one_process[0][one_process[0].index("--model_name_or_path") + 1], tmp_path / "other")
-    with pytest.raises(SystemExit, match="error: --resume: base .*other: .* is not that of .*: this is another base model's adapter"):
+    with pytest.raises(
+        SystemExit, match="error: --resume: base .*other: .* is not that of .*: this is another base model's adapter"
+    ):
         train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--model_name_or_path", other))

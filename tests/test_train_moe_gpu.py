@@ -1,4 +1,5 @@
-"""train_moe.py run whole on one GPU: kernels, FSDP2, checkpoints, against the same run in fp32 on the CPU. `pytest -m gpu`."""
+"""train_moe.py run whole on one GPU: kernels, FSDP2, checkpoints, against the same run in fp32 on the CPU. `pytest -m
+gpu`."""
 
 import json
 import os
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import adapter
 from conftest import save_tiny_checkpoint
+from malaysian_sft.verify import verify_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -27,9 +28,14 @@ def runs(tmp_path_factory):
     generator = random.Random(0)
     with open(root / "chat.jsonl", "w") as f:
         for _ in range(60):
-            answer = " ".join(generator.choice(["saya", "makan", "nasi", "lemak", "esok"]) for _ in range(generator.randint(2, 25)))
+            answer = " ".join(
+                generator.choice(["saya", "makan", "nasi", "lemak", "esok"]) for _ in range(generator.randint(2, 25))
+            )
             f.write(json.dumps({"question": "Apa khabar?", "answer": answer}) + "\n")
-    common = f"--model_name_or_path {root}/model --dataset {root}/chat.jsonl --max_seq_length 512 --global_batch_size 4 --r 32"
+    common = (
+        f"--model_name_or_path {root}/model --dataset {root}/chat.jsonl --max_seq_length 512 --global_batch_size 4"
+        " --r 32"
+    )
     common += f" --learning_rate 5e-3 --warmup_steps 2 --report_to none --max_steps {STEPS}"
     flags = {
         "cpu": "--dtype float32",
@@ -41,7 +47,8 @@ def runs(tmp_path_factory):
         "dora": "--activations none --use_dora True",
     }
     started = {
-        name: start(root, name, [*common.split(), *more.split()], stop_in=3 if name == "broken" else 0) for name, more in flags.items()
+        name: start(root, name, [*common.split(), *more.split()], stop_in=3 if name == "broken" else 0)
+        for name, more in flags.items()
     }
     finish(started)
     assert len(losses(root / "broken")) == 3
@@ -104,7 +111,7 @@ def test_a_resumed_run_equals_an_unbroken_one(runs):
 
 def test_every_adapter_is_whole(runs):
     for name, directory in runs.items():
-        assert adapter.verify_adapter(directory / f"checkpoint-{STEPS}", directory.parent / "model") == [], name
+        assert verify_adapter(directory / f"checkpoint-{STEPS}", directory.parent / "model") == [], name
 
 
 def test_the_log_says_how_fast_and_how_much(runs):

@@ -1,0 +1,167 @@
+"""The base model: where it is (a directory or the hub), its config, and whether it is the one that an adapter was
+trained on."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from malaysian_sft.lora import DISK_NAME, EXPERT, base_shapes
+from malaysian_sft.safetensors_files import tensor_checksum
+
+# What two configs must share for an adapter to fit; read from the base's config when saving and compared when
+# verifying.
+SHAPE_FIELDS = (
+    "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+    " vocab_size num_experts n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size"
+    " shared_expert_intermediate_size first_k_dense_replace"
+).split()
+
+
+def shape_fields(config) -> dict:
+    return (
+        {}
+        if config is None
+        else {key: getattr(config, key) for key in SHAPE_FIELDS if getattr(config, key, None) is not None}
+    )
+
+
+def shapes_of_base(name) -> dict[str, tuple[int, int]]:
+    """base_shapes of a model from its config alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return base_shapes(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)))
+
+
+def base_faults(manifest, base, revision=None) -> list[str]:
+    """How `base`, a directory or hub id, differs from what an adapter's manifest recorded of its base, in lines; [] if
+    it does not."""
+    from transformers import AutoConfig
+
+    trained_on, faults = manifest.get("base_model"), []
+    found = shape_fields(AutoConfig.from_pretrained(base, revision=revision))
+    for key, value in manifest.get("base_config", {}).items():
+        if found.get(key) != value:
+            faults.append(
+                f"base {base}: {key} is {found.get(key)}; the adapter was trained on {trained_on}, where it is {value}"
+            )
+    recorded = manifest.get("base_tensors", {})
+    directory = local_base(base)
+    if recorded and directory and not faults:
+        now = _row_checksums(directory, list(recorded))
+        for name, checksum in recorded.items():
+            if now.get(name) != checksum:
+                faults.append(f"base {base}: {name} is not that of {trained_on}: this is another base model's adapter")
+                break
+    return faults
+
+
+def local_base(name) -> Path | None:
+    """The directory of a base model that is on this machine, given as a directory or a hub id; None if it is not."""
+    if os.path.isfile(os.path.join(name, "config.json")):
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(str(name), "config.json")
+    except HFValidationError:
+        return None
+    return Path(path).parent if isinstance(path, str) else None
+
+
+def base_fingerprint(base_model, keys) -> dict[str, str]:
+    """Checksums of the first row of up to 16 adapted base weights, to tell apart bases of the same shape; {} if the
+    base is not here."""
+    directory = local_base(base_model)
+    modules = sorted({DISK_NAME.match(key)["module"] for key in keys})
+    modules = [module for module in modules if not EXPERT.match(module)]
+    chosen = [modules[i * len(modules) // 16] for i in range(16)] if len(modules) > 16 else modules
+    return _row_checksums(directory, [f"{module}.weight" for module in dict.fromkeys(chosen)]) if directory else {}
+
+
+def _row_checksums(directory, names) -> dict[str, str]:
+    """Checksum of each named weight's first row in bf16: a base saved in fp32 equals its bf16 copy. Names not found are
+    left out."""
+    from safetensors import safe_open
+
+    wanted, checksums = set(names), {}
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in wanted & set(file.keys()):
+                checksums[name] = tensor_checksum(file.get_slice(name)[:1].to(torch.bfloat16))
+    return checksums
+
+
+def download_base(base) -> Path:
+    """The directory of a base given as one or as a hub id, downloaded if it is not on this machine."""
+    if os.path.isfile(os.path.join(base, "config.json")):
+        return Path(base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(str(base), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*", "consolidated*"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"base {base}: neither a model directory nor on the hub ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def refuse_quantised(name, config: dict) -> None:
+    if method := config.get("quantization_config"):
+        kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
+        raise ValueError(
+            f"{name}: the base is quantised ({kind}); an adapter merges into the bf16 checkpoint it was made from"
+        )
+
+
+def find_checkpoint(name, revision=None):
+    """The directory of a model given as a directory or a hub id, downloaded if it is not in the cache yet.
+
+    Launchers call this in one process (--prepare_only) before the ranks do, which then only find it. Raises ValueError
+    if there is none.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        fault = str(error).splitlines()[0]
+        raise ValueError(
+            f"--model_name_or_path {name}: no such directory, and the hub does not give it ({fault})"
+        ) from None
+
+
+def load_config(name, revision=None):
+    """The transformers config of a hub id, a directory or a config.json file. Raises ValueError, in one line, if there
+    is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except OSError as error:
+        raise ValueError(f"{name}: no config.json found there ({str(error).splitlines()[0]})") from error
+
+
+def local_model(base):
+    """A directory for a model: itself, or the hub's snapshot (fetched once, before engines start). Raises ValueError if
+    there is none."""
+    if (Path(base) / "config.json").exists():
+        return str(Path(base))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(base, ignore_patterns=["*.pth", "*.pt", "original/*", "*.gguf"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"base model {base!r} is neither a model directory nor on the hub ({str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,301 @@
+"""Rows of a dataset, from files or the hub, as conversations: lists of messages with role, content and
+reasoning_content."""
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass
+class DataArguments:
+    dataset: str = field(
+        default="Scicom-intl/Malaysian-Instructions",
+        metadata={"help": "Hub dataset id, or local .jsonl/.json/.parquet files or directories; comma-separated."},
+    )
+    dataset_config: str = field(
+        default="all", metadata={"help": "Configs of the dataset (hub) or file names without suffix (local), or all."}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Hub revision (commit, tag or branch) of the dataset."}
+    )
+    max_seq_length: int = field(
+        default=16384, metadata={"help": "Tokens in a full pack. Longer documents are dropped and counted."}
+    )
+    loss_on: str = field(
+        default="assistant",
+        metadata={"help": "Train on assistant turns only, or on all tokens.", "choices": ["assistant", "all"]},
+    )
+    bad_rows: str = field(
+        default="refuse",
+        metadata={"help": "Refuse a dataset with bad rows, or skip and count them.", "choices": ["refuse", "skip"]},
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Tokenising processes. Default: the cores this process may use."}
+    )
+    data_cache: str = field(default="outputs/data", metadata={"help": "Directory of the tokenised data."})
+    validation_share: float = field(
+        default=0.0, metadata={"help": "Share of the rows held out for validation, 0 <= share < 1."}
+    )
+
+    def check(self) -> None:
+        """Raise ValueError for a value that cannot work, naming the flag."""
+        for name, allowed in (("loss_on", ("assistant", "all")), ("bad_rows", ("refuse", "skip"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        if self.max_seq_length < 2:
+            raise ValueError(f"--max_seq_length {self.max_seq_length}: expected at least 2")
+        if not 0.0 <= self.validation_share < 1.0:
+            raise ValueError(f"--validation_share {self.validation_share}: expected a share of at least 0 and below 1")
+        if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
+            raise ValueError(f"--preprocessing_num_workers {self.preprocessing_num_workers}: expected at least 1")
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on; the message says what is wrong with it."""
+
+
+# config of Scicom-intl/Malaysian-Instructions -> its fields for the user's turn and the answer; system and reasoning
+# are named so in all
+SCHEMAS = {
+    "ayat_aktif_pasif": ("input", "output"),
+    "coding": ("question", "answer"),
+    "malaysian_reasoning": ("input", "answer"),
+    "meta_prompt": ("input", "answer"),
+    "multiple_choice_qa": ("question", "answer"),
+}
+
+
+def _text(row: dict, key: str, optional: bool = False) -> str:
+    """A row's text field, "" for an optional one that is absent, null or blank. Raises BadRow for anything else that is
+    not text."""
+    value = row.get(key)
+    if optional and (value is None or value == ""):
+        return ""
+    if key not in row:
+        raise BadRow(f"missing field {key!r}")
+    if not isinstance(value, str):
+        raise BadRow(f"field {key!r} is {type(value).__name__}, expected a string")
+    if not value.strip():
+        if optional:
+            return ""
+        raise BadRow(f"field {key!r} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"field {key!r} is not valid Unicode ({error.reason})") from None
+    return value
+
+
+def to_conversation(row: dict, config: str | None = None) -> list[dict]:
+    """Map one dataset row to messages: dicts with role, content and, where there is any, reasoning_content.
+
+    `config` names the schema (a key of SCHEMAS); None, or a row that has `messages`, detects it by the row's fields. A
+    non-empty system or reasoning field is always used. Raises BadRow with the field and the reason: nothing is guessed.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"row is {type(row).__name__}, expected an object")
+    if "messages" in row:
+        return _check_messages(row["messages"])
+    if config in SCHEMAS:
+        user, answer = SCHEMAS[config]
+    else:
+        fitting = sorted({fields for fields in SCHEMAS.values() if all(name in row for name in fields)})
+        if len(fitting) != 1:
+            which = "more than one schema" if fitting else "no schema"
+            known = "messages, " + ", ".join(sorted({"+".join(fields) for fields in SCHEMAS.values()}))
+            raise BadRow(f"fields {sorted(map(str, row))} fit {which} ({known})")
+        user, answer = fitting[0]
+    messages = []
+    system = _text(row, "system", optional=True)
+    if system:
+        messages.append({"role": "system", "content": system})
+    messages.append({"role": "user", "content": _text(row, user)})
+    messages.append({"role": "assistant", "content": _text(row, answer)})
+    reasoning = _text(row, "reasoning", optional=config != "malaysian_reasoning")
+    if reasoning:
+        messages[-1]["reasoning_content"] = reasoning
+    return messages
+
+
+def _check_messages(messages) -> list[dict]:
+    if not isinstance(messages, list) or not messages:
+        raise BadRow("field 'messages' is not a non-empty list")
+    checked = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise BadRow(f"messages[{i}] is {type(message).__name__}, expected an object")
+        # columnar files fill absent keys with null
+        unknown = {key for key, value in message.items() if value not in (None, [], "")} - {
+            "role",
+            "content",
+            "reasoning_content",
+        }
+        if unknown:
+            raise BadRow(
+                f"messages[{i}] has {sorted(unknown)}; only role, content and reasoning_content are trained on"
+            )
+        role = message.get("role")
+        if role not in ("system", "user", "assistant"):
+            raise BadRow(f"messages[{i}] has role {role!r}, expected system, user or assistant")
+        if role == "assistant" and (not checked or checked[-1]["role"] != "user"):
+            raise BadRow(f"messages[{i}] is an assistant turn that follows no user turn")
+        try:
+            checked.append({"role": role, "content": _text(message, "content")})
+            reasoning = _text(message, "reasoning_content", optional=True)
+        except BadRow as error:
+            raise BadRow(f"messages[{i}]: {error}") from None
+        if reasoning:
+            if role != "assistant":
+                raise BadRow(f"messages[{i}] has reasoning_content in a {role} turn")
+            checked[-1]["reasoning_content"] = reasoning
+    if checked[-1]["role"] != "assistant":
+        raise BadRow(f"the last message is a {checked[-1]['role']} turn; a conversation ends with the assistant")
+    return checked
+
+
+@dataclass
+class Source:
+    """One file, or one config of a hub dataset. `rows()` yields (row number from 1, bytes of JSON | dict | BadRow)."""
+
+    name: str
+    config: str | None  # a key of SCHEMAS when the name says so; None detects the schema row by row
+    label: str  # what the report groups by
+    digest: str  # hash of the content
+    count: int  # rows, for the progress bar (blank lines of a JSONL file included)
+    rows: Callable[[], Iterator[tuple[int, object]]]
+
+
+def _digest_file(path: Path) -> tuple[str, int]:
+    """blake2b of a file's content and its number of newlines."""
+    digest, newlines = hashlib.blake2b(digest_size=20), 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+            newlines += block.count(b"\n")
+    return digest.hexdigest(), newlines
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is not part of the first row
+            if line.strip():
+                yield number, line
+
+
+def _json_list(rows: list) -> Iterator[tuple[int, object]]:
+    yield from enumerate(rows, 1)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
+    import pyarrow.parquet
+
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+        for i in range(batch.num_rows):
+            number += 1
+            try:
+                yield number, batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield number, BadRow(f"not valid UTF-8 ({error.reason})")
+
+
+def _file_source(path: Path) -> Source:
+    import pyarrow
+
+    digest, newlines = _digest_file(path)
+    config = path.stem if path.stem in SCHEMAS else None
+    name, count = str(path), newlines + 1
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            count = pyarrow.parquet.ParquetFile(path).metadata.num_rows
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a Parquet file ({error})") from None
+        rows = functools.partial(_parquet_rows, path)
+    elif path.suffix == ".json" and path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        try:
+            content = json.loads(path.read_bytes())
+        except ValueError as error:  # a UnicodeDecodeError is one too
+            raise ValueError(
+                f"{path}: not valid JSON ({error}); a list of objects, or one object a line, is expected"
+            ) from None
+        rows, count = functools.partial(_json_list, content), len(content)
+    else:
+        rows = functools.partial(_json_lines, path)
+    return Source(name, config, path.stem, digest, count, rows)
+
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+def _local_sources(path: Path, wanted: set[str] | None) -> list[Source]:
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        files = [file for file in found if file.suffix in SUFFIXES]
+        if ignored := [str(file) for file in found if file.suffix not in (*SUFFIXES, ".md")]:
+            print(
+                f"--dataset {path}: {len(ignored)} files of other kinds are not read: {', '.join(ignored[:5])}",
+                file=sys.stderr,
+            )
+        if not files:
+            raise ValueError(f"--dataset {path}: the directory has no {', '.join(SUFFIXES)} file")
+    elif path.suffix in SUFFIXES:
+        files = [path]
+    else:
+        raise ValueError(f"--dataset {path}: expected a directory or a file that ends in {', '.join(SUFFIXES)}")
+    return [_file_source(file) for file in files if wanted is None or file.stem in wanted]
+
+
+def _hub_sources(dataset: str, wanted: set[str] | None, revision: str | None) -> list[Source]:
+    import datasets
+
+    try:
+        available = datasets.get_dataset_config_names(dataset, revision=revision)
+        loaded = {
+            name: datasets.load_dataset(dataset, name, revision=revision, split="train")
+            for name in available
+            if wanted is None or name in wanted
+        }
+    except (OSError, ValueError) as error:  # not found, no network, no such split
+        raise ValueError(
+            f"--dataset {dataset}: cannot be loaded from the hub, and no such file exists here ({error})"
+        ) from None
+    sources = []
+    for name, table in loaded.items():
+        digest = hashlib.blake2b(digest_size=20)
+        for file in table.cache_files:
+            digest.update(_digest_file(Path(file["filename"]))[0].encode())
+        rows = functools.partial(enumerate, table, 1)
+        sources.append(
+            Source(f"{dataset}/{name}", name if name in SCHEMAS else None, name, digest.hexdigest(), len(table), rows)
+        )
+    return sources
+
+
+def find_sources(data_args: DataArguments) -> list[Source]:
+    """The files and hub configs that `dataset`, `dataset_config` and `dataset_revision` name. Raises ValueError when
+    there are none."""
+    names = [name.strip() for name in data_args.dataset_config.split(",") if name.strip()]
+    wanted = None if names in ([], ["all"]) else set(names)
+    sources = []
+    for entry in filter(None, (entry.strip() for entry in data_args.dataset.split(","))):
+        path = Path(entry)
+        if path.exists() or path.suffix in SUFFIXES or entry.count("/") != 1:
+            if not path.exists():
+                raise ValueError(f"--dataset {entry}: no such file or directory")
+            sources += _local_sources(path, wanted)
+        else:
+            sources += _hub_sources(entry, wanted, data_args.dataset_revision)
+    missing = (wanted or set()) - {source.label for source in sources}
+    if missing:
+        raise ValueError(f"--dataset_config {','.join(sorted(missing))}: not found in --dataset {data_args.dataset}")
+    if not sources:
+        raise ValueError(f"--dataset {data_args.dataset!r}: names no data")
+    return sources

@@ -1,0 +1,205 @@
+"""Loading: every rank reads its own rows of the base checkpoint, straight to its device."""
+
+import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from tqdm import tqdm
+
+from fused_moe_lora import FusedMoELoRA, squared_row_norms
+from malaysian_sft.lora import local_part, local_tensor
+from malaysian_sft.moe_model import LoraLinear
+from malaysian_sft.run import is_main, say
+from malaysian_sft.safetensors_files import read_sources
+
+
+@dataclass
+class Piece:
+    """Rows [first, first + len(target)) of a checkpoint tensor, to be read into `target`."""
+
+    name: str
+    first: int
+    target: torch.Tensor
+
+
+def frozen_tensors(causal_lm):
+    """{name in the base checkpoint: tensor} of what the checkpoint must provide: base parameters and persistent
+    buffers."""
+    found = {name: p for name, p in causal_lm.named_parameters() if not p.requires_grad}
+    for path, module in causal_lm.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}".lstrip(".")] = buffer
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in found.items()}
+
+
+def plan_reading(tensors, sources):
+    """What this rank reads: ([Piece], {every checkpoint tensor that the model needs: its shape}).
+
+    A parameter sharded on dimension 0 needs a range of rows. A stack of experts is found either as such or as one
+    two-dimensional tensor per expert and projection; then a range of rows is a set of whole experts.
+    """
+    pieces, expected = [], {}
+    for name, tensor in tensors.items():
+        shape, local, first = tuple(tensor.shape), tensor, 0
+        if isinstance(tensor, DTensor):
+            _, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+            local, first = tensor.to_local(), offset[0] if offset else 0
+        local = local.detach()
+        stack, _, kind = name.rpartition(".")
+        if not stack.endswith(".experts") or name in sources:
+            expected[name] = shape
+            if local.numel():
+                pieces.append(Piece(name, first, local))
+            continue
+        projections = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+        rows = shape[1] // len(projections)
+        for e in range(shape[0]):
+            for i, projection in enumerate(projections):
+                expert = f"{stack}.{e}.{projection}.weight"
+                expected[expert] = (rows, shape[2])
+                if first <= e < first + len(local):
+                    pieces.append(Piece(expert, 0, local[e - first, i * rows : (i + 1) * rows]))
+    return pieces, expected
+
+
+def check_complete(expected, sources, config, directory):
+    """Raise ValueError naming tensors that are missing, unexpected or of another shape; returns those that are ignored
+    on purpose.
+
+    Ignored: layers after the last that predict several tokens ahead (GLM-4.5 publishes one), the head of a model that
+    ties it to the embedding, rotary frequencies that old checkpoints carry.
+    """
+    ahead = getattr(config, "num_mtp_layers", getattr(config, "num_nextn_predict_layers", 0)) or 0
+    extra_layers = range(config.num_hidden_layers, config.num_hidden_layers + ahead)
+    prefixes = tuple(f"model.layers.{layer}." for layer in extra_layers)
+    ignored, extra = [], []
+    for name in sources.keys() - expected.keys():
+        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        (ignored if name.startswith(prefixes) or tied or name.endswith("rotary_emb.inv_freq") else extra).append(name)
+    missing = expected.keys() - sources.keys()
+    wrong = [
+        f"{n} is {sources[n].shape}, not {s}" for n, s in expected.items() if n in sources and sources[n].shape != s
+    ]
+    faults = []
+    for what, names in (("lacks", missing), ("has, and the model does not", extra), ("has in another shape", wrong)):
+        if names:
+            faults.append(
+                f"{what}: {', '.join(sorted(names)[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            )
+    if faults:
+        raise ValueError(f"{directory} is no checkpoint of this model. It " + "; it ".join(faults))
+    return sorted(ignored)
+
+
+CHUNK_BYTES = 32 << 20  # of one read: large enough for a disk, small enough that eight threads need little memory
+
+
+def read_piece(piece, source, progress):
+    """Read a piece into its target with plain positioned reads: no page is mapped, so host memory stays at one chunk a
+    thread."""
+    row = math.prod(source.shape[1:])
+    begin = source.start + piece.first * row * source.dtype.itemsize
+    target = piece.target.flatten()  # a view: rows of a contiguous tensor
+    assert target.data_ptr() == piece.target.data_ptr(), f"{piece.name}: the target's rows are not contiguous"
+    direct = target.device.type == "cpu" and target.dtype == source.dtype
+    step = CHUNK_BYTES // source.dtype.itemsize
+    staging = None if direct else torch.empty(min(step, target.numel()), dtype=source.dtype, pin_memory=target.is_cuda)
+    fd = os.open(source.path, os.O_RDONLY)
+    try:
+        for at in range(0, target.numel(), step):
+            part = target[at : at + step]
+            buffer = part if direct else staging[: part.numel()]
+            view = memoryview(buffer.view(torch.uint8).numpy())
+            read = 0
+            while read < len(view):
+                count = os.preadv(fd, [view[read:]], begin + at * source.dtype.itemsize + read)
+                if count == 0:
+                    raise ValueError(f"{source.path}: ends inside {piece.name}")
+                read += count
+            if not direct:
+                part.copy_(buffer)
+            progress(read)
+    finally:
+        os.close(fd)
+
+
+@torch.no_grad()
+def load_weights(causal_lm, directory, device):
+    """Give a (sharded) meta-device model its storage on `device` and its base weights from `directory`; returns (bytes,
+    seconds).
+
+    Each rank reads the rows of its own shards, straight to its device, so no rank and no host ever holds the model, and
+    the ranks of a shard group together read the checkpoint once. Adapter parameters are left for `reset_adapter`.
+    Raises ValueError, before anything is read, naming tensors that are missing, unexpected or of another shape.
+    """
+    sources = read_sources(directory)
+    _, expected = plan_reading(frozen_tensors(causal_lm), sources)
+    ignored = check_complete(expected, sources, causal_lm.config, directory)
+    if ignored:
+        say(f"loading: ignored {len(ignored)} tensors that this model does not use, such as {ignored[0]}")
+    causal_lm.to_empty(device=device)
+    causal_lm.tie_weights()
+    compute_buffers(causal_lm)
+    pieces, _ = plan_reading(frozen_tensors(causal_lm), sources)
+    total = sum(piece.target.numel() * sources[piece.name].dtype.itemsize for piece in pieces)
+    started = time.perf_counter()
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=not is_main(), mininterval=1.0) as bar,
+        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+    ):
+        for reading in [pool.submit(read_piece, piece, sources[piece.name], bar.update) for piece in pieces]:
+            reading.result()
+    seconds = time.perf_counter() - started
+    totals = torch.tensor([float(total)])
+    dist.all_reduce(totals)
+    say(
+        f"loading: {totals.item() / 1e9:.2f} GB in {seconds:.1f} s, {totals.item() / 1e9 / seconds:.2f} GB/s over all"
+        " ranks"
+    )
+    return total, seconds
+
+
+def compute_buffers(causal_lm):
+    """Give buffers that no checkpoint holds (rotary frequencies) their values, by transformers' own initialisation."""
+    for path, module in causal_lm.named_modules():
+        names = [name for name in module._non_persistent_buffers_set if getattr(module, name) is not None]
+        for name in names:
+            getattr(module, name).fill_(float("nan"))
+        if names:
+            causal_lm._init_weights(module)
+        for name in names:
+            if getattr(module, name).isnan().any():
+                raise ValueError(
+                    f"{path}.{name} is a buffer that neither the checkpoint nor {type(causal_lm).__name__} gives a"
+                    " value"
+                )
+
+
+@torch.no_grad()
+def reset_adapter(causal_lm, seed):
+    """Start values of the adapter: A Kaiming-uniform, B zero, magnitudes the row norms of W; the same for any number of
+    ranks."""
+    torch.manual_seed(seed)
+    for path, module in causal_lm.named_modules():
+        if isinstance(module, FusedMoELoRA):
+            module.reset_lora_parameters()
+        elif isinstance(module, LoraLinear):
+            lora_A = module.lora_A["default"].weight
+            bound = 1 / math.sqrt(lora_A.shape[1])  # Kaiming-uniform with a = sqrt(5)
+            whole = torch.empty(lora_A.shape, dtype=lora_A.dtype, device=lora_A.device).uniform_(-bound, bound)
+            local_tensor(lora_A).copy_(local_part(whole, lora_A))
+            local_tensor(module.lora_B["default"].weight).zero_()
+            if module.use_dora["default"]:
+                norms = squared_row_norms(local_tensor(module.base_layer.weight).unsqueeze(0))[0].sqrt()
+                if (norms == 0).any():
+                    raise ValueError(
+                        f"--use_dora: {path} has rows of zeros, and DoRA divides by their norm; train it with LoRA"
+                    )
+                local_tensor(module.lora_magnitude_vector["default"].weight).copy_(norms)

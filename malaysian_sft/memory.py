@@ -1,0 +1,221 @@
+"""Bytes: what a run keeps on a GPU, in host memory and on disk, term by term, from the model's config alone."""
+
+import math
+
+from malaysian_sft.account import GIB, architecture, attention_width
+
+
+def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r, mode, use_dora=False, shared_A=False):
+    """What a routed-experts block keeps for backward beyond its input and output, in bytes.
+
+    Per routed row (tokens x top_k of them), in bf16: in fast mode gate and silu(gate) up, 2 x 2 intermediate_size
+    bytes, the LoRA inner products of gate, up and down, 2 x 3 expert_r (2 x 2 expert_r where gate and up share one A),
+    and for DoRA the output before the magnitude, 2 hidden_size; in both modes 16 bytes of indices and router weights.
+    Frugal mode recomputes the rest.
+    """
+    kept = 0
+    if mode == "fast":
+        kept = 2 * intermediate_size + (2 if shared_A else 3) * expert_r + hidden_size * use_dora
+    return tokens * top_k * (2 * kept + 16)
+
+
+def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r, use_dora=False, repeated_heads=False):
+    """What one decoder layer (its `matrices`) keeps for backward over `tokens` tokens, in bytes; bf16 unless said
+    otherwise.
+
+    full       the layer's input, H a token.
+    none       attention half: input H, normed input H, every projection's output except o_proj's, queries and keys once
+               more where they are normalised (keys and values as wide as the queries with repeated_heads), the
+               attention output and its fp32 log-sum-exp per head, r for each LoRA inner product. MLP half: its input H,
+               normed input H, and for a dense or shared MLP gate, up and their product, 3 intermediate_size, and 3 r
+               (moe: silu(gate) as well, as transformers' own MLP does; dense models run Liger's); for routed experts
+               `experts_saved_bytes` and the router's fp32 probabilities. DoRA keeps the output before the magnitude of
+               every adapted layer, and a bf16 copy of the experts' adapter, which FSDP then gathers in fp32.
+    selective  the attention half is recomputed from its input and normed input; the MLP half is kept as under none.
+    """
+    hidden, norms, width = config.hidden_size, architecture(config).query_key_norm, attention_width(config)
+    attention, mlp, experts = 2 * hidden, 2 * hidden, 0  # elements a token; bytes
+    for m in matrices:
+        inner = (r + m.out_features * use_dora) * m.adapted
+        if m.kind == "attention":
+            repeated = repeated_heads and m.name.endswith(("k_proj.weight", "v_proj.weight"))
+            attention += inner + (width if repeated or m.name.endswith("o_proj.weight") else m.out_features)
+            attention += m.out_features * (norms and m.name.endswith(("q_proj.weight", "k_proj.weight")))
+        elif m.kind in ("mlp", "shared_expert"):
+            mlp += inner + (m.in_features if "down_proj" in m.name else m.out_features)
+            mlp += m.out_features * (kind == "moe" and "gate_proj" in m.name)
+        elif m.kind == "router":
+            mlp += 2 * m.out_features  # fp32
+        elif m.kind == "expert":
+            experts += 2 * use_dora * m.copies * expert_r * (m.out_features + m.in_features)
+            if m.name.endswith("down_proj"):
+                experts += experts_saved_bytes(
+                    tokens, m.active, m.out_features, m.in_features, expert_r, mode, use_dora
+                )
+    if policy == "full":
+        return tokens * 2 * hidden
+    log_sum_exp = 4 * config.num_attention_heads
+    kept_attention = 2 * attention + log_sum_exp if policy == "none" else 2 * 2 * hidden
+    return tokens * (kept_attention + 2 * mlp) + experts
+
+
+def layer_working_bytes(config, matrices, tokens, mode, use_dora=False):
+    """The most that one layer's forward or backward holds for a moment beyond what is kept, in bytes; bf16.
+
+    Routed experts, per routed row: in the forward half of H, as the output is made from half of its columns at a time
+    (with DoRA it is whole, and kept unless in frugal mode); in the backward intermediate_size, the gradient of
+    silu(gate) up; in frugal mode also 2 intermediate_size, gate and silu(gate) up. A dense or shared MLP: two of
+    (tokens, intermediate_size), the LoRA's share of a projection's output or the gradient of the product. And four of
+    (tokens, H): the residual stream's gradient, the two norms', the attention's.
+    """
+    width = 0
+    for m in matrices:
+        if m.kind in ("mlp", "shared_expert") and "down_proj" in m.name:
+            width = max(width, 2 * m.in_features)
+        if m.kind == "expert" and m.name.endswith("down_proj"):
+            hidden, frugal = m.out_features, mode == "frugal"
+            forward, backward = (
+                (hidden * frugal, m.in_features + hidden * frugal) if use_dora else (hidden // 2, m.in_features)
+            )
+            width = max(width, m.active * (max(forward, backward) + 2 * m.in_features * frugal))
+    return 2 * tokens * (width + 4 * config.hidden_size)
+
+
+def loss_bytes(config, kind, tokens):
+    """Head and loss in bytes, at most, if every token is supervised; bf16.
+
+    moe: the last layer's output, the final norm's, what of it is supervised and its gradient (tokens, H), and 1,024
+    rows of logits and of their gradient. dense, Liger's fused linear cross entropy: the final norm's output and its
+    gradient (tokens, H), and one chunk of logits, as many rows, a power of two, as take the room of the hidden states.
+    """
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    if kind == "moe":
+        return 2 * (4 * tokens * hidden + 2 * min(1024, tokens) * vocabulary)
+    rows = math.ceil(tokens / math.ceil(vocabulary / hidden))
+    return 2 * (2 * tokens * hidden + min(2 ** math.ceil(math.log2(rows)), tokens) * vocabulary)
+
+
+def gpu_bytes(config, plan):
+    """Bytes of one GPU by term at the moment when they are most; `plan` is plan_run's dict before the bytes are in it.
+
+    That moment is in the backward of one of the layers, when it and all before it still keep their activations and the
+    gradients of the one after it are being reduced, or in the loss. Which one is found by trying all; the terms are
+    those of that moment alone.
+
+    dense: DeepSpeed ZeRO-3 over all ranks; without it, as on one. bf16 base and adapter, fp32 master adapter, gradient
+    and two Adam moments are all sharded; whole parameters live up to DeepSpeed's stage3_max_live_parameters (1e9) or
+    one layer, whichever is more, and its prefetch. moe: FSDP2 over the GPUs of shard_nodes nodes, copies beyond. bf16
+    base, fp32 adapter and Adam moments are sharded (with cpu_offload: on the host). One layer is whole in use, with its
+    gather's buffer and the next one's; embedding and head through the step; what is gathered is bf16, DoRA's adapter
+    fp32. Over several micro-batches the adapter's fp32 gradient stays whole until the last one, unless every
+    micro-batch reduces it. Reducing takes a layer's gradient in bf16 and two fp32 buffers.
+    """
+    arch, counts, kind, dora = architecture(config), plan["parameters"], plan["kind"], plan["use_dora"]
+    r, expert_r, policy, mode = plan["r"], plan["expert_r"], plan["activation_policy"], plan["memory_mode"]
+    base, adapter = counts["total"], counts["trainable"]
+    tokens = plan["micro_batch"] * plan["max_seq_length"]
+    layers = arch.layers()
+    layer_base = max(sum(m.copies * m.out_features * m.in_features for m in layer) for layer in layers)
+    layer_adapter = max(
+        sum(
+            m.copies * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features)
+            for m in layer
+            if m.adapted
+        )
+        for layer in layers
+    )
+    reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else 10 * layer_adapter  # ds3.json's "auto" bucket
+    moments, kept = [], 0
+    for number, layer in enumerate(layers):
+        own, everything = (
+            layer_saved_bytes(config, kind, layer, tokens, p, mode, r, expert_r, dora, plan["repeated_heads"])
+            for p in (policy, "none")
+        )
+        kept += own
+        moment = {
+            "kept activations": kept,
+            "one layer's temporaries and recompute": (
+                everything - own + layer_working_bytes(config, layer, tokens, mode, dora)
+            ),
+            "gradient reduction": reduction if number < len(layers) - 1 else 0,
+        }
+        moments.append(moment)
+    moments.append({"kept activations": kept, "head and loss": loss_bytes(config, kind, tokens)})
+    if kind == "dense":
+        shard = plan["gpus"] * plan["nodes"] if plan["zero3"] else 1
+        live = min(
+            max(10**9, layer_base + layer_adapter) + config.hidden_size**2, base + adapter
+        )  # ds3.json's prefetch
+        terms = {
+            "frozen base, bf16 shard": 2 * base / shard,
+            "adapter, bf16 and fp32 master": 6 * adapter / shard,
+            "adapter gradient, fp32": 4 * adapter / shard,
+            "Adam moments, fp32": 8 * adapter / shard,
+            "gathered parameters": 2 * live if shard > 1 else 0,
+        }
+    else:
+        shard = plan["gpus"] * plan["shard_nodes"]
+        whole = plan["accumulation"] > 1 and not plan["reduce_every_micro_batch"]
+        on_gpu = 0 if plan["cpu_offload"] else 1
+        terms = {
+            "frozen base, bf16 shard": on_gpu * 2 * base / shard,
+            "adapter, fp32": on_gpu * 4 * adapter / shard,
+            "Adam moments, fp32": on_gpu * 8 * adapter / shard,
+            "adapter gradient, fp32": 0 if whole else on_gpu * 4 * adapter / shard,
+            "whole adapter gradient while accumulating": 4 * adapter if whole else 0,
+            "gathered layers": (3 if shard > 1 else 1) * (2 * layer_base + (4 if dora else 2) * layer_adapter),
+            "gathered embedding and head": 2 * sum(counts["base"].get(k, 0) for k in ("embedding", "head")),
+        }
+        if dora:
+            terms["DoRA norms of experts, fp32"] = 8 * sum(
+                m.copies * m.out_features for m in arch.matrices if m.kind == "expert"
+            )
+    terms |= max(moments, key=lambda moment: sum(moment.values()))
+    return {name: int(value) for name, value in terms.items() if value}
+
+
+def host_bytes(plan):
+    """Host memory of one node by term, in bytes; 3 GiB a rank for Python, CUDA and the libraries.
+
+    moe: a rank reads its shards in pieces, eight of 32 MiB at a time. dense: transformers maps the whole checkpoint
+    into every rank, which is page cache, shared by the ranks of a node and given back under pressure. To save, rank 0
+    gathers the adapter in fp32, and moe copies the resume state, adapter and Adam moments, to write it in the
+    background.
+    """
+    base, adapter = plan["parameters"]["total"], plan["parameters"]["trainable"]
+    terms = {"processes": 3 * GIB * plan["gpus"], "whole adapter on rank 0 while saving, fp32": 4 * adapter}
+    if plan["kind"] == "dense":
+        return {**terms, "checkpoint in page cache while loading (can be evicted)": 2 * base}
+    terms["read buffers while loading"] = plan["gpus"] * 8 * 32 * 2**20
+    terms["resume state while it is written, fp32"] = 12 * adapter // plan["shard_nodes"]
+    if plan["cpu_offload"]:
+        terms["base, adapter, its gradient and Adam moments (cpu_offload)"] = (2 * base + 16 * adapter) // plan[
+            "shard_nodes"
+        ]
+    return terms
+
+
+def disk_bytes(plan):
+    """Disk by term, in bytes: train_moe.py keeps one resume state, the Trainer one per checkpoint."""
+    base, adapter = plan["parameters"]["total"], plan["parameters"]["trainable"]
+    state = (
+        "resume state of every checkpoint, fp32"
+        if plan["kind"] == "dense"
+        else "resume state of the newest checkpoint, fp32"
+    )
+    return {"base checkpoint, bf16": 2 * base, "adapter of every checkpoint, fp32": 4 * adapter, state: 12 * adapter}
+
+
+def need(plan):
+    """The planned peak in words: "41.5 GiB of 80 a GPU planned"."""
+    return f"{plan['peak_bytes'] / GIB:.1f} GiB of {plan['gpu_memory_gib']:.1f} a GPU planned"
+
+
+def compare_peak(plan, measured_bytes):
+    """One line for the log after the first step: the measured peak (torch.cuda.max_memory_allocated) beside the
+    plan's."""
+    predicted = plan["peak_bytes"]
+    return (
+        f"peak memory: measured {measured_bytes / GIB:.2f} GiB, planned {predicted / GIB:.2f} GiB"
+        f" ({measured_bytes / predicted - 1:+.1%})"
+    )

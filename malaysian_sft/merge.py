@@ -1,0 +1,263 @@
+"""Base + adapter: as an ordinary checkpoint on disk, or tensor by tensor while vLLM loads the base.
+
+LLM(model=BASE, load_format="merge_adapter", model_loader_extra_config={"adapter": DIR})
+"""
+
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from malaysian_sft.adapter_files import Adapter, is_tokenizer_file
+from malaysian_sft.base_model import download_base, refuse_quantised
+from malaysian_sft.lora import EXPERT
+from malaysian_sft.safetensors_files import DTYPES, checkpoint_shards, read_header
+
+CHUNK = 1 << 24  # values merged at a time: 64 MiB in fp32, so that memory does not depend on the model
+
+
+def merged_rows(weight, A, B, magnitude, scaling) -> torch.Tensor:
+    """Rows of W + s B A, or of DoRA's m (W + s B A) / ||W + s B A||, the norm per row, in fp32.
+
+    weight (rows, in), A (r, in), B (rows, r), magnitude (rows,) or None.
+    """
+    merged = torch.addmm(weight.float(), B, A, alpha=scaling)
+    if magnitude is not None:
+        merged *= (magnitude / torch.linalg.vector_norm(merged, dim=1)).unsqueeze(1)
+    return merged
+
+
+@torch.no_grad()
+def merge_tensor(adapter: Adapter, name: str, weight: torch.Tensor, dtype=None, device=None) -> torch.Tensor:
+    """Base tensor `name` with the adapter merged in; `weight` itself if the adapter does not change it. Counts in
+    adapter.used.
+
+    The maths is fp32 on `device` (default: where weight is), the result of `dtype` (default: weight's), cast last.
+    """
+    pieces = adapter.pieces(name, weight.shape)
+    if not pieces:
+        return weight
+    if weight.dtype not in DTYPES.values():
+        raise ValueError(
+            f"{name} of the base is {weight.dtype}: quantised; merge into the bf16 checkpoint it was made from"
+        )
+    flat = weight.to(device=device or weight.device, dtype=torch.float32, copy=True).reshape(-1, weight.shape[-1])
+    for slot, first, last in pieces:
+        A, B, magnitude = (None if factor is None else factor.to(flat.device) for factor in adapter.factors(slot))
+        flat[first:last] = merged_rows(flat[first:last], A, B, magnitude, adapter.slots[slot].scaling)
+        adapter.used[slot] += 1
+    return flat.reshape(weight.shape).to(dtype or weight.dtype)
+
+
+def unused_faults(adapter: Adapter, used: Counter) -> list[str]:
+    """Adapter modules that were not merged exactly once: a sentence for each kind, naming the first eight."""
+    unused = sorted(set(adapter.slots) - set(used))
+    twice = sorted(name for name, count in used.items() if count > 1)
+    faults = []
+    if unused:
+        faults.append(f"{len(unused)} adapter modules match nothing in the base: {', '.join(unused[:8])}")
+    if twice:
+        faults.append(f"{len(twice)} adapter modules match more than one base tensor: {', '.join(twice[:8])}")
+    return faults
+
+
+def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool = False, log=print) -> None:
+    """Write base + adapter as an ordinary checkpoint to directory `out`: the base's shards, names and dtypes, and its
+    configuration files.
+
+    Each shard is streamed through `workers` processes (default: one per core, at most 8 and one per shard) in blocks of
+    rows, so memory stays at a few hundred MB a process for any model. Run again after an interruption and finished
+    shards are kept. Raises ValueError when the base is quantised or not safetensors, when a key of the adapter does not
+    change exactly one base tensor, or when `out` holds another merge.
+    """
+    directory, out = download_base(base), Path(out)
+    adapter = Adapter(adapter).check(None if any_base else directory)
+    refuse_quantised(directory, json.loads((directory / "config.json").read_text()))
+    shards = checkpoint_shards(directory)
+    used, total = Counter(), 0
+    for shard in shards:
+        header, _ = read_header(shard)
+        total += shard.stat().st_size
+        for name, info in header.items():
+            for slot, _, _ in adapter.pieces(name, info["shape"]):
+                if info["dtype"] not in DTYPES:
+                    raise ValueError(
+                        f"{shard}: {name} is {info['dtype']}: quantised; merge into the bf16 checkpoint it was made"
+                        " from"
+                    )
+                used[slot] += 1
+    if faults := unused_faults(adapter, used):
+        raise ValueError(f"{adapter.path}: {'; '.join(faults)}")
+    _claim(out, base, adapter)
+    for path in out.glob("*.safetensors.*.tmp"):  # of a merge that was killed
+        path.unlink()
+    todo = [shard for shard in shards if not (out / shard.name).exists()]
+    done, start = total - sum(shard.stat().st_size for shard in todo), time.perf_counter()
+    if done:
+        log(f"{len(shards) - len(todo)} of {len(shards)} shards are already merged")
+    workers = min(workers or min(os.cpu_count() or 1, 8), max(1, len(todo)))
+    fresh = 0
+    for shard in _run(workers, [(shard, out / shard.name, adapter.directory) for shard in todo]):
+        fresh += shard.stat().st_size
+        rate = fresh / 1e9 / (time.perf_counter() - start)
+        log(f"{(done + fresh) / 1e9:.2f} of {total / 1e9:.2f} GB merged  {rate:.2f} GB/s  {shard.name}")
+    _copy_configuration(directory, adapter.directory, out)
+
+
+def _run(workers, jobs):
+    """Merge the shards in `workers` processes (in this one if 1); yields each shard when it is finished."""
+    if workers <= 1:
+        for job in jobs:
+            yield _merge_shard(*job)
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        for future in as_completed([pool.submit(_merge_shard, *job) for job in jobs]):
+            yield future.result()
+
+
+@torch.no_grad()
+def _merge_shard(source: Path, target: Path, adapter_directory) -> Path:
+    """One shard, byte for byte the base's layout; written to a temporary name and renamed."""
+    adapter = Adapter(adapter_directory)
+    header, start = read_header(source)
+    temporary = target.with_name(target.name + f".{os.getpid()}.tmp")
+    with open(source, "rb") as reader, open(temporary, "wb") as writer:
+        writer.write(reader.read(start))
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
+            begin, end = info["data_offsets"]
+            reader.seek(start + begin)
+            pieces = adapter.pieces(name, info["shape"])
+            if not pieces:
+                _copy_bytes(reader, writer, end - begin)
+                continue
+            features, dtype = info["shape"][-1], DTYPES[info["dtype"]]
+            row = 0
+            for slot, first, last in pieces:
+                _copy_bytes(reader, writer, (first - row) * features * dtype.itemsize)
+                _merge_rows(reader, writer, adapter, slot, last - first, features, dtype)
+                row = last
+            _copy_bytes(reader, writer, end - begin - row * features * dtype.itemsize)
+        writer.flush()
+        os.fsync(writer.fileno())
+    os.replace(temporary, target)
+    return source
+
+
+def _copy_bytes(reader, writer, count):
+    while count:
+        block = reader.read(min(count, 1 << 24))
+        writer.write(block)
+        count -= len(block)
+
+
+def _merge_rows(reader, writer, adapter, slot, rows, features, dtype):
+    A, B, magnitude = adapter.factors(slot)
+    step = max(1, CHUNK // features)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        raw = bytearray(reader.read(count * features * dtype.itemsize))
+        weight = torch.frombuffer(raw, dtype=dtype).view(count, features)
+        part = None if magnitude is None else magnitude[first : first + count]
+        merged = merged_rows(weight, A, B[first : first + count], part, adapter.slots[slot].scaling).to(dtype)
+        writer.write(merged.contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def _claim(out, base, adapter):
+    """Mark `out` as this merge, or refuse it if it is another's."""
+    out.mkdir(parents=True, exist_ok=True)
+    mark, ours = (
+        out / "merge.json",
+        {"base": str(base), "adapter": str(adapter.directory), "adapter_identity": adapter.identity()},
+    )
+    if mark.is_file():
+        theirs = json.loads(mark.read_text())
+        if (theirs["base"], theirs["adapter_identity"]) != (ours["base"], ours["adapter_identity"]):
+            raise ValueError(
+                f"{out}: holds a merge of {theirs['adapter']} into {theirs['base']}; delete it or choose another"
+                " directory"
+            )
+    elif any(out.glob("*.safetensors")):
+        raise ValueError(f"{out}: holds a model already; choose another directory")
+    mark.write_text(json.dumps(ours, indent=2) + "\n")
+
+
+def _copy_configuration(base, adapter, out):
+    """Configuration of the base, tokenizer and chat template as trained with; the index last, as the sign that all
+    shards are there."""
+    own_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    for path in base.iterdir():
+        tokenizer = is_tokenizer_file(path.name)
+        if (
+            path.name in ("config.json", "generation_config.json")
+            or (tokenizer and not own_tokenizer)
+            or path.suffix == ".py"
+        ):
+            shutil.copyfile(path, out / path.name)
+    for path in adapter.iterdir():
+        if path.name == "generation_config.json" or (own_tokenizer and is_tokenizer_file(path.name)):
+            shutil.copyfile(path, out / path.name)
+    index = base / "model.safetensors.index.json"
+    if index.is_file():
+        shutil.copyfile(index, out / index.name)
+
+
+def register_vllm_loader() -> None:
+    """Give vLLM the load format "merge_adapter": base tensors get the adapter merged in as they stream from disk into
+    the model.
+
+        LLM(model=BASE, load_format="merge_adapter", model_loader_extra_config={"adapter": DIR})
+
+    vLLM calls this in every process through the entry point in pyproject.toml, once the project is installed (pip
+    install -e . --no-deps). Sharding, stacking and casting come after, so it serves any tensor-parallel size, dense or
+    mixture of experts, LoRA or DoRA, at the speed of the base. Loading fails, naming the keys, unless each adapter
+    module changed exactly one base tensor in every worker.
+    """
+    import dataclasses
+
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    class MergeAdapterLoader(DefaultModelLoader):
+        def __init__(self, load_config):
+            extra = dict(load_config.model_loader_extra_config or {})
+            self.adapter_directory, self.any_base = extra.pop("adapter", None), extra.pop("any_base", False)
+            if not self.adapter_directory:
+                raise ValueError('load_format "merge_adapter" needs model_loader_extra_config={"adapter": DIRECTORY}')
+            super().__init__(
+                dataclasses.replace(load_config, load_format="safetensors", model_loader_extra_config=extra)
+            )
+
+        def get_all_weights(self, model_config, model):
+            refuse_quantised(
+                model_config.model,
+                {"quantization_config": getattr(model_config.hf_config, "quantization_config", None)},
+            )
+            adapter = Adapter(self.adapter_directory).check(None if self.any_base else model_config.model)
+            device = next(model.parameters()).device
+            for name, weight in super().get_all_weights(model_config, model):
+                yield name, merge_tensor(adapter, name, weight, dtype=model_config.dtype, device=device)
+            if faults := unused_faults(adapter, self._expected_use(adapter)):
+                raise ValueError(f"{adapter.path}: {'; '.join(faults)}")
+
+        def _expected_use(self, adapter):
+            """What was merged; with expert parallelism's filter, experts of other ranks count as merged: theirs is
+            another rank's load."""
+            if self.local_expert_ids is None:
+                return adapter.used
+            elsewhere = {
+                n
+                for n in adapter.slots
+                if EXPERT.match(n) and int(EXPERT.match(n)["index"]) not in self.local_expert_ids
+            }
+            return adapter.used + Counter(elsewhere - set(adapter.used))
+
+    register_model_loader("merge_adapter")(MergeAdapterLoader)

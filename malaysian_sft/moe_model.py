@@ -1,0 +1,350 @@
+"""The model of train_moe.py: transformers' own on the meta device, experts wrapped, LoRA on the rest, its loss,
+recomputation, FSDP2."""
+
+import inspect
+import os
+import sys
+import types
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from fused_moe_lora import FusedMoELoRA, dora_norm, squared_row_norms, wrap_experts
+from malaysian_sft.attention import register_attention
+from malaysian_sft.lora import apply_lora
+
+
+def make_mesh(device, shard_nodes):
+    """One dimension to shard over; with more nodes than `shard_nodes`, a second, outer one that holds copies of the
+    model.
+
+    With a copy per node, weights are gathered over the links inside it, and only adapter gradients cross the network.
+    """
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    shard = local * shard_nodes
+    if world % shard:
+        raise ValueError(f"--shard_nodes {shard_nodes}: {world} ranks, {local} a node, are no multiple of {shard}")
+    if world == shard:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """y = x W^T + b + u B^T with u = s x A^T, for a frozen W: forward and backward, two products with W and six of rank
+    r.
+
+    Computes in x's dtype. A and B are cast as they are used, so that no second copy of them lives from forward to
+    backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling):
+        rows = x.reshape(-1, x.shape[-1])  # (T, in)
+        u = (rows @ lora_A.to(x.dtype).T).mul_(scaling)  # (T, r)
+        y = F.linear(rows, weight, bias).addmm_(u, lora_B.to(x.dtype).T)  # (T, out)
+        ctx.save_for_backward(rows, u, weight, lora_A, lora_B)
+        ctx.scaling = scaling
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows, u, weight, lora_A, lora_B = ctx.saved_tensors
+        shape, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])  # (T, out)
+        du = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scaling)  # (T, r)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(du, lora_A.to(dy.dtype)).view(*shape, -1)
+        return dx, None, None, (du.T @ rows).to(lora_A.dtype), (dy.T @ u).to(lora_B.dtype), None
+
+
+def scale_columns(y, scale):
+    """y (..., out) * scale (out,) fp32, in y's dtype: DoRA's scale, whose changes are finer than bf16."""
+    return (y.float() * scale).to(y.dtype)
+
+
+class LoraLinear(PeftLinear):
+    """PEFT's LoRA / DoRA linear layer, its parameters and names unchanged, with a forward that stays in the
+    activations' dtype.
+
+    PEFT's own casts the activations to the adapter's fp32, which is several times slower. One adapter, named "default".
+    DoRA's ||W + s B A|| is computed once and kept until `forget_norms()`, which has to follow every optimiser step.
+    """
+
+    norm = None  # (out,) fp32
+    scale_columns = staticmethod(scale_columns)  # fuse_small_operations puts a compiled one here
+
+    def forward(self, x, *args, **kwargs):
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        lora_A, lora_B = self.lora_A["default"].weight, self.lora_B["default"].weight
+        scaling, dropout = self.scaling["default"], self.lora_dropout["default"]
+        dora = self.use_dora["default"]
+        inner_bias = None if dora else bias  # DoRA scales the product, not the bias
+        if isinstance(dropout, nn.Dropout) and dropout.p > 0 and self.training:
+            u = F.linear(dropout(x), lora_A.to(x.dtype))
+            y = F.linear(x, weight, inner_bias) + scaling * F.linear(u, lora_B.to(x.dtype))
+        else:
+            y = LoraLinearFunction.apply(x, weight, inner_bias, lora_A, lora_B, scaling)
+        if not dora:
+            return y
+        if self.norm is None:
+            squares = squared_row_norms(weight.unsqueeze(0))
+            self.norm = dora_norm(weight.unsqueeze(0), squares, lora_A.unsqueeze(0), lora_B.unsqueeze(0), scaling)[
+                0
+            ]  # detached
+        scale = self.lora_magnitude_vector["default"].weight.float() / self.norm
+        y = self.scale_columns(y.view(-1, y.shape[-1]), scale).view(y.shape)
+        return y if bias is None else y + bias
+
+    def forget_norms(self):
+        """Drop the cached ||W + s B A||."""
+        self.norm = None
+
+
+def nll_and_gradient(logits, targets):
+    """(sum of negative log-likelihoods, fp32; its gradient in the logits' dtype) of logits (n, V) and targets (n,)."""
+    wide = logits.float()
+    log_normaliser = wide.logsumexp(dim=-1, keepdim=True)  # (n, 1)
+    nll = (log_normaliser - wide.gather(1, targets[:, None])).sum()
+    hit = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    return nll, ((wide - log_normaliser).exp() - hit.float()).to(logits.dtype)
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Sum of the targets' negative log-likelihoods, fp32: hidden (n, H), frozen weight (V, H), targets (n,).
+
+    Logits exist for 1,024 tokens at a time, and the gradient is made of them at once, in the forward. The idea is
+    Liger's fused linear cross entropy; this one never waits for the GPU, which Liger's does once in either direction.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk_loss):
+        total, gradient = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+        for h, t, out in zip(hidden.split(1024), targets.split(1024), gradient.split(1024), strict=True):
+            nll, logits_gradient = chunk_loss(h @ weight.T, t)
+            total += nll
+            if ctx.needs_input_grad[0]:
+                torch.mm(logits_gradient, weight, out=out)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * upstream).to(gradient.dtype), None, None, None
+
+
+class RouterLoad:
+    """Counts, on the device, how many tokens each expert of each layer was sent in the forward passes since the last
+    `take`."""
+
+    def __init__(self, experts):
+        self.enabled, self.counts = False, None
+        self.experts = list(experts)
+        for layer, module in enumerate(self.experts):
+            module.register_forward_pre_hook(lambda _, inputs, layer=layer: self._count(layer, inputs[1]))
+
+    def _count(self, layer, top_k_index):
+        if self.counts is None:
+            self.counts = torch.zeros(
+                len(self.experts), self.experts[0].num_experts, dtype=torch.int64, device=top_k_index.device
+            )
+        if not self.enabled:  # a recomputation in the backward, validation, a place without a pack
+            return
+        index = top_k_index.reshape(-1)
+        self.counts[layer].scatter_add_(0, index, torch.ones_like(index))  # bincount would wait for the GPU
+
+    def take(self):
+        """(layers, E) counts over all ranks, on the CPU; starts again from zero. Collective."""
+        dist.all_reduce(self.counts)
+        counts = self.counts.to("cpu", copy=True)
+        self.counts.zero_()
+        return counts
+
+
+def load_balancing_loss(router_logits, top_k):
+    """E * sum over experts of (share of the tokens sent to it) * (mean router probability), over all layers: Switch,
+    eq. 4 to 6.
+
+    router_logits: one (T, E) per layer. As transformers' load_balancing_loss_func, without waiting for the GPU.
+    """
+    shares, probabilities = [], []
+    for logits in router_logits:
+        probability = logits.float().softmax(dim=-1)  # (T, E)
+        chosen = probability.topk(top_k, dim=-1).indices.flatten()
+        shares.append(
+            torch.zeros_like(probability[0]).scatter_add_(0, chosen, torch.ones_like(chosen, dtype=probability.dtype))
+        )
+        probabilities.append(probability.sum(dim=0))
+    tokens = sum(logits.shape[0] for logits in router_logits)
+    return len(shares[0]) * (torch.stack(shares).sum(0) / tokens * torch.stack(probabilities).sum(0) / tokens).sum()
+
+
+class ModelWithLoss(nn.Module):
+    """A causal LM and its loss as one module: FSDP's root then gathers embeddings, last norm and head for both."""
+
+    def __init__(self, causal_lm, router_aux_loss_coef=0.0, compiled=False):
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.chunk_loss = compiled_for_any_length(nll_and_gradient, [0, 0]) if compiled else nll_and_gradient
+        self.router_load = RouterLoad(module for module in causal_lm.modules() if isinstance(module, FusedMoELoRA))
+        self.with_norms = [module for module in causal_lm.modules() if isinstance(module, (FusedMoELoRA, LoraLinear))]
+
+    def forget_norms(self):
+        """To be called after every optimiser step: DoRA's row norms are those of the adapter as it was."""
+        for module in self.with_norms:
+            module.forget_norms()
+
+    def forward(self, batch):
+        """(summed negative log-likelihood, load-balancing loss or 0) of a batch made by `to_batch`; an EMPTY_PACK's are
+        both 0."""
+        batch = dict(batch)
+        predicting, targets = batch.pop("predicting"), batch.pop("targets")
+        empty = len(targets) == 0
+        self.router_load.enabled = self.training and not empty
+        outputs = self.causal_lm.base_model(
+            **batch, use_cache=False, output_router_logits=self.router_aux_loss_coef > 0
+        )
+        self.router_load.enabled = False
+        hidden = outputs.last_hidden_state[0].index_select(0, predicting)  # (n, H)
+        loss = SummedCrossEntropy.apply(hidden, self.causal_lm.get_output_embeddings().weight, targets, self.chunk_loss)
+        if self.router_aux_loss_coef == 0 or empty:
+            return loss, torch.zeros_like(loss)
+        return loss, load_balancing_loss(outputs.router_logits, self.causal_lm.config.num_experts_per_tok)
+
+
+def build_model(config, args, lora_args):
+    """The model on the meta device: transformers' own, experts wrapped, LoRA on the rest; returns (PeftModel,
+    ModelWithLoss)."""
+    if args.router_aux_loss_coef > 0 and not hasattr(config, "router_aux_loss_coef"):
+        raise ValueError(
+            f"--router_aux_loss_coef: {config.model_type} balances its experts in another way and defines no such loss"
+        )
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, args.dtype), attn_implementation=register_attention()
+        )
+        wrap_experts(
+            causal_lm,
+            r=lora_args.expert_rank(config),
+            lora_alpha=lora_args.expert_alpha(config),
+            use_dora=lora_args.use_dora,
+            mode=args.memory_mode or ("frugal" if args.activations == "selective" else "fast"),
+            cache_norms=lora_args.use_dora,
+        )
+        peft_model = apply_lora(causal_lm, lora_args)
+    for module in causal_lm.modules():
+        if type(module) is PeftLinear:
+            module.__class__ = LoraLinear
+    set_activation_policy(causal_lm, "full" if args.activations == "auto" else args.activations)
+    compiled = torch.cuda.is_available() if args.compile is None else args.compile
+    if compiled:
+        fuse_small_operations(causal_lm)
+    return peft_model, ModelWithLoss(causal_lm, args.router_aux_loss_coef, compiled).train()
+
+
+def set_activation_policy(causal_lm, policy):
+    """Choose what the backward recomputes (TrainingArguments.activations). The experts' own part was chosen with their
+    mode."""
+    if policy == "full":
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if policy == "selective":
+        for layer in causal_lm.base_model.layers:
+            # the experts stay outside: theirs is the only part that costs more to compute again than to keep
+            for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm):
+                part.forward = types.MethodType(recomputed(type(part).forward), part)
+
+
+def recomputed(forward):
+    """`forward`, whose activations are computed again in the backward."""
+
+    def checkpointed(self, *args, **kwargs):
+        return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
+
+    return checkpointed
+
+
+def rms_norm(rows, weight, eps):
+    """transformers' RMSNorm of rows (n, width), as a function for torch.compile."""
+    wide = rows.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(rows.dtype)
+
+
+def compiled_for_any_length(function, length_dims):
+    """torch.compile(function), told that argument i's dimension length_dims[i] is a number of tokens.
+
+    No two packs have the same number, and torch.compile left to itself compiles for the first one, then again for
+    others.
+    """
+    compiled = torch.compile(function)
+
+    def call(*args, **options):
+        for tensor, dim in zip(args, length_dims, strict=False):
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return compiled(*args, **options)
+
+    return call
+
+
+def fuse_small_operations(causal_lm):
+    """Compile the chains of small operations that cost more, run one by one, than the experts: RMSNorm, rotary, DoRA's
+    scale.
+
+    Only these: attention and experts are kernels already, and small compiled functions have no graph to break. A norm
+    is replaced if its source is that of transformers' LlamaRMSNorm, which most families copy, rotary if it is a
+    function of (q, k, cos, sin); others stay as they are.
+    """
+    torch._dynamo.config.recompile_limit = 64  # one function serves norms of several widths, with and without gradients
+    compiled_norm = compiled_for_any_length(rms_norm, [0])
+
+    def forward(self, hidden_states):
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return compiled_norm(rows, self.weight, self.variance_epsilon).view(hidden_states.shape)
+
+    ordinary = inspect.getsource(LlamaRMSNorm.forward)
+    for module in causal_lm.modules():
+        if type(module).__name__.endswith("RMSNorm") and inspect.getsource(type(module).forward) == ordinary:
+            recompute = "forward" in vars(module)  # the selective policy was there first
+            module.forward = types.MethodType(recomputed(forward) if recompute else forward, module)
+    compiled_scale = compiled_for_any_length(scale_columns, [0])
+    for module in causal_lm.modules():
+        if isinstance(module, LoraLinear):
+            module.scale_columns = compiled_scale
+    modeling = sys.modules[type(causal_lm).__module__]
+    rotary = getattr(modeling, "apply_rotary_pos_emb", None)
+    if isinstance(rotary, types.FunctionType) and list(inspect.signature(rotary).parameters)[:4] == [
+        "q",
+        "k",
+        "cos",
+        "sin",
+    ]:
+        modeling.apply_rotary_pos_emb = compiled_for_any_length(rotary, [2, 2, 1, 1])
+
+
+def shard(model, mesh, args, use_dora):
+    """fully_shard every decoder layer and the root, in place."""
+    # DoRA's magnitudes are near the weights' norms, where bf16 steps are larger than what a step of training moves:
+    # leave fp32 be.
+    cast = None if use_dora or args.dtype == "float32" else torch.bfloat16
+    settings = dict(
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy() if args.cpu_offload and torch.cuda.is_available() else OffloadPolicy(),
+    )
+    layers = list(model.causal_lm.base_model.layers)
+    for layer in layers:
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)
+    for layer, following in zip(layers, layers[1:], strict=False):  # gather a layer while the one before it computes
+        layer.set_modules_to_forward_prefetch([following])
+    for layer, previous in zip(layers[1:], layers, strict=False):
+        layer.set_modules_to_backward_prefetch([previous])

@@ -1,0 +1,333 @@
+"""A plan of one run, every way to run that the trainers offer, and the choice between them."""
+
+import inspect
+import itertools
+import os
+import sys
+
+from malaysian_sft.account import GIB, check_trainer, count_parameters, expert_rank, recompute_flops, train_flops
+from malaysian_sft.attention import attention_backend
+from malaysian_sft.memory import disk_bytes, gpu_bytes, host_bytes
+
+# What each trainer offers: activation policies, the least recomputation first, each with the memory modes of the
+# experts block that are worth having with it, the trainer's default first.
+CHOICES = {
+    "dense": {"none": ("fast",), "full": ("fast",)},
+    "moe": {"none": ("fast", "frugal"), "selective": ("frugal", "fast"), "full": ("fast",)},
+}
+MODES = {"dense": ("fast",), "moe": ("fast", "frugal")}
+# Of a GPU's memory: how far a plan may be off (tests hold it to that), so what fits with this to spare is chosen first.
+SPARE = 0.1
+GPU_MEMORY_GIB = 80.0  # of a GPU, where none is at hand to ask
+# Tokens of a micro-batch from which a larger one gains nothing: 1,024 rows for each of 128 experts at top-8.
+FULL_TOKENS = 16384
+
+
+def plan_run(
+    config,
+    *,
+    kind,
+    gpus,
+    nodes=1,
+    gpu_memory_gib=GPU_MEMORY_GIB,
+    reserve_gib=4.0,
+    max_seq_length=16384,
+    micro_batch=1,
+    global_batch_size=32,
+    r=256,
+    expert_r=None,
+    use_dora=False,
+    activation_policy="full",
+    memory_mode=None,
+    reduce_every_micro_batch=False,
+    cpu_offload=False,
+    shard_nodes=1,
+    zero3=True,
+    repeated_heads=False,
+    document_length=1900.0,
+):
+    """The bytes and FLOPs of one way to run, as a dict that `print_plan` prints and `check_fits` judges.
+
+    kind: "dense" (train_dense.py, DeepSpeed ZeRO-3) or "moe" (train_moe.py, FSDP2). gpus is per node. micro_batch is
+    packs of max_seq_length tokens per GPU and forward (train_moe.py: 1); global_batch_size packs per optimiser step.
+    activation_policy: none, selective (moe) or full; memory_mode of the experts block: fast or frugal, by default what
+    the trainer couples with the policy. zero3: False for a dense model without DeepSpeed, whole on every GPU.
+    repeated_heads: attention by a kernel that wants a key and a value for every query head (`this_machine` says if its
+    does). reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation. document_length: mean length
+    of the document that a token is in (sum of squared lengths / sum of lengths), for attention. The rest as
+    train_moe.py's flags of that name.
+
+    Keys: the arguments; accumulation; parameters (count_parameters); gpu_bytes by term (`gpu_bytes` says what and why),
+    peak_bytes, limit_bytes, fits; host_bytes and disk_bytes by term; flops_per_token (useful), recompute_per_token.
+    Raises ValueError for a batch that the GPUs don't divide, an unknown kind, policy or mode, or a config without the
+    kind's layers.
+    """
+    policies = CHOICES.get(kind, {})
+    for name, value, known in (
+        ("kind", kind, CHOICES),
+        ("activation_policy", activation_policy, policies),
+        ("memory_mode", memory_mode, (None, *MODES.get(kind, ()))),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(filter(None, known))}")
+    plan = {
+        "model_type": config.model_type,
+        "kind": kind,
+        "gpus": gpus,
+        "nodes": nodes,
+        "gpu_memory_gib": gpu_memory_gib,
+        "reserve_gib": reserve_gib,
+        "max_seq_length": max_seq_length,
+        "micro_batch": micro_batch,
+        "global_batch_size": global_batch_size,
+        "r": r,
+        "expert_r": expert_rank(config, r, expert_r) if kind == "moe" else None,
+        "use_dora": use_dora,
+        "activation_policy": activation_policy,
+        "memory_mode": memory_mode or policies[activation_policy][0],
+        "reduce_every_micro_batch": reduce_every_micro_batch,
+        "cpu_offload": cpu_offload,
+        "shard_nodes": shard_nodes,
+        "zero3": zero3,
+        "repeated_heads": repeated_heads,
+        "document_length": document_length,
+        "parameters": count_parameters(config, r, expert_r, use_dora),
+    }
+    check_trainer(config, kind)
+    if nodes % shard_nodes:
+        raise ValueError(f"{nodes} nodes are no multiple of --shard_nodes {shard_nodes}")
+    if global_batch_size % (gpus * nodes * micro_batch):
+        raise ValueError(
+            f"a step of {global_batch_size} packs is no multiple of {gpus * nodes} GPUs x {micro_batch} packs each"
+        )
+    plan["accumulation"] = global_batch_size // (gpus * nodes * micro_batch)
+    plan["gpu_bytes"] = gpu_bytes(config, plan)
+    plan["peak_bytes"] = sum(plan["gpu_bytes"].values())
+    plan["limit_bytes"] = int((gpu_memory_gib - reserve_gib) * GIB)
+    plan["fits"] = plan["peak_bytes"] <= plan["limit_bytes"]
+    plan["host_bytes"], plan["disk_bytes"] = host_bytes(plan), disk_bytes(plan)
+    plan["flops_per_token"] = train_flops(config, 1, document_length, r, expert_r, use_dora)
+    plan["recompute_per_token"] = recompute_flops(
+        config, activation_policy, plan["memory_mode"], r, plan["expert_r"], document_length
+    )
+    return plan
+
+
+def options(
+    config, *, kind, gpus, nodes=1, global_batch_size=32, activation_policy=None, memory_mode=None, **arguments
+):
+    """A plan for every way a trainer can run: activation policy with its memory modes, and micro-batch (dense) or
+    whether every micro-batch reduces gradients and how many nodes share a copy (moe); best first. An argument that is
+    given (as for plan_run) stays.
+
+    Best: fits, gathers weights inside a node, leaves SPARE of the memory, recomputes least, reduces least often, fills
+    the GPU (FULL_TOKENS tokens in a micro-batch, then the smallest such). What doesn't fit follows, the nearest to
+    fitting first.
+    """
+    per_gpu = max(global_batch_size // (gpus * nodes), 1)
+    policies = (
+        CHOICES.get(kind, {})
+        if activation_policy is None
+        else {activation_policy: CHOICES.get(kind, {}).get(activation_policy, ())}
+    )
+    pairs = [(p, mode) for p, modes in policies.items() for mode in ([memory_mode] if memory_mode else modes or [None])]
+    ways = {
+        "micro_batch": [n for n in range(1, per_gpu + 1) if per_gpu % n == 0] if kind == "dense" else [1],
+        "reduce_every_micro_batch": [False, True] if kind == "moe" and per_gpu > 1 else [False],
+        "shard_nodes": [n for n in range(1, nodes + 1) if nodes % n == 0] if kind == "moe" else [1],
+    }
+    ways |= {name: [arguments.pop(name)] for name in ways.keys() & arguments.keys()}
+    fixed = dict(kind=kind, gpus=gpus, nodes=nodes, global_batch_size=global_batch_size, **arguments)
+    plans = [
+        plan_run(config, **fixed, activation_policy=policy, memory_mode=mode, **dict(zip(ways, values, strict=True)))
+        for (policy, mode), *values in itertools.product(pairs or [("full", None)], *ways.values())
+    ]
+
+    def order(p):
+        if not p["fits"]:
+            return True, p["peak_bytes"]
+        tokens = p["micro_batch"] * p["max_seq_length"]
+        small = max(FULL_TOKENS - tokens, 0)
+        tight = p["peak_bytes"] > (1 - SPARE) * p["limit_bytes"]
+        return (
+            False,
+            p["shard_nodes"],
+            tight,
+            p["recompute_per_token"],
+            p["reduce_every_micro_batch"],
+            small,
+            p["micro_batch"],
+        )
+
+    return sorted(plans, key=order)
+
+
+def trainer_flags(plan):
+    """The trainer's flags that make it run as `plan` says."""
+    if plan["kind"] == "dense":
+        return (
+            f"--gradient_checkpointing {plan['activation_policy'] == 'full'} --per_device_train_batch_size"
+            f" {plan['micro_batch']}"
+        )
+    reduce = " --reduce_every_micro_batch True" if plan["reduce_every_micro_batch"] else ""
+    share = f" --shard_nodes {plan['shard_nodes']}" if plan["shard_nodes"] > 1 else ""
+    return f"--activations {plan['activation_policy']} --memory_mode {plan['memory_mode']}{reduce}{share}"
+
+
+def best_policy(config, **arguments):
+    """The plan to run with: the first of `options` (its arguments are those of `plan_run`). Raises ValueError if none
+    fits."""
+    plan = options(config, **arguments)[0]
+    check_fits(plan)
+    return plan
+
+
+def this_machine(whole=False):
+    """Where this process runs, as plan_run's arguments: {"gpus": of one node, "nodes", "gpu_memory_gib": None without a
+    GPU, "repeated_heads": where attention is PyTorch's own, before 2.12}.
+
+    By torchrun's variables, which every rank reads alike; without them one GPU, or with `whole` all GPUs of the
+    machine.
+    """
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    cuda = torch.cuda.is_available()
+    world = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() or 1 if whole else 1))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    device = int(os.environ.get("LOCAL_RANK", 0))
+    return {
+        "gpus": local,
+        "nodes": world // local,
+        "gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / GIB if cuda else None,
+        "repeated_heads": (
+            cuda
+            and attention_backend("cuda") == "varlen_attn"
+            and "enable_gqa" not in inspect.signature(varlen_attn).parameters
+        ),
+    }
+
+
+def settle(config, ignore=False, **arguments):
+    """The plan that a trainer runs with: `best_policy`'s, of the arguments that are not None; those that are None are
+    chosen.
+
+    Where nothing fits it raises ValueError, naming the largest terms and what to change; with `ignore` it prints that
+    as a warning and returns the plan that comes nearest to fitting.
+    """
+    plan = options(config, **{name: value for name, value in arguments.items() if value is not None})[0]
+    try:
+        check_fits(plan)
+    except ValueError as error:
+        if not ignore:
+            raise ValueError(f"{error} This is an estimate: --ignore_plan True runs all the same.") from None
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"warning: {error}", file=sys.stderr)
+    return plan
+
+
+def dry_run(config, **arguments):
+    """Print, on rank 0, the plan of the run that these flags would start on this machine; `arguments` are `settle`'s.
+
+    Without a GPU it is that of GPUs of 80 GiB, and nothing is refused. Raises ValueError, after printing, for a run
+    that doesn't fit.
+    """
+    machine = this_machine(whole=True)
+    no_gpu = machine["gpu_memory_gib"] is None
+    if no_gpu:
+        machine["gpu_memory_gib"] = GPU_MEMORY_GIB
+    if int(os.environ.get("RANK", 0)):
+        return
+    arguments = {name: value for name, value in {**arguments, **machine}.items() if value is not None}
+    plan = options(config, **arguments)[0]
+    if no_gpu:
+        print(
+            f"No GPU here: planned for {machine['gpus']} of {machine['gpu_memory_gib']:g} GiB; plan.py LAUNCHER plans"
+            " for others.\n"
+        )
+    print_plan(plan)
+    if not no_gpu:
+        check_fits(plan)
+
+
+def check_fits(plan):
+    """Raise ValueError, naming the largest terms and what to change, if `plan` needs more memory than a GPU has."""
+    if plan["fits"]:
+        return
+    largest = sorted(plan["gpu_bytes"].items(), key=lambda item: -item[1])[:3]
+    terms = ", ".join(f"{name} {value / GIB:.1f} GiB" for name, value in largest)
+    need, limit = plan["peak_bytes"] / GIB, plan["limit_bytes"] / GIB
+    raise ValueError(
+        f"{need:.1f} GiB a GPU are needed and {limit:.1f} are there ({plan['gpu_memory_gib']:g} less"
+        f" {plan['reserve_gib']:g} reserved), with {trainer_flags(plan)} and {plan['micro_batch']} x"
+        f" {plan['max_seq_length']:,} tokens. Largest: {terms}. {_remedy(plan, largest[0][0])}"
+    )
+
+
+def _remedy(plan, term):
+    """What to change when `term` is the largest of a plan that doesn't fit."""
+    if term == "whole adapter gradient while accumulating":
+        return "Pass --reduce_every_micro_batch True, take more GPUs, or lower --lora_r."
+    if "activations" in term or "temporaries" in term or "loss" in term:
+        recompute = "" if plan["activation_policy"] == "full" else " or recompute more (activation policy full)"
+        return f"Lower --max_seq_length{recompute}."
+    if "dapter" in term or "Adam" in term:
+        return "Lower --lora_r, or take more GPUs."
+    spread = " to shard over (--shard_nodes)" if plan["kind"] == "moe" else ""
+    return f"Take more GPUs{spread}, GPUs with more memory, or a smaller model."
+
+
+def _table(rows, title, left=(0,)):
+    """Rows of cells under a title; the columns in `left` are aligned left, the others right."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    aligned = [(str.ljust if i in left else str.rjust, width) for i, width in enumerate(widths)]
+    lines = [[align(str(cell), width) for cell, (align, width) in zip(row, aligned, strict=True)] for row in rows]
+    return "\n".join([title, *("  " + "  ".join(line).rstrip() for line in lines)])
+
+
+def print_plan(plan, file=None):
+    """Print a plan of `plan_run`: parameters, memory by term, FLOPs, host memory, disk."""
+    counts = plan["parameters"]
+    p, adapter = plan, "DoRA" if plan["use_dora"] else "LoRA"
+    ranks = f"r {p['r']}" + (f", {p['expert_r']} per routed expert" if p["expert_r"] else "")
+    print(
+        f"{p['model_type']}, {adapter} {ranks}; {p['nodes']} x {p['gpus']} GPUs of {p['gpu_memory_gib']:g} GiB",
+        file=file,
+    )
+    batch = (
+        f"{p['nodes'] * p['gpus']} GPUs x {p['micro_batch']} x {p['accumulation']} micro-batches ="
+        f" {p['global_batch_size']}"
+    )
+    print(f"A step: {batch} packs of {p['max_seq_length']:,} tokens\n", file=file)
+    kinds = sorted(counts["base"], key=counts["base"].get, reverse=True)
+    rows = [
+        ("", "base", "trainable"),
+        *((k, f"{counts['base'][k]:,}", f"{counts['adapter'].get(k, 0):,}") for k in kinds),
+    ]
+    rows += [("total", f"{counts['total']:,}", f"{counts['trainable']:,}")]
+    rows += [("active for a token", f"{counts['active']:,}", f"{counts['active_adapter']:,}")]
+    print(_table(rows, "Parameters"), end="\n\n", file=file)
+
+    rows = [(name, f"{value / GIB:.2f}") for name, value in plan["gpu_bytes"].items()]
+    rows += [
+        ("peak", f"{plan['peak_bytes'] / GIB:.2f}"),
+        (f"limit ({plan['reserve_gib']:g} reserved)", f"{plan['limit_bytes'] / GIB:.2f}"),
+    ]
+    print(_table(rows, f"Memory of one GPU, GiB, with {trainer_flags(plan)}"), end="\n\n", file=file)
+    for title, key in ("Host memory of one node, GiB", "host_bytes"), ("Disk, GiB", "disk_bytes"):
+        print(_table([(name, f"{value / GIB:.1f}") for name, value in plan[key].items()], title), end="\n\n", file=file)
+
+    extra = plan["recompute_per_token"] / plan["flops_per_token"]
+    print(f"FLOPs a token: {plan['flops_per_token'] / 1e9:.2f} G useful, and {extra:.0%} more recomputed", file=file)
+
+
+def print_options(plans, launched=None, file=None):
+    """Print what of `options` fits, with the trainer's flags for each; the best is marked, and the plan `launched`."""
+    rows = [("", "GiB", "fits", "recompute", "flags", "")]
+    for p in plans:
+        extra = f"+{p['recompute_per_token'] / p['flops_per_token']:.0%}"
+        marks = ["best"] * (p is plans[0] and p["fits"]) + ["as launched"] * (p == launched)
+        memory, fits = f"{p['peak_bytes'] / GIB:.1f}", "yes" if p["fits"] else "no"
+        name = p["activation_policy"] + (f", experts {p['memory_mode']}" if p["kind"] == "moe" else "")
+        rows.append((name, memory, fits, extra, trainer_flags(p), f"<- {', '.join(marks)}" if marks else ""))
+    print(_table(rows, "Activation policy, memory mode and micro-batch, best first", left=(0, 4, 5)), file=file)

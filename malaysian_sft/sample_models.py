@@ -1,0 +1,70 @@
+"""Small models to try things out with, made from what packages carry: no model hub."""
+
+import os
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def upcycle(dense_directory, out, num_experts=4, top_k=2, seed=0):
+    """Write to `out` a Qwen2-MoE checkpoint that computes the same function as the Llama one in `dense_directory`.
+
+    Every expert is a copy of the dense MLP and the router's top_k weights add up to one, so it does not matter which
+    are chosen; the family's shared expert has pairs of equal neurons that cancel. The idea is sparse upcycling, arXiv
+    2212.05055. `out` is complete or not there at all. Raises ValueError if `dense_directory` is not there or `out` is,
+    and for a model that is not Llama's or has biases.
+    """
+    from transformers import Qwen2MoeConfig
+
+    if not os.path.isdir(dense_directory):
+        raise ValueError(f"{dense_directory}: no such directory")
+    if os.path.exists(out):
+        raise ValueError(f"{out} is there already; remove it, or write to another directory")
+    dense = AutoModelForCausalLM.from_pretrained(dense_directory, dtype="auto")
+    old = dense.config
+    if old.model_type != "llama" or old.attention_bias or old.mlp_bias or old.hidden_act != "silu":
+        raise ValueError(
+            f"{dense_directory}: a {old.model_type} model; expected a Llama model without biases and with SiLU"
+        )
+    half = 32  # of the shared expert's neurons
+    same = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+        " rms_norm_eps"
+    )
+    same += (
+        " max_position_embeddings rope_parameters tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+        " initializer_range"
+    )
+    config = Qwen2MoeConfig(
+        **{name: getattr(old, name) for name in same.split()},
+        qkv_bias=True,  # zeros: vLLM gives the family biases whatever its config says
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+        moe_intermediate_size=old.intermediate_size,
+        shared_expert_intermediate_size=2 * half,
+    )
+    torch.manual_seed(seed)  # of the routers, and of the idle shared expert
+    moe = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
+    weights, state = dense.state_dict(), moe.state_dict()
+    for name, value in state.items():
+        if name in weights:
+            value.copy_(weights[name])
+        elif name.endswith("experts.gate_up_proj"):
+            mlp = name.removesuffix("experts.gate_up_proj")
+            value.copy_(
+                torch.cat([weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]])
+            )  # to every expert
+        elif name.endswith("experts.down_proj"):
+            value.copy_(weights[f"{name.removesuffix('experts.down_proj')}down_proj.weight"])
+        elif name.endswith("shared_expert.down_proj.weight"):  # not zeros: DoRA divides by the norm of a row
+            value[:, half:] = -value[:, :half]
+        elif "shared_expert." in name:
+            value[half:] = value[:half]
+        elif name.endswith("_proj.bias"):
+            value.zero_()
+    moe.generation_config = dense.generation_config
+    part = f"{out}.part"
+    moe.save_pretrained(part)
+    AutoTokenizer.from_pretrained(dense_directory).save_pretrained(part)
+    os.rename(part, out)
