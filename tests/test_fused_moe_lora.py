@@ -706,7 +706,7 @@ def cuda():
 @pytest.mark.parametrize("edge", ON_GPU)
 def test_kernels_in_bf16(cuda, monkeypatch, edge, dora, mode, path):
     if path == "portable":
-        monkeypatch.setattr("malaysian_sft.moe_routing.tiles_for", lambda device, dtype: AMPERE)
+        monkeypatch.setattr("malaysian_sft.moe_autograd.tiles_for", lambda device, dtype: AMPERE)
     *case, routing = ON_GPU[edge]
     slack = 1e-3 if edge == "one token" else 5e-4  # a gradient of two numbers has whatever error they happen to have
     assert_three_way(case, dora, mode, routing, cuda, torch.bfloat16, torch.float32, slack)

@@ -488,7 +488,7 @@ def test_a_dead_engine_on_a_full_disk_ends_the_run_at_once(scheduler, monkeypatc
     made = scheduler(1, restarts=3)
     made.assign()
     made.dispatch()
-    monkeypatch.setattr(malaymmlu.shutil, "disk_usage", lambda path: argparse.Namespace(free=0))
+    monkeypatch.setattr("malaysian_sft.scheduler.shutil.disk_usage", lambda path: argparse.Namespace(free=0))
     with pytest.raises(RuntimeError, match="no space left on the disk of .*0 of 12 samples are safe; make room"):
         made.died(made.engines[0], "gone")
 

@@ -367,7 +367,7 @@ def test_json_parquet_and_hub_give_the_same_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
     sources = _hub_sources(str(hub), None, None)
     assert {source.label: source.count for source in sources} == {"coding": 5, "ayat_aktif_pasif": 1}
-    monkeypatch.setattr("malaysian_sft.conversations.find_sources", lambda _: sources)
+    monkeypatch.setattr("multipack.find_sources", lambda _: sources)
     dataset = prepare(arguments(tmp_path, "owner/name"), tokenizer, "tiny")
     assert (
         dataset.report["configs"]["coding"]["documents"] == 5
@@ -543,7 +543,7 @@ def test_the_fingerprint_is_that_of_the_data_and_its_packing(tmp_path, monkeypat
         fingerprint([*many_rows(19), {"question": "a", "answer": "b"}]),
     ]
     assert first not in others and len(set(others)) == 3
-    monkeypatch.setattr("malaysian_sft.tokenise.data_fingerprint", lambda *_: "another version of the code")
+    monkeypatch.setattr("multipack.data_fingerprint", lambda *_: "another version of the code")
     assert fingerprint() == first
 
 
@@ -626,7 +626,7 @@ def test_cache_is_keyed_by_all_that_matters_and_nothing_else(tmp_path, monkeypat
         misses.append(functools.partial(prepare, base(), tokenizer, "tiny"))
 
     def new_code():
-        monkeypatch.setattr(multipack, "__file__", str(code))
+        monkeypatch.setattr("malaysian_sft.tokenise.__file__", str(code))
         prepare(base(), tiny_tokenizer(), "tiny")
 
     for number, miss in enumerate([*misses, new_code]):

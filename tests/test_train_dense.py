@@ -424,7 +424,7 @@ def test_another_run_is_not_resumed(main, unbroken, monkeypatch, flags, fault):
     def no_further(*_):
         raise ValueError("taken for the same run")
 
-    monkeypatch.setattr("malaysian_sft.base_model.base_faults", no_further)  # what is looked at next
+    monkeypatch.setattr("train_dense.base_faults", no_further)  # what is looked at next
     with pytest.raises(SystemExit, match=f"error: --resume: {fault} but .*args.json says"):
         main("unbroken", "--resume", *flags.split())
     with pytest.raises(SystemExit, match="taken for the same run"):
@@ -494,7 +494,7 @@ def test_validation_and_saving_are_no_part_of_a_step_s_speed(workspace, main, mo
 
         return call
 
-    monkeypatch.setattr("malaysian_sft.adapter_state.save_adapter", slow(save_adapter))
+    monkeypatch.setattr("train_dense.save_adapter", slow(save_adapter))
     monkeypatch.setattr(torch.nn.Module, "eval", slow(torch.nn.Module.eval))  # called where validation begins
     monkeypatch.setattr(train_dense, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
     main("slow", "--validation_share", "0.2", "--save_strategy", "steps", "--save_steps", "1")
@@ -542,7 +542,7 @@ def test_dry_run_prints_the_plan_and_loads_nothing(call, workspace, capsys):
 
 def test_a_run_that_cannot_fit_is_refused_before_loading(call, monkeypatch, capsys):
     memory = [4.0001]  # 4 are reserved
-    monkeypatch.setattr(train_dense.plan, "this_machine", lambda: {"gpus": 1, "nodes": 1, "gpu_memory_gib": memory[0]})
+    monkeypatch.setattr("train_dense.this_machine", lambda: {"gpus": 1, "nodes": 1, "gpu_memory_gib": memory[0]})
     with pytest.raises(SystemExit, match=r"error: .* GiB a GPU are needed.*Largest: \w.*--ignore_plan True"):
         call("--bf16", "True")
     with pytest.raises(SystemExit, match="got as far as the data"):

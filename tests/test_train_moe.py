@@ -25,6 +25,8 @@ from transformers.integrations.integration_utils import rewrite_logs
 import multipack
 import train_moe
 from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from fused_moe_lora import FusedMoELoRA
+from malaysian_sft import planning
 from malaysian_sft.adapter_state import adapter_state_dict
 from malaysian_sft.load_base import frozen_tensors, load_weights, reset_adapter
 from malaysian_sft.lora import PREFIX, WEIGHTS
@@ -483,7 +485,7 @@ def one_process(checkpoints, conversations, tmp_path_factory):
     models = []
     load, patch = load_weights, pytest.MonkeyPatch()
     patch.setattr(
-        "malaysian_sft.load_base.load_weights",
+        "train_moe.load_weights",
         lambda causal_lm, *rest: (models.append(causal_lm), load(causal_lm, *rest)),
     )
     train_moe.main(argv)
@@ -588,7 +590,7 @@ def test_norms_of_dora_are_those_of_the_step(one_process, tmp_path, monkeypatch)
     def forgetting(forward):
         return lambda module, *inputs: (module.forget_norms(), forward(module, *inputs))[1]
 
-    for kind in (LoraLinear, train_moe.FusedMoELoRA):
+    for kind in (LoraLinear, FusedMoELoRA):
         monkeypatch.setattr(kind, "forward", forgetting(kind.forward))
     train_moe.main(moved(one_process[0], tmp_path / "never-kept", *flags))
     assert losses(tmp_path / "kept") == [pytest.approx(line, rel=1e-5) for line in losses(tmp_path / "never-kept")]
@@ -858,7 +860,8 @@ def test_validation_loss_is_that_of_the_held_out_documents(one_process, checkpoi
 def a_gpu(monkeypatch):
     """Lets plan.py believe in GPUs; returns the machine, whose numbers a test may change."""
     machine = {"gpus": 1, "nodes": 1, "gpu_memory_gib": 80.0}
-    monkeypatch.setattr(train_moe.plan, "this_machine", lambda whole=False: dict(machine))
+    for module in (train_moe, planning):
+        monkeypatch.setattr(module, "this_machine", lambda whole=False: dict(machine))
     return machine
 
 
