@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -618,7 +619,7 @@ def test_damage_is_refused_by_name(trained, tmp_path, capsys, damage):
     assert exit.value.code == 1
     lines = capsys.readouterr().err.splitlines()
     assert all(line.startswith("error: ") for line in lines)
-    assert any(adapter.re.search(message, line) for line in lines), lines
+    assert any(re.search(message, line) for line in lines), lines
 
 
 def test_without_a_manifest_structure_is_still_checked(trained, tmp_path):

@@ -21,6 +21,7 @@ from transformers import AutoConfig
 import plan
 from conftest import FAMILIES, tiny_config, tiny_model
 from fused_moe_lora import wrap_experts
+from malaysian_sft import memory
 from malaysian_sft.account import (
     GIB,
     architecture,
@@ -480,7 +481,7 @@ def test_this_machine_is_what_torchrun_started(environment, whole, machine, monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=79 * 2**30))
     monkeypatch.setattr(
-        "multipack.attention_backend", lambda device: "varlen_attn"
+        "malaysian_sft.planning.attention_backend", lambda device: "varlen_attn"
     )  # of a PyTorch that takes fewer keys than queries
     expected = {"gpus": machine[0], "nodes": machine[1], "gpu_memory_gib": 79.0, "repeated_heads": False}
     assert this_machine(whole) == expected
@@ -589,7 +590,9 @@ def planned_slice(config, policy, repeated_heads):
     planned = plan_run(config, **way)
     layer = architecture(config).layers()[2]
     mode, ranks = planned["memory_mode"], (planned["r"], planned["expert_r"])
-    return planned, layer_saved_bytes(config, "moe", layer, 16384, policy, mode, *ranks, repeated_heads=repeated_heads)
+    return planned, memory.layer_saved_bytes(
+        config, "moe", layer, 16384, policy, mode, *ranks, repeated_heads=repeated_heads
+    )
 
 
 def keep_what_was_kept_then(monkeypatch):

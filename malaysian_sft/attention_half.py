@@ -1,0 +1,257 @@
+"""The attention half of a decoder layer under LoRA as three autograd functions instead of some forty operations.
+
+    h, normed = attention_half(layer, hidden, ...)      h = hidden + o_proj(attention(norm(hidden))); normed = norm(h)
+
+Queries, keys and values are one product with the stacked weights, their three A another; norms, rotary and the sum with
+the residual are kernels (norm_rope.py). Kept for the backward: the layer's input, q k v before and after rotary, the
+LoRA inner products, attention's output, h. The normed input is made again from its rstd, which costs one read.
+
+Letters: T tokens; H hidden; N = width of q, k and v together; r LoRA rank; s = scaling. Forward and backward:
+
+    1  n = norm(x)                                 8  d = dh + norm'(dnormed)
+    2  qkv = n W^T + s u B^T, u = n A^T            9  dattention = d Wo^T' + s du Ao, du = d Bo
+    3  q, k = rotary(norm(q)), rotary(norm(k))    10  dAo = s du^T attention, dBo = s d^T u
+    4  attention                                  11  dq, dk by 3's transpose, dv
+    5  o = attention Wo^T + s u Bo^T              12  dn = dqkv W + s du A, du = dqkv B
+    6  h = x + o                                  13  dA = s du^T n, dB = s dqkv^T u
+    7  normed = norm(h)                           14  dx = d + norm'(dn)
+"""
+
+import ast
+import inspect
+import textwrap
+import types
+from functools import lru_cache
+
+import torch
+from torch import nn
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from malaysian_sft.attention import attend
+from malaysian_sft.norm_rope import (
+    RMSNorm,
+    norm_rope_backward,
+    norm_rope_forward,
+    rms_norm_backward,
+    rms_norm_forward,
+)
+
+
+def stacked(tensors):
+    """The tensors (out_i, in) as one (sum of out_i, in): a view where they lie side by side in memory, else a copy."""
+    first, at = tensors[0], tensors[0].data_ptr()
+    for tensor in tensors:
+        if tensor.data_ptr() != at or not tensor.is_contiguous():
+            return torch.cat(tensors)
+        at += tensor.numel() * tensor.element_size()
+    rows = sum(tensor.shape[0] for tensor in tensors)
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+@torch.no_grad()
+def lay_side_by_side(modules):
+    """Give the base weights of linear layers one storage, in order, so that `stacked` copies nothing; values are kept."""
+    weights = [module.get_base_layer().weight for module in modules]
+    if any(weight.is_meta or hasattr(weight, "to_local") for weight in weights):
+        return
+    for weight, part in zip(weights, torch.cat(weights).split([weight.shape[0] for weight in weights]), strict=True):
+        weight.data = part
+
+
+class NormedQKV(torch.autograd.Function):
+    """Steps 1 to 3 and 11 to 14. Also hands x through, so that the residual's gradient is added in step 14's kernel."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, facts, *adapters):
+        weight, bias, norm_weight, eps, head_norms, head_eps, D, widths, scaling = facts
+        n, _, rstd = rms_norm_forward(x, norm_weight, eps)
+        lora_A = torch.cat([a.to(x.dtype) for a in adapters[:3]])  # (3 r, H)
+        lora_B = [b.to(x.dtype) for b in adapters[3:]]
+        u = n @ lora_A.T  # (T, 3 r)
+        qkv = n @ weight.T if bias is None else torch.addmm(bias, n, weight.T)  # (T, N)
+        for part, inner, b in zip(qkv.split(widths, 1), u.chunk(3, 1), lora_B, strict=True):
+            part.addmm_(inner, b.T, alpha=scaling)
+        q, k, v = (part.unflatten(1, (-1, D)) for part in qkv.split(widths, 1))  # (T, heads, D)
+        q, k = norm_rope_forward(q, k, head_norms, cos, sin, head_eps)
+        ctx.save_for_backward(x, rstd, u, qkv, lora_A, cos, sin, *lora_B)
+        ctx.facts, ctx.dtypes = facts, [a.dtype for a in adapters]
+        return q, k, v, x
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv, dx):
+        x, rstd, u, qkv, lora_A, cos, sin, *lora_B = ctx.saved_tensors
+        weight, _, norm_weight, eps, head_norms, head_eps, D, widths, scaling = ctx.facts
+        dqkv = torch.empty_like(qkv)
+        q, k, _ = (part.unflatten(1, (-1, D)) for part in qkv.split(widths, 1))
+        dq_part, dk_part, dv_part = dqkv.split(widths, 1)
+        out = [part.unflatten(1, (-1, D)) for part in (dq_part, dk_part)]
+        norm_rope_backward(dq, dk, q, k, head_norms, cos, sin, head_eps, out)
+        dv_part.copy_(dv.flatten(1))
+        n, _, _ = rms_norm_forward(x, norm_weight, eps, rstd=rstd)
+        du = torch.empty_like(u)
+        grads_B = []
+        for part, inner, dinner, b in zip(dqkv.split(widths, 1), u.chunk(3, 1), du.chunk(3, 1), lora_B, strict=True):
+            torch.mm(part, b, out=dinner)
+            grads_B.append((part.T @ inner).mul_(scaling))
+        grads_A = (du.T @ n).mul_(scaling).chunk(3)  # (r, H) each
+        grads = [grad.to(dtype) for grad, dtype in zip([*grads_A, *grads_B], ctx.dtypes, strict=True)]
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, *grads
+        dn = (dqkv @ weight).addmm_(du, lora_A, alpha=scaling)  # (T, H)
+        return rms_norm_backward(dn, x, norm_weight, rstd, dx), None, None, None, *grads
+
+
+class OutputAddNorm(torch.autograd.Function):
+    """Steps 5 to 10: (h, norm(h)) from attention's output (T, heads D) and the residual x (T, H)."""
+
+    @staticmethod
+    def forward(ctx, attention, x, facts, lora_A, lora_B):
+        weight, bias, norm_weight, eps, scaling = facts
+        a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        u = attention @ a.T  # (T, r)
+        o = attention @ weight.T if bias is None else torch.addmm(bias, attention, weight.T)
+        o.addmm_(u, b.T, alpha=scaling)
+        normed, h, rstd = rms_norm_forward(o, norm_weight, eps, residual=x)
+        ctx.save_for_backward(attention, u, h, rstd, a, b)
+        ctx.facts, ctx.dtypes = facts, (lora_A.dtype, lora_B.dtype)
+        return h, normed
+
+    @staticmethod
+    def backward(ctx, dh, dnormed):
+        attention, u, h, rstd, a, b = ctx.saved_tensors
+        weight, _, norm_weight, _, scaling = ctx.facts
+        d = rms_norm_backward(dnormed, h, norm_weight, rstd, dh)  # (T, H)
+        du = d @ b
+        dattention = (d @ weight).addmm_(du, a, alpha=scaling)
+        grad_A, grad_B = (du.T @ attention).mul_(scaling), (d.T @ u).mul_(scaling)
+        return dattention, d, None, grad_A.to(ctx.dtypes[0]), grad_B.to(ctx.dtypes[1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In place of transformers' code
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def body(function):
+    """A function's code without names of types, comments and docstring, to compare what two functions do."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    statements = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    return "\n".join(ast.unparse(statement) for statement in statements)
+
+
+def is_like(module, *kinds):
+    """Whether the forward of `module`'s class is, statement by statement, that of one of these transformers classes."""
+    return body(type(module).forward) in {body(kind.forward) for kind in kinds}
+
+
+def plain_lora(module):
+    """Whether a linear layer is PEFT's with one LoRA adapter, no DoRA, no dropout: what the functions above compute."""
+    if "default" not in getattr(module, "lora_A", {}) or module.use_dora["default"]:
+        return False
+    return not isinstance(module.lora_dropout["default"], nn.Dropout) or module.lora_dropout["default"].p == 0
+
+
+def why_not_fusable(layer):
+    """What keeps a decoder layer's attention half from `attention_half`, in words; None if nothing does."""
+    attention = getattr(layer, "self_attn", None)
+    if not is_like(layer, LlamaDecoderLayer):
+        return "the layer's forward is not norm, attention, sum, norm, MLP, sum"
+    if not is_like(attention, LlamaAttention, Qwen2Attention, Qwen3Attention, Glm4MoeAttention):
+        return f"{type(attention).__name__}.forward is not q, k, v, rotary, attention, output"
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    if getattr(attention, "use_qk_norm", True):
+        norms += [
+            norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None
+        ]
+    if not all(is_like(norm, LlamaRMSNorm) for norm in norms):
+        return "a norm is not the usual RMSNorm"
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    if not all(plain_lora(module) for module in projections):
+        return "a projection has no LoRA, dropout or DoRA"
+    if len({(module.r["default"], module.scaling["default"]) for module in projections}) > 1:
+        return "projections differ in rank or scaling"
+    if attention.config.attention_dropout:
+        return "attention has dropout"
+    return None
+
+
+def facts_of(layer):
+    """(NormedQKV's facts, OutputAddNorm's facts) of a layer: frozen tensors and constants, looked up once a step."""
+    attention = layer.self_attn
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    bases = [module.get_base_layer() for module in projections]
+    weight = stacked([base.weight for base in bases])
+    bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
+    has_norms = getattr(attention, "use_qk_norm", hasattr(attention, "q_norm"))
+    head_norms = (attention.q_norm.weight, attention.k_norm.weight) if has_norms else None
+    head_eps = attention.q_norm.variance_epsilon if has_norms else 0.0
+    norm, after = layer.input_layernorm, layer.post_attention_layernorm
+    widths = [base.out_features for base in bases]
+    scaling = projections[0].scaling["default"]
+    out = attention.o_proj.get_base_layer()
+    first = (
+        weight,
+        bias,
+        norm.weight,
+        norm.variance_epsilon,
+        head_norms,
+        head_eps,
+        attention.head_dim,
+        widths,
+        scaling,
+    )
+    return first, (out.weight, out.bias, after.weight, after.variance_epsilon, scaling)
+
+
+def attention_half(layer, hidden, position_embeddings, boundaries, longest):
+    """(h, normed) (T, H) each: see the module's docstring. hidden (T, H); position_embeddings (cos, sin), each
+    (1, T, R); boundaries and longest bound the documents, as for `attend`."""
+    attention = layer.self_attn
+    first, second = facts_of(layer)
+    cos, sin = (x[0].contiguous() for x in position_embeddings)
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+    adapters = [getattr(m, part)["default"].weight for part in ("lora_A", "lora_B") for m in projections]
+    q, k, v, residual = NormedQKV.apply(hidden, cos, sin, first, *adapters)
+    window = getattr(attention, "sliding_window", None)
+    out = attend(q, k, v, boundaries, longest, attention.scaling, window).flatten(1)  # (T, heads D)
+    lora_A, lora_B = attention.o_proj.lora_A["default"].weight, attention.o_proj.lora_B["default"].weight
+    return OutputAddNorm.apply(out, residual, second, lora_A, lora_B)
+
+
+def fused_forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
+                  position_embeddings=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):  # fmt: skip
+    """A decoder layer's forward over one row of packed documents."""
+    if attention_mask is not None or past_key_values is not None or cu_seq_lens_q is None:
+        raise ValueError("this layer was made for training on packs: no mask, no cache, and cu_seq_lens_q from collate")
+    half = self.recomputed_half if self.recompute_attention else attention_half
+    h, normed = half(self, hidden_states[0], position_embeddings, cu_seq_lens_q, max_length_q)
+    return (h + self.mlp(normed[None])[0])[None]
+
+
+def recomputed_half(*inputs):
+    """attention_half, computed again in the backward."""
+    return torch.utils.checkpoint.checkpoint(attention_half, *inputs, use_reentrant=False)
+
+
+def fuse_attention_half(layer):
+    """Give a decoder layer the fused forward; returns None, or in words why it stays as transformers wrote it."""
+    if (reason := why_not_fusable(layer)) is not None:
+        return reason
+    attention = layer.self_attn
+    lay_side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
+    layer.recompute_attention = False
+    layer.recomputed_half = recomputed_half
+    layer.forward = types.MethodType(fused_forward, layer)
+    return None
+
+
+def fast_norm(module):
+    """Give an RMSNorm of the usual form the kernel's forward."""
+    if type(module).__name__.endswith("RMSNorm") and is_like(module, LlamaRMSNorm):
+        module.forward = types.MethodType(
+            lambda self, hidden_states: RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon), module
+        )
