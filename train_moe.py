@@ -31,6 +31,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -107,8 +108,9 @@ class TrainingArguments:
             )
         },
     )
-    compile: bool | None = field(
-        default=None, metadata={"help": "fuse norms, rotary and the loss with torch.compile. Default: on GPUs"}
+    fast_parts: bool = field(
+        default=True,
+        metadata={"help": "own kernels for norms, rotary and the attention half; False: as transformers wrote them"},
     )
     shard_nodes: int = field(
         default=1, metadata={"help": "nodes that share one copy of the model; every further set of nodes holds another"}
@@ -279,9 +281,10 @@ def forward_backward(model, batches, supervised, args, device, packs=None):
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
-        model.set_requires_gradient_sync(last or args.reduce_every_micro_batch)
-        model.set_requires_all_reduce(last)  # across copies of the model, once a step
-        model.set_is_last_backward(last)
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last or args.reduce_every_micro_batch)
+            model.set_requires_all_reduce(last)  # across copies of the model, once a step
+            model.set_is_last_backward(last)
         loss, auxiliary = model(to_device(batch, device))
         (loss * (world / supervised) + auxiliary * (args.router_aux_loss_coef * world / packs)).backward()
         totals += torch.stack([loss.detach(), auxiliary.detach()])

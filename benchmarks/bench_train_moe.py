@@ -43,6 +43,7 @@ from malaysian_sft.account import (  # noqa: E402
     train_flops,  # noqa: E402
 )
 from malaysian_sft.attention import attention_backend  # noqa: E402
+from malaysian_sft.attention_half import lay_side_by_side  # noqa: E402
 from malaysian_sft.load_base import (  # noqa: E402
     compute_buffers,  # noqa: E402
     reset_adapter,  # noqa: E402
@@ -115,9 +116,7 @@ class Arguments:
     memory_mode: str | None = field(default=None, metadata={"help": "fast or frugal; default as train_moe.py's"})
     use_dora: bool = field(default=False, metadata={"help": "DoRA in place of LoRA"})
     r: int = field(default=256, metadata={"help": "rank"})
-    compile: bool | None = field(
-        default=None, metadata={"help": "fuse norms, rotary and the loss by torch.compile; default: on GPUs"}
-    )
+    fast_parts: bool = field(default=True, metadata={"help": "own kernels for norms, rotary and the attention half"})
     check: bool = field(default=True, metadata={"help": "compare with fp32 first"})
     parts: bool = field(default=True, metadata={"help": "time the parts, on one GPU"})
     out: str = field(default=str(ROOT / "results" / "train_moe.json"), metadata={"help": "where records are appended"})
@@ -141,11 +140,12 @@ def build(name, layers, args, dtype, device, mesh=None):
     flags += ["--use_dora", str(args.use_dora)]
     run, _, lora_args = train_moe.parse(flags)
     run.memory_mode = args.memory_mode
-    run.compile = args.compile if args.compile is not None else device.type == "cuda"
+    run.fast_parts = args.fast_parts
     _, model = build_model(config, run, lora_args)
     if mesh is not None:
         shard(model, mesh, run, args.use_dora)
     model.to_empty(device=device)
+    lay_side_by_side(model.causal_lm)
     compute_buffers(model.causal_lm)
     torch.manual_seed(dist.get_rank())
     with torch.no_grad():

@@ -71,25 +71,10 @@ def _call_varlen(
             kwargs["window_size"] = (window - 1, 0)
         out = function(query, key, value, **kwargs)
         return out[0] if isinstance(out, tuple) else out
-    # torch.nn.attention.varlen: 2.10 has is_causal, 2.11 window_size and scale, 2.12 enable_gqa
-    if "window_size" in accepts:
-        kwargs["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is None:
-        kwargs["is_causal"] = True
-    else:
-        raise ValueError(
-            f"torch {torch.__version__}'s varlen_attn has no sliding window; install flash-attn or a later torch"
-        )
-    if "scale" in accepts:
-        kwargs["scale"] = scaling
-    elif scaling is not None:
-        query = query * (scaling * query.shape[-1] ** 0.5)
-    if key.shape[1] != query.shape[1]:
-        if "enable_gqa" in accepts:
-            kwargs["enable_gqa"] = True
-        else:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # torch.nn.attention.varlen of PyTorch 2.11, which takes fewer keys than queries unasked, and later
+    kwargs = {"window_size": (-1 if window is None else window - 1, 0), "scale": scaling}
+    if "enable_gqa" in accepts:
+        kwargs["enable_gqa"] = key.shape[1] != query.shape[1]
     return function(query, key, value, boundaries, boundaries, longest, longest, **kwargs)
 
 
@@ -144,27 +129,33 @@ def packed_attention(
     batch, heads, tokens, _ = query.shape
     _refuse_unsupported(module, attention_mask, dropout, is_causal, kwargs, tokens, key.shape[2])
     query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B * T, heads, D)
+    if cu_seq_lens_q is None:
+        max_length_q = tokens
+        cu_seq_lens_q = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
+    elif max_length_q is None:
+        raise ValueError("packed attention: cu_seq_lens_q came without max_length_q; pass collate's batch whole")
+    out = attend(query, key, value, cu_seq_lens_q, int(max_length_q), scaling, sliding_window)
+    return out.reshape(batch, tokens, heads, -1), None
+
+
+def attend(query, key, value, boundaries, longest, scaling=None, sliding_window=None):
+    """Causal attention within each document: query (T, heads, D), key and value (T, kv_heads, D) -> (T, heads, D).
+
+    boundaries int32 (documents + 1,); longest, an int, the longest document; scaling of the scores, None: D^-1/2.
+    """
     dtype = query.dtype
     if query.device.type == "cuda" and dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")  # norms kept in float32 must not push attention out of the kernels
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     function = _backend(query.device)[1] if dtype in (torch.float16, torch.bfloat16) else None
-    if cu_seq_lens_q is None:
-        max_length_q = tokens
-        boundaries = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
-    else:
-        if max_length_q is None:
-            raise ValueError("packed attention: cu_seq_lens_q came without max_length_q; pass collate's batch whole")
-        boundaries = cu_seq_lens_q
     if function is not None:
         # The output has its query's layout. Partial rotary (GLM-4.5) leaves that head by head; such an output would be
         # copied for o_proj, and both of them kept for the backward. Elsewhere this copies nothing.
         query = query.contiguous()
-        out = _call_varlen(function, query, key, value, boundaries, int(max_length_q), scaling, sliding_window)
-    else:
-        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, B * T, D)
-        out = _document_loop(query, key, value, boundaries.tolist(), scaling, sliding_window)[0].transpose(0, 1)
-    return out.reshape(batch, tokens, heads, -1).contiguous(), None
+        return _call_varlen(function, query, key, value, boundaries, longest, scaling, sliding_window).contiguous()
+    query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, T, D)
+    out = _document_loop(query, key, value, boundaries.tolist(), scaling, sliding_window)
+    return out[0].transpose(0, 1).contiguous()
 
 
 def _refuse_unsupported(module, attention_mask, dropout, is_causal, kwargs, query_length, key_length) -> None:

@@ -40,25 +40,34 @@ from malaysian_sft.norm_rope import (
 )
 
 
-def stacked(tensors):
-    """The tensors (out_i, in) as one (sum of out_i, in): a view where they lie side by side in memory, else a copy."""
-    first, at = tensors[0], tensors[0].data_ptr()
-    for tensor in tensors:
-        if tensor.data_ptr() != at or not tensor.is_contiguous():
-            return torch.cat(tensors)
-        at += tensor.numel() * tensor.element_size()
-    rows = sum(tensor.shape[0] for tensor in tensors)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+def groups_of(bases):
+    """[(weight, bias or None, its columns of qkv)]: one group if the weights lie side by side, else one each."""
+    widths = [base.out_features for base in bases]
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    at, adjacent = bases[0].weight.data_ptr(), not bases[0].weight.is_meta
+    for base in bases:
+        adjacent = adjacent and base.weight.is_contiguous() and base.weight.data_ptr() == at
+        at += base.weight.numel() * base.weight.element_size()
+    if not adjacent:
+        return [(b.weight, b.bias, slice(start, start + w)) for b, start, w in zip(bases, starts, widths, strict=True)]
+    first = bases[0].weight.detach()
+    whole = first.as_strided((sum(widths), first.shape[1]), first.stride())
+    bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
+    return [(whole, bias, slice(0, sum(widths)))]
 
 
 @torch.no_grad()
-def lay_side_by_side(modules):
-    """Give the base weights of linear layers one storage, in order, so that `stacked` copies nothing; values are kept."""
-    weights = [module.get_base_layer().weight for module in modules]
-    if any(weight.is_meta or hasattr(weight, "to_local") for weight in weights):
-        return
-    for weight, part in zip(weights, torch.cat(weights).split([weight.shape[0] for weight in weights]), strict=True):
-        weight.data = part
+def lay_side_by_side(causal_lm):
+    """Give q, k and v of every fused layer one storage, in order, so that their products are one; values are kept."""
+    for layer in causal_lm.base_model.layers:
+        if not hasattr(layer, "recompute_attention"):
+            continue
+        projections = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+        weights = [module.get_base_layer().weight for module in projections]
+        if not any(weight.is_meta or hasattr(weight, "to_local") for weight in weights):
+            parts = torch.cat(weights).split([weight.shape[0] for weight in weights])
+            for weight, part in zip(weights, parts, strict=True):
+                weight.data = part
 
 
 class NormedQKV(torch.autograd.Function):
@@ -66,12 +75,17 @@ class NormedQKV(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, cos, sin, facts, *adapters):
-        weight, bias, norm_weight, eps, head_norms, head_eps, D, widths, scaling = facts
+        groups, norm_weight, eps, head_norms, head_eps, D, widths, scaling = facts
         n, _, rstd = rms_norm_forward(x, norm_weight, eps)
         lora_A = torch.cat([a.to(x.dtype) for a in adapters[:3]])  # (3 r, H)
         lora_B = [b.to(x.dtype) for b in adapters[3:]]
         u = n @ lora_A.T  # (T, 3 r)
-        qkv = n @ weight.T if bias is None else torch.addmm(bias, n, weight.T)  # (T, N)
+        qkv = x.new_empty(len(x), sum(widths))  # (T, N)
+        for weight, bias, columns in groups:
+            if bias is None:
+                torch.mm(n, weight.T, out=qkv[:, columns])
+            else:
+                torch.addmm(bias, n, weight.T, out=qkv[:, columns])
         for part, inner, b in zip(qkv.split(widths, 1), u.chunk(3, 1), lora_B, strict=True):
             part.addmm_(inner, b.T, alpha=scaling)
         q, k, v = (part.unflatten(1, (-1, D)) for part in qkv.split(widths, 1))  # (T, heads, D)
@@ -83,7 +97,7 @@ class NormedQKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv, dx):
         x, rstd, u, qkv, lora_A, cos, sin, *lora_B = ctx.saved_tensors
-        weight, _, norm_weight, eps, head_norms, head_eps, D, widths, scaling = ctx.facts
+        groups, norm_weight, eps, head_norms, head_eps, D, widths, scaling = ctx.facts
         dqkv = torch.empty_like(qkv)
         q, k, _ = (part.unflatten(1, (-1, D)) for part in qkv.split(widths, 1))
         dq_part, dk_part, dv_part = dqkv.split(widths, 1)
@@ -100,7 +114,9 @@ class NormedQKV(torch.autograd.Function):
         grads = [grad.to(dtype) for grad, dtype in zip([*grads_A, *grads_B], ctx.dtypes, strict=True)]
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, *grads
-        dn = (dqkv @ weight).addmm_(du, lora_A, alpha=scaling)  # (T, H)
+        dn = du @ (lora_A * scaling)  # (T, H)
+        for weight, _, columns in groups:
+            dn.addmm_(dqkv[:, columns], weight)
         return rms_norm_backward(dn, x, norm_weight, rstd, dx), None, None, None, *grads
 
 
@@ -184,8 +200,6 @@ def facts_of(layer):
     attention = layer.self_attn
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     bases = [module.get_base_layer() for module in projections]
-    weight = stacked([base.weight for base in bases])
-    bias = None if bases[0].bias is None else torch.cat([base.bias for base in bases])
     has_norms = getattr(attention, "use_qk_norm", hasattr(attention, "q_norm"))
     head_norms = (attention.q_norm.weight, attention.k_norm.weight) if has_norms else None
     head_eps = attention.q_norm.variance_epsilon if has_norms else 0.0
@@ -193,17 +207,8 @@ def facts_of(layer):
     widths = [base.out_features for base in bases]
     scaling = projections[0].scaling["default"]
     out = attention.o_proj.get_base_layer()
-    first = (
-        weight,
-        bias,
-        norm.weight,
-        norm.variance_epsilon,
-        head_norms,
-        head_eps,
-        attention.head_dim,
-        widths,
-        scaling,
-    )
+    heads = head_norms, head_eps, attention.head_dim
+    first = groups_of(bases), norm.weight, norm.variance_epsilon, *heads, widths, scaling
     return first, (out.weight, out.bias, after.weight, after.variance_epsilon, scaling)
 
 
@@ -241,8 +246,6 @@ def fuse_attention_half(layer):
     """Give a decoder layer the fused forward; returns None, or in words why it stays as transformers wrote it."""
     if (reason := why_not_fusable(layer)) is not None:
         return reason
-    attention = layer.self_attn
-    lay_side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
     layer.recompute_attention = False
     layer.recomputed_half = recomputed_half
     layer.forward = types.MethodType(fused_forward, layer)

@@ -13,6 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from tqdm import tqdm
 
 from fused_moe_lora import FusedMoELoRA, squared_row_norms
+from malaysian_sft.attention_half import lay_side_by_side
 from malaysian_sft.lora import local_part, local_tensor
 from malaysian_sft.moe_model import LoraLinear
 from malaysian_sft.run import is_main, say
@@ -145,6 +146,7 @@ def load_weights(causal_lm, directory, device):
     if ignored:
         say(f"loading: ignored {len(ignored)} tensors that this model does not use, such as {ignored[0]}")
     causal_lm.to_empty(device=device)
+    lay_side_by_side(causal_lm)
     causal_lm.tie_weights()
     compute_buffers(causal_lm)
     pieces, _ = plan_reading(frozen_tensors(causal_lm), sources)

@@ -15,11 +15,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fused_moe_lora import FusedMoELoRA, dora_norm, squared_row_norms, wrap_experts
 from malaysian_sft.attention import register_attention
+from malaysian_sft.attention_half import fast_norm, fuse_attention_half
 from malaysian_sft.lora import apply_lora
+from malaysian_sft.norm_rope import Rotary, ScaleColumns
+from malaysian_sft.run import say
 
 
 def make_mesh(device, shard_nodes):
@@ -66,11 +68,6 @@ class LoraLinearFunction(torch.autograd.Function):
         return dx, None, None, (du.T @ rows).to(lora_A.dtype), (dy.T @ u).to(lora_B.dtype), None
 
 
-def scale_columns(y, scale):
-    """y (..., out) * scale (out,) fp32, in y's dtype: DoRA's scale, whose changes are finer than bf16."""
-    return (y.float() * scale).to(y.dtype)
-
-
 class LoraLinear(PeftLinear):
     """PEFT's LoRA / DoRA linear layer, its parameters and names unchanged, with a forward that stays in the
     activations' dtype.
@@ -80,7 +77,6 @@ class LoraLinear(PeftLinear):
     """
 
     norm = None  # (out,) fp32
-    scale_columns = staticmethod(scale_columns)  # fuse_small_operations puts a compiled one here
 
     def forward(self, x, *args, **kwargs):
         weight, bias = self.base_layer.weight, self.base_layer.bias
@@ -101,7 +97,7 @@ class LoraLinear(PeftLinear):
                 0
             ]  # detached
         scale = self.lora_magnitude_vector["default"].weight.float() / self.norm
-        y = self.scale_columns(y.view(-1, y.shape[-1]), scale).view(y.shape)
+        y = ScaleColumns.apply(y.view(-1, y.shape[-1]), scale).view(y.shape)
         return y if bias is None else y + bias
 
     def forget_norms(self):
@@ -245,11 +241,11 @@ def build_model(config, args, lora_args):
     for module in causal_lm.modules():
         if type(module) is PeftLinear:
             module.__class__ = LoraLinear
+    if args.fast_parts:
+        say(use_fast_parts(causal_lm))
     set_activation_policy(causal_lm, "full" if args.activations == "auto" else args.activations)
-    compiled = torch.cuda.is_available() if args.compile is None else args.compile
-    if compiled:
-        fuse_small_operations(causal_lm)
-    return peft_model, ModelWithLoss(causal_lm, args.router_aux_loss_coef, compiled).train()
+    model = ModelWithLoss(causal_lm, args.router_aux_loss_coef, args.fast_parts and torch.cuda.is_available()).train()
+    return peft_model, model
 
 
 def set_activation_policy(causal_lm, policy):
@@ -259,6 +255,9 @@ def set_activation_policy(causal_lm, policy):
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
     if policy == "selective":
         for layer in causal_lm.base_model.layers:
+            if hasattr(layer, "recompute_attention"):
+                layer.recompute_attention = True
+                continue
             # the experts stay outside: theirs is the only part that costs more to compute again than to keep
             for part in (layer.input_layernorm, layer.self_attn, layer.post_attention_layernorm):
                 part.forward = types.MethodType(recomputed(type(part).forward), part)
@@ -271,12 +270,6 @@ def recomputed(forward):
         return checkpoint(forward, self, *args, use_reentrant=False, **kwargs)
 
     return checkpointed
-
-
-def rms_norm(rows, weight, eps):
-    """transformers' RMSNorm of rows (n, width), as a function for torch.compile."""
-    wide = rows.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(rows.dtype)
 
 
 def compiled_for_any_length(function, length_dims):
@@ -295,43 +288,48 @@ def compiled_for_any_length(function, length_dims):
     return call
 
 
-def fuse_small_operations(causal_lm):
-    """Compile the chains of small operations that cost more, run one by one, than the experts: RMSNorm, rotary, DoRA's
-    scale.
+def use_fast_parts(causal_lm):
+    """Put our kernels in place of the chains of small operations that cost more, run one by one, than the experts.
 
-    Only these: attention and experts are kernels already, and small compiled functions have no graph to break. A norm
-    is replaced if its source is that of transformers' LlamaRMSNorm, which most families copy, rotary if it is a
-    function of (q, k, cos, sin); others stay as they are.
+    The attention half of a layer becomes three autograd functions (attention_half.py) where layer, attention, norms and
+    projections are of the usual form. Elsewhere norms and rotary are replaced one by one, and what is not recognised
+    stays as transformers wrote it. Nothing is known of any family: a part is recognised by its code. Returns a line for
+    the log that says what stayed, and why.
     """
-    torch._dynamo.config.recompile_limit = 64  # one function serves norms of several widths, with and without gradients
-    compiled_norm = compiled_for_any_length(rms_norm, [0])
-
-    def forward(self, hidden_states):
-        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return compiled_norm(rows, self.weight, self.variance_epsilon).view(hidden_states.shape)
-
-    ordinary = inspect.getsource(LlamaRMSNorm.forward)
+    reasons = {}
+    for number, layer in enumerate(causal_lm.base_model.layers):
+        if (reason := fuse_attention_half(layer)) is not None:
+            reasons.setdefault(reason, []).append(number)
     for module in causal_lm.modules():
-        if type(module).__name__.endswith("RMSNorm") and inspect.getsource(type(module).forward) == ordinary:
-            recompute = "forward" in vars(module)  # the selective policy was there first
-            module.forward = types.MethodType(recomputed(forward) if recompute else forward, module)
-    compiled_scale = compiled_for_any_length(scale_columns, [0])
-    for module in causal_lm.modules():
-        if isinstance(module, LoraLinear):
-            module.scale_columns = compiled_scale
-    modeling = sys.modules[type(causal_lm).__module__]
-    rotary = getattr(modeling, "apply_rotary_pos_emb", None)
-    if isinstance(rotary, types.FunctionType) and list(inspect.signature(rotary).parameters)[:4] == [
-        "q",
-        "k",
-        "cos",
-        "sin",
-    ]:
-        modeling.apply_rotary_pos_emb = compiled_for_any_length(rotary, [2, 2, 1, 1])
+        fast_norm(module)
+    if reasons:
+        modeling = sys.modules[type(causal_lm).__module__]
+        rotary = getattr(modeling, "apply_rotary_pos_emb", None)
+        if isinstance(rotary, types.FunctionType) and list(inspect.signature(rotary).parameters)[:4] == [
+            "q", "k", "cos", "sin",
+        ]:  # fmt: skip
+            modeling.apply_rotary_pos_emb = fast_rotary(rotary)
+    layers = len(causal_lm.base_model.layers)
+    fused = layers - sum(map(len, reasons.values()))
+    stayed = "".join(f"; {len(numbers)} not, since {reason}" for reason, numbers in reasons.items())
+    return f"attention halves fused in {fused} of {layers} layers{stayed}"
+
+
+def fast_rotary(rotary):
+    """`rotary`, transformers' apply_rotary_pos_emb, by our kernel for one row of the usual layout."""
+
+    def call(q, k, cos, sin, unsqueeze_dim=1):
+        if q.shape[0] != 1 or unsqueeze_dim != 1 or cos.dim() != 3:
+            return rotary(q, k, cos, sin, unsqueeze_dim)
+        return Rotary.apply(q, k, cos, sin)
+
+    return call
 
 
 def shard(model, mesh, args, use_dora):
-    """fully_shard every decoder layer and the root, in place."""
+    """fully_shard every decoder layer and the root, in place; nothing for a copy of the model on a single rank."""
+    if mesh.size() == 1 and not args.cpu_offload:
+        return
     # DoRA's magnitudes are near the weights' norms, where bf16 steps are larger than what a step of training moves:
     # leave fp32 be.
     cast = None if use_dora or args.dtype == "float32" else torch.bfloat16

@@ -214,7 +214,7 @@ def rotate_half(x):
 
 
 def norm_rope_reference(x, weight, cos, sin, eps):
-    """One of queries or keys (T, heads, D) in plain PyTorch: the norm of every head (weight None: none), then rotary."""
+    """Queries or keys (T, heads, D) in plain PyTorch: the norm of every head (weight None: none), then rotary."""
     R, dtype = cos.shape[-1], x.dtype
     x = x.float()
     if weight is not None:

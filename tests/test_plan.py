@@ -331,7 +331,9 @@ def test_kept_activations_are_those_autograd_saves(device, monkeypatch):
     tokens, r = 96, 8
     config = tiny_config("glm4_moe", use_qk_norm=False)
     assert config.rope_parameters["partial_rotary_factor"] < 1
-    run, _, lora_args = train_moe.parse(f"--model_name_or_path tiny --activations none --compile False --r {r}".split())
+    run, _, lora_args = train_moe.parse(
+        f"--model_name_or_path tiny --activations none --fast_parts False --r {r}".split()
+    )
     _, model = build_model(config, run, lora_args)
     model.to_empty(device="cpu")
     compute_buffers(model.causal_lm)

@@ -34,7 +34,7 @@ from malaysian_sft.moe_model import (
     LoraLinear,
     SummedCrossEntropy,
     build_model,
-    fuse_small_operations,
+    compiled_for_any_length,
     make_mesh,
     nll_and_gradient,
     shard,
@@ -260,31 +260,21 @@ def test_dropout_of_lora_is_peft_s(checkpoints, process_group):
     assert not torch.equal(ours, layer(x)), "a second call must drop other values"
 
 
-def test_fused_norms_equal_transformers_and_others_are_left_alone(checkpoints, process_group, monkeypatch):
-    monkeypatch.setattr(
-        torch, "compile", lambda function, **_: function
-    )  # what is replaced, not the compiler, is under test
+def test_fast_parts_change_no_gradient(checkpoints, process_group):
     pack = random_pack(30, 20)
-    _, plain = build(checkpoints["qwen3_moe"])
-    _, fused = build(checkpoints["qwen3_moe"], "--compile", True, "--activations", "selective")
-    layer = fused.causal_lm.model.layers[0]
-    assert all(
-        "forward" in vars(norm) for norm in (layer.input_layernorm, layer.self_attn.q_norm, fused.causal_lm.model.norm)
-    )
-    (a, _), (b, _) = plain(train_moe.to_batch(pack)), fused(train_moe.to_batch(pack))
-    a.backward(), b.backward()
-    torch.testing.assert_close(a, b)
-    for (name, p), (_, q) in zip(plain.named_parameters(), fused.named_parameters(), strict=True):
-        if p.requires_grad:
-            torch.testing.assert_close(p.grad, q.grad, msg=name)
-
-    class OffsetRMSNorm(torch.nn.Module):  # as Gemma's, whose weight is added to one
-        def forward(self, x):
-            return x
-
-    fused.causal_lm.model.norm = OffsetRMSNorm()
-    fuse_small_operations(fused.causal_lm)
-    assert "forward" not in vars(fused.causal_lm.model.norm)
+    for family, more in (
+        ("qwen3_moe", ()),
+        ("glm4_moe", ("--activations", "selective")),
+        ("qwen3_moe", ("--use_dora", True)),
+    ):
+        _, plain = build(checkpoints[family], "--fast_parts", False, *more)
+        _, fast = build(checkpoints[family], *more)
+        (a, _), (b, _) = plain(train_moe.to_batch(pack)), fast(train_moe.to_batch(pack))
+        a.backward(), b.backward()
+        torch.testing.assert_close(a, b)
+        for (name, p), (_, q) in zip(plain.named_parameters(), fast.named_parameters(), strict=True):
+            if p.requires_grad:
+                torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
 def test_packs_of_other_lengths_compile_nothing_again(checkpoints, process_group, monkeypatch):
@@ -296,7 +286,8 @@ def test_packs_of_other_lengths_compile_nothing_again(checkpoints, process_group
 
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=backend))
     torch._dynamo.reset()
-    _, model = build(checkpoints["qwen3_moe"], "--compile", True)
+    _, model = build(checkpoints["qwen3_moe"])
+    model.chunk_loss = compiled_for_any_length(nll_and_gradient, [0, 0])
     seen = []
     for lengths in ((30, 20), (41, 22), (16, 16), (64, 33, 7)):
         loss, _ = model(train_moe.to_batch(random_pack(*lengths)))

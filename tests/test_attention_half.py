@@ -1,0 +1,111 @@
+"""The fused attention half against transformers' own layers: whole models with packed documents, every gradient."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import FAMILIES, save_tiny_checkpoint
+from malaysian_sft.attention import register_attention
+from malaysian_sft.attention_half import fast_norm, fuse_attention_half, lay_side_by_side, why_not_fusable
+from malaysian_sft.lora import LoraArguments, apply_lora
+from multipack import collate
+
+
+def model_of(directory, **lora):
+    """A tiny model with LoRA on its linear layers, B not zero; the routed experts stay as they are."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation=register_attention()
+    )
+    apply_lora(model, LoraArguments(r=4, **lora))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model.train()
+
+
+def batch_of(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    documents = []
+    for n in lengths:
+        ids = torch.randint(5, 300, (n,), generator=generator)
+        documents.append({"input_ids": ids, "labels": ids.masked_fill(torch.arange(n) == 0, -100)})
+    return collate([documents])
+
+
+def loss_and_gradients(model, batch):
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {family: save_tiny_checkpoint(root / family, family) or root / family for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_loss_and_gradients_are_those_of_transformers(family, recompute, directories):
+    directory = directories[family]
+    batch = batch_of(7, 12, 3)
+    want_loss, want = loss_and_gradients(model_of(directory), batch)
+    model = model_of(directory)
+    reasons = [fuse_attention_half(layer) for layer in model.base_model.layers]
+    assert reasons == [None] * len(reasons), f"a family that is in the launchers' table must be recognised: {reasons}"
+    lay_side_by_side(model)
+    for layer in model.base_model.layers:
+        layer.recompute_attention = recompute
+    got_loss, got = loss_and_gradients(model, batch)
+    torch.testing.assert_close(got_loss, want_loss)
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        torch.testing.assert_close(got[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_weights_that_lie_apart_give_the_same(directories):
+    batch = batch_of(9, 4)
+    results = []
+    for side_by_side in (False, True):
+        model = model_of(directories["qwen3_moe"])
+        for layer in model.base_model.layers:
+            fuse_attention_half(layer)
+        if side_by_side:
+            lay_side_by_side(model)
+            q, k = (
+                getattr(model.base_model.layers[0].self_attn, name).base_layer.weight for name in ("q_proj", "k_proj")
+            )
+            assert k.data_ptr() == q.data_ptr() + q.numel() * 4
+        results.append(loss_and_gradients(model, batch))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_what_differs_stays_as_transformers_wrote_it(directories):
+    assert "no LoRA, dropout or DoRA" in why_not_fusable(model_of(directories["llama"], use_dora=True).model.layers[0])
+    assert "no LoRA, dropout or DoRA" in why_not_fusable(
+        model_of(directories["llama"], lora_dropout=0.1).model.layers[0]
+    )
+    assert "no LoRA" in why_not_fusable(model_of(directories["llama"], target_modules="q_proj").model.layers[0])
+
+    class OtherLayer(torch.nn.Module):
+        def forward(self, hidden_states):
+            return hidden_states
+
+    assert "forward is not" in why_not_fusable(OtherLayer())
+
+    class OffsetRMSNorm(torch.nn.Module):  # as Gemma's, whose weight is added to one
+        def forward(self, x):
+            return x * (1 + self.weight)
+
+    norm = OffsetRMSNorm()
+    fast_norm(norm)
+    assert "forward" not in vars(norm)
+
+
+def test_a_fused_layer_refuses_what_it_was_not_made_for(directories):
+    config = AutoConfig.from_pretrained(directories["llama"])
+    model = model_of(directories["llama"])
+    fuse_attention_half(model.model.layers[0])
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        model(input_ids=torch.zeros(1, config.num_hidden_layers + 2, dtype=torch.int64))
