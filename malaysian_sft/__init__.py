@@ -1,0 +1,1 @@
+"""The rooms of the trainers, the generator and the scorer: one concept a module."""

@@ -1,0 +1,395 @@
+r"""From a response to the letter that it chooses, read as a reader does: collect what is said, then decide by written rules.
+
+A response is split into clauses. In each clause everything that names an option is found: a letter, an option's text, a box. Each naming
+gets a polarity (affirmed, negated, compared, conditional) and its clause a kind (final statement, conclusion, mention).
+`docs/extraction.md` has the rules as a table with examples. What stays unclear is ambiguous, never a guess.
+"""
+
+import re
+
+from malaysian_sft.answer_text import BOX, Options, find_boxes, plain
+
+AMBIGUOUS = "ambiguous"
+FINAL, CONCLUSION, MENTION = range(3)  # the kinds, strongest first
+MOST_CLAUSES = 200  # clauses with a cue that are read from the end; what a longer response said before is not its answer
+NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer)"
+LINK = r"(?:ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是|[:：=→>–-])"
+
+# ---- clauses -------------------------------------------------------------------------------------------------------------------------
+
+CONTRAST = r"tetapi|tapi|namun|sebaliknya|melainkan|but|rather"
+ASIDE = (
+    r"kerana|karena|sebab(?! itu)|because|since|manakala|sedangkan|sementara|while|whereas|walaupun|meskipun|walau|although|even though|"
+    r"selain|other than"
+)
+THUS = r"jadi|maka|justeru|oleh (?:itu|sebab itu|kerana itu|karena itu)|therefore|thus|hence|so"
+BREAK = re.compile(
+    rf"\n+|[?!;]+\s{{0,9}}|\.(?=\s|$)\s{{0,9}}|,?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)"
+    rf"|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|i|yang|pilihan yang)\b)",
+    re.I,
+)
+STEMS = re.compile(
+    "jaw[a]?[bp]|jwpn|answer|答案|pilih|milih|opsyen|opti|opsi|choice|choose|select|pick|simpul|conclu|correct|betul|benar|tepat|"
+    rf"right|best|closest|hampir|sesuai|oleh|jadi|maka|justeru|therefore|thus|hence|so\\b|{BOX}|tetapi|sebaliknya|melainkan|but"
+)
+ASIDE_START = re.compile(rf"\W*(?:{ASIDE}|jika|if|kalau|sekiranya|unless)\b")
+CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*)?")
+CONDITION = re.compile(r"\b(?:jika|if|kalau|sekiranya|unless|andai)\b")
+# "pelajar memilih A", "ramai yang memilih D": what others choose
+OTHERS = re.compile(
+    r"\b(?:pelajar|murid|ramai|orang|sesetengah|calon|students?|many|people|others?)\b[^:]{0,60}\b(?:pilih|memilih|menjawab|jawap|jawab"
+    r"|menyangka|choose|chose|pick|select|think|answer)|\b(?:pilihan|jawapan|jawaban|opsyen|options?|choices?|answers?) (?:yang )?lain\b"
+    r"|\bother (?:options?|choices?|answers?)\b"
+)
+NEGATED = re.compile(
+    r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|kecuali|except|mengelirukan)\b"
+)
+COMPARED = re.compile(r"\b(?:daripada|dari|berbanding|than|seperti|antara|between|unlike|mirip|compared)\b")
+HEDGE = re.compile(r"\b(?:mungkin|barangkali|maybe|perhaps|possibly|pada mulanya|mula-mula|initially|at first)\b")
+WORKING = re.compile(r"\b(?:langkah|step|semak|semakan|check)\b")
+JOIN = re.compile(rf"(?:[\s,/&().:;–-]|\b(?:dan|atau|and|or|serta|iaitu|yaitu|yakni|either|{NAMED})\b)*")
+REJECTED = re.compile(
+    r"[)\]\s,*]*(?:\([^()\n]{0,80}\)\s*)?(?:(?:ialah|adalah|is|are|pula|juga|jelas|boleh|perlu|yang|kerana)\s+)*"
+    r"(?:salah|silap|tidak|tak|bukan|kurang|not|wrong|incorrect|di(?:tolak|singkirkan))\b"
+)
+VERDICT = re.compile(
+    r"[)\]\s.,*]*(?:\([^()\n]{0,80}\)\s*)?,?\s*(?:(?:ialah|adalah|merupakan|is|yang|lebih|paling|memang|sebagai|as|the|most|pilihan|option)\s+)*"
+    r"(?P<word>betul|benar|tepat|sesuai|correct|right|best|dipilih|jawapan(?:nya)?|jawaban(?:nya)?|answer)\b"
+)
+ENDED = re.compile(r"[)\]\s.,*:]*")
+
+# ---- cues: what makes a naming a statement ---------------------------------------------------------------------------------------------
+
+ANSWER = re.compile(r"\b(?:jawap(?:an)?(?:nya)?|jawab(?:an)?(?:nya)?|jwpn|answers?)\b|答案")
+CHOOSE = re.compile(r"\b(?:pilih|memilih|choose|select|pick|chose)\b\W*(?:\b(?:untuk|the|jawapan|pilihan|opsyen|option|huruf)\b\W*)*$")
+TOLD = re.compile(
+    r"\b(?:betul|benar|tepat|sesuai|hampir|correct|right|best|closest)\b[^:]{0,30}?"
+    rf"(?:\b(?:ialah|adalah|iaitu|is)\b|[:=→])\W*(?:{NAMED}\W*)?$"
+    rf"|\b(?:correct|right|best) {NAMED}\W*$"
+)
+CHOICE = re.compile(rf"\b(?:pilihan|opsyen|opsi|options?|choice)(?:nya)?\b(?P<gap>.{{0,60}})$")
+CHOICE_INSIDE = re.compile(rf"\b{NAMED}\b")  # "Kuala Lumpur, iaitu pilihan B"
+CHOICE_LINKED = re.compile(rf"\b(?:betul|benar|tepat|sesuai|akhir|final|saya|my|correct|best)\b|{LINK}")
+CONCLUDED = re.compile(rf"(?:\b(?:{THUS})|\bkesimpulan(?:nya)?|\bin conclusion)\b\W*(?:{NAMED}\W*)?$")
+SUMMED = re.compile(r"\b(?:kesimpulan(?:nya)?|conclusion)\b")
+AFTER_LINK = re.compile(rf"(?:\b(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)")
+LETTER = re.compile(r"(?<![\w\\'’+.*^])(?<!\d-)([A-F])(?![\w'’+*^-]|\s?=)(?=(?P<gap>\s+)?(?P<word>[^\W\d_]+)?)")
+SMALL = re.compile(
+    rf"(?:{LINK}|\b(?:jawapan|jawaban)(?:nya)?|\bpilihan|\boption)\s*[(\[]*([a-f])[)\]]*"
+    r"(?=\s*$|[.,]|\s+(?:kerana|karena|sebab|iaitu|because|since|lah)\b)"
+)
+FOLLOWERS = frozenset(
+    "ialah adalah merupakan iaitu yaitu yakni kerana karena sebab dan atau bukan bukannya lebih paling sahaja saja lah manakala tetapi yang"
+    " betul benar tepat sesuai salah silap tidak tak kurang pula juga jelas boleh perlu berbanding daripada dengan sebagai memang hanya jika"
+    " maka jadi is are was and or not because since as but while with for only if correct right wrong best seperti untuk dalam serta"
+    " dipilih than rather incorrect saya di pada ini itu".split()
+)
+
+
+def clauses_of(text):
+    """(clause, what ended it) of a plain text, in order, without blank ones. A heading ("### Jawapan") takes its next line along."""
+    found, at = [], 0
+    for match in BREAK.finditer(text):
+        clause = text[at : match.start()].strip()
+        heading = "\n" in match.group() and len(clause) <= 60 and HEADING.fullmatch(clause.lower())
+        if heading and not match.end() >= len(text):
+            continue
+        if clause:
+            found.append((clause, match.group().strip() or match.group()[:1]))
+        at = match.end()
+    return [*found, (text[at:].strip(), "")] if text[at:].strip() else found
+
+
+HEADING = re.compile(r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|adalah|is)\s*:")
+
+
+def namings(clause, lower, options, boxes):
+    """What the clause names: (start, end, letter or AMBIGUOUS, whether it is a box), in order."""
+    found = [(*item, False) for item in options.occurrences(lower)]
+    taken = [(start, end) for start, end, *_ in found]
+    for match in LETTER.finditer(clause):
+        at, word = match.start(1), match.group("word")
+        if any(start <= at < end for start, end in taken):
+            continue
+        beside = match.group("gap") and any(start == at + 1 + len(match.group("gap")) for start, _ in taken)
+        if match.group("gap") and word and not beside and word.lower() not in FOLLOWERS and not word.lower().startswith("jawa"):
+            continue
+        found.append((at, at + 1, match.group(1), False))
+    if not found:
+        found = [(match.start(1), match.end(1), match.group(1).upper(), False) for match in SMALL.finditer(lower)]
+    at = clause.find(BOX)
+    while at >= 0:
+        letter = read_piece(next(boxes, ""), options)
+        if letter:
+            found.append((at, at + 1, letter, True))
+        at = clause.find(BOX, at + 1)
+    return sorted(found)
+
+
+def grouped(lower, found):
+    """Namings joined by "dan", "atau", a comma or brackets make one group -> [[start, end, letters, polarity, boxed]]."""
+    groups = []
+    for start, end, letter, boxed in found:
+        between = lower[groups[-1][1] : start] if groups else lower[max(0, start - 120) : start]
+        if groups and JOIN.fullmatch(between):
+            groups[-1][1], groups[-1][4] = end, groups[-1][4] or boxed
+            groups[-1][2].add(letter)
+            continue
+        compared, negated = COMPARED.search(between), NEGATED.search(between)
+        polarity = "negated" if negated else "compared" if compared and (groups or not ANSWER.search(between, compared.end())) else "affirmed"
+        groups.append([start, end, {letter}, polarity, boxed])
+    for index, group in enumerate(groups):
+        stop = groups[index + 1][0] if index + 1 < len(groups) else group[1] + 120
+        match = REJECTED.match(lower[group[1] : stop])
+        if match and (index + 1 == len(groups) or lower[group[1] + match.end() : stop].strip(" *")):  # not the next one's "bukan"
+            group[3] = "negated"
+    return groups
+
+
+def kind_of(lower, group):
+    """The kind of statement that a clause makes of an affirmed group, or None when the group only occurs in it."""
+    start, end, _, _, boxed = group
+    before, after = lower[max(0, start - 160) : start], lower[end : end + 120]
+    verdict = VERDICT.match(after)
+    ended = ENDED.fullmatch(after)
+    if boxed:
+        return MENTION if WORKING.search(before) else FINAL
+    answer = None
+    for answer in ANSWER.finditer(before):
+        pass
+    if answer or CHOOSE.search(before) or TOLD.search(before):
+        return MENTION if HEDGE.search(before) else FINAL
+    choice = CHOICE.search(before)
+    if choice and CHOICE_LINKED.search(choice.group("gap")):
+        return FINAL
+    if verdict and verdict.group("word")[:4] in ("jawa", "answ"):
+        return FINAL
+    if CONCLUDED.search(before) and (ended or verdict):
+        return CONCLUSION
+    if SUMMED.search(before):
+        return CONCLUSION
+    if choice and not choice.group("gap").strip(" ([") and (ended and not after.strip().startswith(":") or verdict):
+        return MENTION
+    return MENTION if verdict or CHOICE_INSIDE.search(lower[start:end]) else None
+
+
+def statement(clause, ended, options, boxes, following):
+    """What one clause states -> (kind, letter or AMBIGUOUS), None for nothing, or "negated" when it only rejects an option."""
+    lower = clause.lower()
+    if len(lower) != len(clause):  # a few letters have a longer lower-case form
+        lower = clause = lower
+    found = namings(clause, lower, options, boxes)
+    if not found:
+        match = AFTER_LINK.search(lower)
+        same = options.named(match.group("rest")) if match else []
+        return (FINAL, same[0]) if len(same) == 1 and not NEGATED.search(lower) else None
+    if "?" in ended or ASIDE_START.match(lower) or CONDITION.search(lower) or OTHERS.search(lower[: found[-1][0] + 1]):
+        return None
+    groups = grouped(lower, found)
+    start, end, letters, *_ = groups[-1]
+    if ended.startswith(".") and end == len(clause) and end - start == 1:  # "B." and then an option's text
+        text = following.lower()
+        for at, stop, letter in options.occurrences(text[: options.longest]):
+            if at == 0 and (letter in letters or not text[stop:].strip(" .")):
+                letters.add(letter)
+    rejected = False
+    for group in groups:
+        rejected = rejected or group[3] == "negated"
+        contrast = rejected and group[3] == "affirmed"
+        kind = kind_of(lower, group) if group[3] == "affirmed" else None
+        if kind is not None or (contrast and re.search(rf"\b(?:{CONTRAST})\b", lower[:group[0]])):
+            offered = group[2] & {*options.letters, AMBIGUOUS}
+            if offered:
+                return kind or FINAL, offered.pop() if len(offered) == 1 else AMBIGUOUS
+    return "negated" if rejected else None
+
+
+def read_statements(text, options, boxes):
+    """Every statement of a plain text in order, as (kind, letter or AMBIGUOUS)."""
+    clauses, found, rejected = clauses_of(text), [], False
+    wanted = [index for index, (clause, _) in enumerate(clauses) if STEMS.search(clause.lower())]
+    passed = sum(clauses[index][0].count(BOX) for index in wanted[:-MOST_CLAUSES])
+    boxes = iter(boxes[passed:])
+    for index in wanted[-MOST_CLAUSES:]:
+        clause, ended = clauses[index]
+        if len(clause) > 600:  # no clause is that long; the naming is at one of its ends
+            skipped = clause[300:-300].count(BOX)
+            clause = clause[-300:]
+            for _ in range(skipped):
+                next(boxes, None)
+        following = clauses[index + 1][0] if index + 1 < len(clauses) else ""
+        said = None
+        contrast = CONTRAST_START.match(clause.lower()) if rejected else None
+        if contrast:
+            rest = clause[contrast.end() :]
+            said = read_piece(rest, options) or statement("jawapan: " + rest, ended, options, boxes, following)
+            said = (FINAL, said) if isinstance(said, str) and said != "negated" else said
+        said = said or statement(clause, ended, options, boxes, following)
+        rejected = said == "negated"
+        if said and not rejected:
+            found.append(said)
+    return found
+
+
+# ---- a short piece that should be the answer itself ------------------------------------------------------------------------------------
+
+LEAD = re.compile(rf"(?:{NAMED}\b\W*(?:akhir\b\W*)?)+(?:(?:ialah|adalah|is)\b\W*)?", re.I)
+ONE_LETTER = re.compile(r"[(\[\s]*([A-Fa-f])[)\]\s]*(?:[.:,;!]\s*\1?)?[.:,;!\s]*")
+LETTER_AND_TEXT = re.compile(r"[(\[]?([A-F])([)\]]?\s*[.):,]\s*|[)\]]?(?:\s+[\-–—]\s*|[–—]\s*|-\s+)|\s+\(?|\)\s*)(\S.*)", re.S)
+TEXT_AND_LETTER = re.compile(rf"(\S.*?)\s*\((?:{NAMED}\s+)?([A-F])\)[.\s]*", re.S | re.I)
+LONE_LETTERS = re.compile(r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)")
+OPENS = re.compile(rf"(?:(?i:{NAMED})\b\W*)?\(?([A-F])(?:\s*[.):–-]\s*|\s+|\)|$)")
+
+
+def read_piece(piece, options):
+    """A box's content or a whole line, plain -> a letter on offer, AMBIGUOUS, or None when it is not an answer. Remembered a question."""
+    if len(piece) > options.longest:
+        return None
+    if piece not in options.read:
+        options.read[piece] = piece_letter(" ".join(piece.split()), options)
+    return options.read[piece]
+
+
+def piece_letter(piece, options):
+    """`read_piece` of what was not read before."""
+    bare = LEAD.sub("", piece, count=1) if LEAD.match(piece) else piece
+    match = ONE_LETTER.fullmatch(bare)
+    if match:
+        letter = match.group(1).upper()
+        return letter if letter in options.letters else None
+    for spelt in (piece, bare):
+        same = options.named(spelt)
+        if same:
+            return same[0] if len(same) == 1 else AMBIGUOUS
+    match = LETTER_AND_TEXT.fullmatch(bare)
+    if match and match.group(1) in options.letters:
+        letter, between, rest = match.groups()
+        same = options.named(rest)
+        if same:
+            return letter if letter in same else AMBIGUOUS
+        text = dict((own, text) for text, own in options.texts).get(letter)
+        several = set(LONE_LETTERS.findall(rest)) & set(options.letters) - {letter}
+        if text and rest.lower().startswith(text):
+            return letter
+        if several:
+            return AMBIGUOUS
+        if between.strip() and not rest.startswith("="):
+            return letter
+    match = TEXT_AND_LETTER.fullmatch(bare)
+    if match and match.group(2).upper() in options.letters:
+        same = options.named(match.group(1))
+        return match.group(2).upper() if not same or match.group(2).upper() in same else AMBIGUOUS
+    if "=" in bare or "≈" in bare:
+        same = options.named(re.split("[=≈]", bare)[-1])
+        return same[0] if len(same) == 1 else None
+    return AMBIGUOUS if len(set(LONE_LETTERS.findall(bare)) & set(options.letters)) > 1 else None
+
+
+def read_lines(text, options):
+    """A lone letter or an option's text on the last line, failing that on the first. Options repeated without a choice: AMBIGUOUS."""
+    lines = [line for line in text.splitlines() if any(map(str.isalnum, line))]
+    if not lines:
+        return None
+    last = read_piece(lines[-1].strip(), options)
+    opened = {match.group(1) for match in map(OPENS.match, lines) if match and match.group(1) in options.letters}
+    if last == AMBIGUOUS or (last and (len(opened) < 2 or ONE_LETTER.fullmatch(lines[-1].strip()))):
+        return last
+    if len(opened) > 1:
+        return AMBIGUOUS
+    return read_piece(lines[0].strip(), options)
+
+
+# ---- the decision ----------------------------------------------------------------------------------------------------------------------
+
+# what may make a box at the very end mean something else than its letter: the quick way leaves those to the rules
+DOUBT = re.compile(
+    r"bukan|tidak|tak\b|salah|silap|kurang|not|wrong|never|elak|kecuali|except|kelir|dari|banding|than|seperti|antara|between|unlike|mirip|"
+    r"compared|jika|if|kal|sekiranya|unless|andai|langkah|step|semak|check|lain|other|ramai|pelajar|murid|orang|seteng|calon|student|many|"
+    r"people|[?,/&(]\W*$|dan|atau|and|or|serta|iaitu|yaitu|yakni|sebab|karena|kerana|because|since|manakala|sedang|sementara|while|"
+    r"whereas|walau|meski|although|even|tetapi|tapi|namun|sebalik|melain|but|rather|box|[A-F]\b|n't|<|incorrect",
+    re.I,
+)
+CLOSING = frozenset("$.)]*\\ \n")
+
+
+def answer_of(text, thinking):
+    """The part of a response after its reasoning, or None where the reasoning never ended."""
+    head, closed, tail = text.rpartition("</think>")
+    before, opened, _ = tail.partition("<think>")
+    if closed:
+        return before if before.strip() or opened else tail
+    if thinking:
+        return None
+    if opened:
+        return before if before.strip() else None
+    _, final, rest = text.rpartition("assistantfinal")
+    return rest if final else text
+
+
+def options_of(question):
+    """The question's `Options`, prepared once and kept in the question."""
+    if "read" not in question:
+        question["read"] = Options(question)
+    return question["read"]
+
+
+def quick(text, question, thinking):
+    r"""The letter of a response that ends with `\boxed{B}` after words that leave no doubt; None: ask the rules."""
+    last = text.rfind("\\boxed{")
+    if last < 0 or text[last + 8 : last + 9] != "}" or text[last + 7] not in question["letters"] or len(text) - last > 20:
+        return None
+    if not CLOSING.issuperset(text[last + 9 :]) or DOUBT.search(text[max(0, last - 60, text.rfind("\n", 0, last) + 1) : last]):
+        return None
+    if (thinking or "think>" in text) and text.rfind("</think>") < 0:
+        return None
+    return text[last + 7] if text.rfind("<think>") <= max(0, text.rfind("</think>")) and "{" not in text[last - 9 : last] else None
+
+
+def extract(text, question, finish_reason="stop", thinking=False):
+    """Read the chosen letter out of a response.
+
+    text: the raw response. question: a dict with `letters` and `options` (it keeps what was prepared under "read"). finish_reason:
+    vLLM's; "length" means cut off. thinking: the prompt had already opened a `<think>` block. Returns (outcome, letter): ("answered",
+    "B"), or one of ("ambiguous", None), ("truncated", None), ("none", None). Of a cut response the lone lines are not read.
+    """
+    letter = quick(text, question, thinking)
+    return ("answered", letter) if letter else by_rules(text, question, finish_reason, thinking)
+
+
+def by_rules(text, question, finish_reason="stop", thinking=False):
+    """`extract` without its quick way; the same answer."""
+    cut = finish_reason == "length"
+    unread = ("truncated" if cut else "none"), None
+    text = answer_of(text, thinking)
+    if text is None:
+        return unread
+    options = options_of(question)
+    text, boxes = find_boxes(text)
+    text = plain(text)
+    letter = decide(read_statements(text, options, boxes))
+    if letter is None and not cut:
+        letter = read_lines(text, options)
+    if letter is None:
+        return unread
+    return (AMBIGUOUS, None) if letter == AMBIGUOUS else ("answered", letter)
+
+
+def decide(statements):
+    """The last final statement; without one the last conclusion; without one what all affirming mentions agree on."""
+    for kind in (FINAL, CONCLUSION):
+        said = [letter for found, letter in statements if found == kind]
+        if said:
+            return said[-1]
+    said = {letter for _, letter in statements}
+    return said.pop() if len(said) == 1 else AMBIGUOUS if said else None
+
+
+def extract_strict(text, question, finish_reason="stop", thinking=False):
+    r"""`extract` by the last `\boxed{...}` alone: what a response is worth without reading its sentences."""
+    unread = ("truncated" if finish_reason == "length" else "none"), None
+    text = answer_of(text, thinking)
+    boxes = find_boxes(text)[1] if text else []
+    letter = read_piece(boxes[-1], options_of(question)) if boxes else None
+    if letter is None:
+        return unread
+    return (AMBIGUOUS, None) if letter == AMBIGUOUS else ("answered", letter)
