@@ -36,9 +36,11 @@ LATEX = (
 LOST_BACKSLASH = re.compile(r"\b(?:text(?:bf|it|rm)?|math(?:bf|rm|it|sf)|boldsymbol)(?=\{)")
 TAGS = re.compile(r"<\|[\w ]{1,40}\|>|</?[a-zA-Z][^<>\n]{0,80}>")
 ANSWER_TAG = re.compile(r"<(?:answer|jawapan|jawaban)>\s{0,20}", re.I)
-MARKS = re.compile(r"\*\*+|__+|[`\"“”„«»{}$]|(?<![\w’'])['‘’]|['‘’](?!\w)")
+MARKS = str.maketrans(dict.fromkeys("`\"“”„«»{}$") | {"~": " ", "\xa0": " "})
+QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
+SPACES = re.compile(r" {2,}")
 STARRED = re.compile(r"(?<![\w*])\*(\S[^*\n]{0,200}?)\*(?![\w*])|(?<![\w_])_(\S[^_\n]{0,200}?)_(?![\w_])")
-LINE_MARKS = re.compile(r"(?m)^[ \t>#•|]{1,40}(?:[-*+] {1,4})?|^[-*+] {1,4}")
+LINE_MARKS = re.compile(r"(?:\A|(?<=\n))(?:[ \t>#•|]{1,40}(?:[-*+] {1,4})?|[-*+] {1,4})")
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 ZEROS = re.compile(r"(\d)\.0+(?!\d)|(\d\.\d{0,20}?[1-9])0+(?!\d)")
 UNITS = (
@@ -48,6 +50,11 @@ UNITS = (
 )
 NUMBER = re.compile(r"(rm|\$)?(-?\d{1,20}(?:\.\d{1,20})?(?:/\d{1,20})?)(\D.{0,40})?")
 ROMANS = re.compile(r"[ivx]{1,5}(?:(?:,|&|dan|and|serta| )+[ivx]{1,5})*")
+# words that lead to an answer and name none, though an option may consist of them
+CUE_WORDS = frozenset(
+    "jawapan jawapannya jawaban jawabannya akhir akhirnya ialah adalah yang betul tepat jadi maka oleh itu justeru the final answer is so"
+    " therefore correct kesimpulannya \\[ \\(".split()
+)
 OUTER = " \t\r\n.,;:!?'()[]"
 
 
@@ -112,7 +119,10 @@ def plain(text):
         text = LOST_BACKSLASH.sub("", text)
     if "*" in text or "_" in text:
         text = STARRED.sub(r"\1\2", text.replace("**", "").replace("__", ""))
-    return LINE_MARKS.sub("", MARKS.sub("", text)).replace("~", " ").replace("\xa0", " ")
+    text = LINE_MARKS.sub("", text.translate(MARKS)).replace("\t", " ")
+    if "'" in text or "’" in text or "‘" in text:
+        text = QUOTES.sub("", text)
+    return SPACES.sub(" ", text) if "  " in text else text
 
 
 def key(text):
@@ -148,7 +158,7 @@ class Options:
         self.keys = {letter: key(text) for letter, text in question["options"].items()}
         self.numbers = {letter: number(spelt) for letter, spelt in self.keys.items()}
         lines = {letter: " ".join(plain(text).lower().split()).strip(OUTER) for letter, text in question["options"].items()}
-        self.texts = sorted(((text, letter) for letter, text in lines.items() if text), key=lambda item: -len(item[0]))
+        self.texts = sorted(((text, letter) for letter, text in lines.items() if not CUE_WORDS.issuperset(text.split())), key=lambda item: -len(item[0]))
         self.read = {}
 
     def named(self, piece):

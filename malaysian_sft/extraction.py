@@ -7,7 +7,7 @@ gets a polarity (affirmed, negated, compared, conditional) and its clause a kind
 
 import re
 
-from malaysian_sft.answer_text import BOX, Options, find_boxes, plain
+from malaysian_sft.answer_text import BOX, CUE_WORDS, Options, find_boxes, plain
 
 AMBIGUOUS = "ambiguous"
 FINAL, CONCLUSION, MENTION = range(3)  # the kinds, strongest first
@@ -23,14 +23,14 @@ ASIDE = (
     r"selain|other than"
 )
 THUS = r"jadi|maka|justeru|oleh (?:itu|sebab itu|kerana itu|karena itu)|therefore|thus|hence|so"
-BREAK = re.compile(
-    rf"\n+|[?!;]+\s{{0,9}}|\.(?=\s|$)\s{{0,9}}|,?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)"
-    rf"|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|i|yang|pilihan yang)\b)",
-    re.I,
+HARD_BREAK = re.compile(r"\n\s{0,9}|[?!;]+\s{0,9}|\.(?=\s|$)\s{0,9}")
+SOFT_BREAK = re.compile(
+    rf",?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|i|yang|pilihan yang)\b)", re.I
 )
-STEMS = re.compile(
-    "jaw[a]?[bp]|jwpn|answer|答案|pilih|milih|opsyen|opti|opsi|choice|choose|select|pick|simpul|conclu|correct|betul|benar|tepat|"
-    rf"right|best|closest|hampir|sesuai|oleh|jadi|maka|justeru|therefore|thus|hence|so\\b|{BOX}|tetapi|sebaliknya|melainkan|but"
+STEMS = (
+    *("jawap", "jawab", "jwpn", "answer", "答案", "pilih", "milih", "opsyen", "opti", "opsi", "choice", "choose", "chose", "select", "pick"),
+    *("simpul", "conclu", "correct", "betul", "benar", "tepat", "right", "best", "closest", "hampir", "sesuai", "oleh", "jadi", "maka"),
+    *("justeru", "therefore", "thus", "hence", "so ", BOX, "tetapi", "tapi", "sebaliknya", "melainkan", "but "),
 )
 ASIDE_START = re.compile(rf"\W*(?:{ASIDE}|jika|if|kalau|sekiranya|unless)\b")
 CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*)?")
@@ -86,18 +86,34 @@ FOLLOWERS = frozenset(
 )
 
 
-def clauses_of(text):
-    """(clause, what ended it) of a plain text, in order, without blank ones. A heading ("### Jawapan") takes its next line along."""
+def sentences_of(text):
+    """(sentence, what ended it) of a plain text, in order, without blank ones. A heading ("### Jawapan") takes its next line along."""
     found, at = [], 0
-    for match in BREAK.finditer(text):
-        clause = text[at : match.start()].strip()
-        heading = "\n" in match.group() and len(clause) <= 60 and HEADING.fullmatch(clause.lower())
-        if heading and not match.end() >= len(text):
+    for match in HARD_BREAK.finditer(text):
+        sentence, mark = text[at : match.start()].strip(), match.group()
+        if mark[0] == "\n" and len(sentence) <= 60 and match.end() < len(text) and HEADING.fullmatch(sentence.lower()):
             continue
-        if clause:
-            found.append((clause, match.group().strip() or match.group()[:1]))
+        if sentence:
+            found.append((sentence, mark[0]))
         at = match.end()
-    return [*found, (text[at:].strip(), "")] if text[at:].strip() else found
+    rest = text[at:].strip()
+    return [*found, (rest, "")] if rest else found
+
+
+def clauses_of(sentences):
+    """Sentences with a cue, the last ones, cut before "tetapi", "kerana", ", jadi" -> [(clause, what ended it, the next sentence)]."""
+    found = []
+    for index in range(len(sentences) - 1, -1, -1):
+        sentence, mark = sentences[index]
+        lower = sentence.lower()
+        if not any(stem in lower for stem in STEMS):
+            continue
+        parts = [part for part in SOFT_BREAK.split(sentence) if part.strip()]
+        following = sentences[index + 1][0] if index + 1 < len(sentences) else ""
+        found.extend((part, mark if at == 0 else "," , following) for at, part in enumerate(reversed(parts)))
+        if len(found) >= MOST_CLAUSES:
+            break
+    return found[MOST_CLAUSES - 1 :: -1]
 
 
 HEADING = re.compile(r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|adalah|is)\s*:")
@@ -206,18 +222,13 @@ def statement(clause, ended, options, boxes, following):
 
 def read_statements(text, options, boxes):
     """Every statement of a plain text in order, as (kind, letter or AMBIGUOUS)."""
-    clauses, found, rejected = clauses_of(text), [], False
-    wanted = [index for index, (clause, _) in enumerate(clauses) if STEMS.search(clause.lower())]
-    passed = sum(clauses[index][0].count(BOX) for index in wanted[:-MOST_CLAUSES])
-    boxes = iter(boxes[passed:])
-    for index in wanted[-MOST_CLAUSES:]:
-        clause, ended = clauses[index]
+    clauses, found, rejected = clauses_of(sentences_of(text)), [], False
+    boxes = iter(boxes[len(boxes) - sum(clause.count(BOX) for clause, *_ in clauses) :])
+    for clause, ended, following in clauses:
         if len(clause) > 600:  # no clause is that long; the naming is at one of its ends
-            skipped = clause[300:-300].count(BOX)
-            clause = clause[-300:]
-            for _ in range(skipped):
+            for _ in range(clause.count(BOX) - clause.count(BOX, len(clause) - 300)):
                 next(boxes, None)
-        following = clauses[index + 1][0] if index + 1 < len(clauses) else ""
+            clause = clause[-300:]
         said = None
         contrast = CONTRAST_START.match(clause.lower()) if rejected else None
         if contrast:
@@ -301,14 +312,6 @@ def read_lines(text, options):
 
 # ---- the decision ----------------------------------------------------------------------------------------------------------------------
 
-# what may make a box at the very end mean something else than its letter: the quick way leaves those to the rules
-DOUBT = re.compile(
-    r"bukan|tidak|tak\b|salah|silap|kurang|not|wrong|never|elak|kecuali|except|kelir|dari|banding|than|seperti|antara|between|unlike|mirip|"
-    r"compared|jika|if|kal|sekiranya|unless|andai|langkah|step|semak|check|lain|other|ramai|pelajar|murid|orang|seteng|calon|student|many|"
-    r"people|[?,/&(]\W*$|dan|atau|and|or|serta|iaitu|yaitu|yakni|sebab|karena|kerana|because|since|manakala|sedang|sementara|while|"
-    r"whereas|walau|meski|although|even|tetapi|tapi|namun|sebalik|melain|but|rather|box|[A-F]\b|n't|<|incorrect",
-    re.I,
-)
 CLOSING = frozenset("$.)]*\\ \n")
 
 
@@ -333,16 +336,28 @@ def options_of(question):
     return question["read"]
 
 
+def after_heading(text, start):
+    """Whether the line before `start` may be a heading that `sentences_of` joins to what follows; when in doubt, True."""
+    before = text[max(0, start - 80) : start].lower()
+    return ":" in before or "jaw" in before or "answ" in before or "simpul" in before
+
+
 def quick(text, question, thinking):
-    r"""The letter of a response that ends with `\boxed{B}` after words that leave no doubt; None: ask the rules."""
+    r"""The letter of a response whose last clause is `\boxed{B}` after nothing but words of `CUE_WORDS`; None: ask the rules.
+
+    The same as the rules: the clause has a final, affirmed box, nothing follows it, and the last final statement decides.
+    """
     last = text.rfind("\\boxed{")
-    if last < 0 or text[last + 8 : last + 9] != "}" or text[last + 7] not in question["letters"] or len(text) - last > 20:
+    if last < 0 or text[last + 8 : last + 9] != "}" or text[last + 7] not in question["letters"] or not CLOSING.issuperset(text[last + 9 :]):
         return None
-    if not CLOSING.issuperset(text[last + 9 :]) or DOUBT.search(text[max(0, last - 60, text.rfind("\n", 0, last) + 1) : last]):
+    line, stop = text.rfind("\n", 0, last) + 1, text.rfind(". ", 0, last) + 1
+    start = max(line, stop)
+    words = text[start:last].lower().replace("$", " ").replace(":", " ").replace("*", " ").split()
+    if not CUE_WORDS.issuperset(words) or (line and line == start and after_heading(text, line)):
         return None
-    if (thinking or "think>" in text) and text.rfind("</think>") < 0:
+    if thinking or "think>" in text or "assistantfinal" in text:
         return None
-    return text[last + 7] if text.rfind("<think>") <= max(0, text.rfind("</think>")) and "{" not in text[last - 9 : last] else None
+    return text[last + 7]
 
 
 def extract(text, question, finish_reason="stop", thinking=False):
@@ -364,7 +379,14 @@ def by_rules(text, question, finish_reason="stop", thinking=False):
     if text is None:
         return unread
     options = options_of(question)
-    text, boxes = find_boxes(text)
+    text, boxes = find_boxes(text.replace(BOX, ""))
+    start = text.find("\n", max(0, len(text) - 300)) + 1
+    if len(text) > 600 and start and not after_heading(text, start):  # a final statement at the end is the last one: it decides
+        tail = text[start:]
+        said = read_statements(plain(tail), options, boxes[len(boxes) - tail.count(BOX) :])
+        final = [letter for kind, letter in said if kind == FINAL]
+        if final:
+            return (AMBIGUOUS, None) if final[-1] == AMBIGUOUS else ("answered", final[-1])
     text = plain(text)
     letter = decide(read_statements(text, options, boxes))
     if letter is None and not cut:
