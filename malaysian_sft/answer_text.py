@@ -10,17 +10,24 @@ from fractions import Fraction
 
 BOX = "\x02"  # stands for a box in plain text
 LONGEST_BOX = 2000  # characters; more than that is a text, not an answer
-RAISED = str.maketrans({char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)} | {"⁻": "^-"})
+RAISED = str.maketrans(
+    {char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)} | {"⁻": "^-", "−": "-"}
+)
 BRACES = re.compile(r"\\[{}]|\\?(?:boxed|fbox)\s{0,4}(\{?)|[{}]")
 # a box whose closing brace was lost, but whose formula ends: "\boxed{B\)"
 UNCLOSED = re.compile(r"\\?(?:boxed|fbox)\s{0,4}\{\s{0,4}([A-F])\s{0,4}(?=\\[)\]]|\$)")
 BARE = re.compile(r"[ ]{0,4}([A-Fa-f])(?!\w)")
 FONTS = (
     r"text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|tt|bb)|boldsymbol|bm|mbox|hbox|operatorname|bf|rm|it|sf|"
-    r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle|left|right|underline|boxed|fbox"
+    r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle|left|right|underline|boxed|fbox|ce"
 )
 LATEX = (
-    (re.compile(r"\\(?:text)?color\s{0,4}\{[^{}]{0,40}\}|\\(?:begin|end)\s{0,4}\{\w{1,20}\*?\}(?:\{[a-z|]{0,20}\})?"), ""),
+    (
+        re.compile(
+            r"\\(?:text)?color\s{0,4}\{[^{}]{0,40}\}|\\(?:begin|end)\s{0,4}\{\w{1,20}\*?\}(?:\{[a-z|]{0,20}\})?"
+        ),
+        "",
+    ),
     (re.compile(r"\\?\b[dt]?frac\s{0,4}\{([^{}]{0,80})\}\s{0,4}\{([^{}]{0,80})\}"), r"\1/\2"),
     (re.compile(r"\\[dt]?frac\s{0,4}(\d)\s{0,4}(\d)"), r"\1/\2"),
     (re.compile(r"\^?\s{0,4}\{?\\(?:circ|degree)\b\}?"), "°"),
@@ -36,7 +43,7 @@ LATEX = (
 LOST_BACKSLASH = re.compile(r"\b(?:text(?:bf|it|rm)?|math(?:bf|rm|it|sf)|boldsymbol)(?=\{)")
 TAGS = re.compile(r"<\|[\w ]{1,40}\|>|</?[a-zA-Z][^<>\n]{0,80}>")
 ANSWER_TAG = re.compile(r"<(?:answer|jawapan|jawaban)>\s{0,20}", re.I)
-MARKS = str.maketrans(dict.fromkeys("`\"“”„«»{}$") | {"~": " ", "\xa0": " "})
+MARKS = str.maketrans(dict.fromkeys('`"“”„«»{}$') | {"~": " ", "\xa0": " "})
 QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
 SPACES = re.compile(r" {2,}")
 STARRED = re.compile(r"(?<![\w*])\*(\S[^*\n]{0,200}?)\*(?![\w*])|(?<![\w_])_(\S[^_\n]{0,200}?)_(?![\w_])")
@@ -48,6 +55,8 @@ UNITS = (
     (re.compile(r"\s?\b(?:peratus|persen|percent)\b"), "%"),
     (re.compile(r"\bringgit malaysia\b|\bmyr\b"), "rm"),
 )
+PER = re.compile(r"(?<=\d)\s?(k?[a-z]{1,2})/(s|h|m|kg|min|jam)(?:\^?(\d))?(?![a-z])")  # "10 m/s" is "10 m s^-1"
+LEADING_DOT = re.compile(r"(?<![\d.])\.(?=\d)")
 NUMBER = re.compile(r"(rm|\$)?(-?\d{1,20}(?:\.\d{1,20})?(?:/\d{1,20})?)(\D.{0,40})?")
 ROMANS = re.compile(r"[ivx]{1,5}(?:(?:,|&|dan|and|serta| )+[ivx]{1,5})*")
 # words that lead to an answer and name none, though an option may consist of them
@@ -97,7 +106,8 @@ def find_boxes(text):
             limit = found[index + 1][0] if index + 1 < len(found) else len(text)
             line = text.find("\n", end, limit)
             end = limit if line < 0 else line
-        content = plain(content) if len(content) <= LONGEST_BOX else "..."
+        if not (content.isascii() and content.isalnum()):
+            content = plain(content) if len(content) <= LONGEST_BOX else "..."
         pieces.append(text[at:start])
         if content.strip(OUTER):
             pieces.append(BOX)
@@ -127,8 +137,9 @@ def plain(text):
 
 def key(text):
     """What two spellings of one answer share: lower case, no spaces, one form of numbers, units, dashes and lists of Roman numerals."""
-    text = " ".join(plain(text).lower().split()).strip(OUTER)
-    text = text.replace("–", "-").replace("—", "-").replace("−", "-").replace("_", "")
+    text = LEADING_DOT.sub("0.", " ".join(plain(text).lower().split())).strip(OUTER)
+    text = text.replace("–", "-").replace("—", "-").replace("_", "")
+    text = PER.sub(lambda match: f"{match[1]}{match[2]}^-{match[3] or 1}", text)
     for pattern, new in UNITS:
         text = pattern.sub(new, text)
     text = ZEROS.sub(r"\1\2", THOUSANDS.sub("", text))
@@ -157,8 +168,13 @@ class Options:
         self.longest = 80 + max(map(len, question["options"].values()), default=0)
         self.keys = {letter: key(text) for letter, text in question["options"].items()}
         self.numbers = {letter: number(spelt) for letter, spelt in self.keys.items()}
-        lines = {letter: " ".join(plain(text).lower().split()).strip(OUTER) for letter, text in question["options"].items()}
-        self.texts = sorted(((text, letter) for letter, text in lines.items() if not CUE_WORDS.issuperset(text.split())), key=lambda item: -len(item[0]))
+        lines = {
+            letter: " ".join(plain(text).lower().split()).strip(OUTER) for letter, text in question["options"].items()
+        }
+        self.texts = sorted(
+            ((text, letter) for letter, text in lines.items() if not CUE_WORDS.issuperset(text.split())),
+            key=lambda item: -len(item[0]),
+        )
         self.read = {}
 
     def named(self, piece):
@@ -186,8 +202,12 @@ class Options:
             at = lower.find(text)
             while at >= 0:
                 end = at + len(text)
-                outside = not (lower[at - 1 : at].isalnum() and text[0].isalnum()) and not (
-                    text[-1].isalnum() and (lower[end : end + 1].isalnum() or re.match(r"[.,^/]\d", lower[end : end + 2]))
+                before = lower[max(0, at - 1) : at]
+                outside = not (
+                    text[0].isalnum() and before.isalnum() or text[0].isdigit() and before in ("-", ".")
+                ) and not (
+                    text[-1].isalnum()
+                    and (lower[end : end + 1].isalnum() or re.match(r"[.,^/]\d", lower[end : end + 2]))
                 )
                 equal = [item for item in found if item[0] == at and item[1] == end]
                 if outside and (equal or not any(start < end and at < stop for start, stop, _ in found)):

@@ -11,7 +11,9 @@ from malaysian_sft.answer_text import BOX, CUE_WORDS, Options, find_boxes, plain
 
 AMBIGUOUS = "ambiguous"
 FINAL, CONCLUSION, MENTION = range(3)  # the kinds, strongest first
-MOST_CLAUSES = 200  # clauses with a cue that are read from the end; what a longer response said before is not its answer
+MOST_CLAUSES = (
+    200  # clauses with a cue that are read from the end; what a longer response said before is not its answer
+)
 NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer)"
 LINK = r"(?:ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是|[:：=→>–-])"
 
@@ -25,11 +27,45 @@ ASIDE = (
 THUS = r"jadi|maka|justeru|oleh (?:itu|sebab itu|kerana itu|karena itu)|therefore|thus|hence|so"
 HARD_BREAK = re.compile(r"\n\s{0,9}|[?!;]+\s{0,9}|\.(?=\s|$)\s{0,9}")
 SOFT_BREAK = re.compile(
-    rf",?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|i|yang|pilihan yang)\b)", re.I
+    rf",?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|i|yang|pilihan yang)\b)",
+    re.I,
 )
 STEMS = (
-    *("jawap", "jawab", "jwpn", "answer", "答案", "pilih", "milih", "opsyen", "opti", "opsi", "choice", "choose", "chose", "select", "pick"),
-    *("simpul", "conclu", "correct", "betul", "benar", "tepat", "right", "best", "closest", "hampir", "sesuai", "oleh", "jadi", "maka"),
+    *(
+        "jawap",
+        "jawab",
+        "jwpn",
+        "answer",
+        "答案",
+        "pilih",
+        "milih",
+        "opsyen",
+        "opti",
+        "opsi",
+        "choice",
+        "choose",
+        "chose",
+        "select",
+        "pick",
+        "go with",
+        "go for",
+    ),
+    *(
+        "simpul",
+        "conclu",
+        "correct",
+        "betul",
+        "benar",
+        "tepat",
+        "right",
+        "best",
+        "closest",
+        "hampir",
+        "sesuai",
+        "oleh",
+        "jadi",
+        "maka",
+    ),
     *("justeru", "therefore", "thus", "hence", "so ", BOX, "tetapi", "tapi", "sebaliknya", "melainkan", "but "),
 )
 ASIDE_START = re.compile(rf"\W*(?:{ASIDE}|jika|if|kalau|sekiranya|unless)\b")
@@ -42,7 +78,7 @@ OTHERS = re.compile(
     r"|\bother (?:options?|choices?|answers?)\b"
 )
 NEGATED = re.compile(
-    r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|kecuali|except|mengelirukan)\b"
+    r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|elak|jangan|don't|avoid|kecuali|except|mengelirukan)\b"
 )
 COMPARED = re.compile(r"\b(?:daripada|dari|berbanding|than|seperti|antara|between|unlike|mirip|compared)\b")
 HEDGE = re.compile(r"\b(?:mungkin|barangkali|maybe|perhaps|possibly|pada mulanya|mula-mula|initially|at first)\b")
@@ -61,7 +97,9 @@ ENDED = re.compile(r"[)\]\s.,*:]*")
 # ---- cues: what makes a naming a statement ---------------------------------------------------------------------------------------------
 
 ANSWER = re.compile(r"\b(?:jawap(?:an)?(?:nya)?|jawab(?:an)?(?:nya)?|jwpn|answers?)\b|答案")
-CHOOSE = re.compile(r"\b(?:pilih|memilih|choose|select|pick|chose)\b\W*(?:\b(?:untuk|the|jawapan|pilihan|opsyen|option|huruf)\b\W*)*$")
+CHOOSE = re.compile(
+    r"\b(?:pilih|memilih|choose|select|pick|chose|go with|go for)\b\W*(?:\b(?:untuk|the|jawapan|pilihan|opsyen|option|huruf)\b\W*)*$"
+)
 TOLD = re.compile(
     r"\b(?:betul|benar|tepat|sesuai|hampir|correct|right|best|closest)\b[^:]{0,30}?"
     rf"(?:\b(?:ialah|adalah|iaitu|is)\b|[:=→])\W*(?:{NAMED}\W*)?$"
@@ -72,7 +110,9 @@ CHOICE_INSIDE = re.compile(rf"\b{NAMED}\b")  # "Kuala Lumpur, iaitu pilihan B"
 CHOICE_LINKED = re.compile(rf"\b(?:betul|benar|tepat|sesuai|akhir|final|saya|my|correct|best)\b|{LINK}")
 CONCLUDED = re.compile(rf"(?:\b(?:{THUS})|\bkesimpulan(?:nya)?|\bin conclusion)\b\W*(?:{NAMED}\W*)?$")
 SUMMED = re.compile(r"\b(?:kesimpulan(?:nya)?|conclusion)\b")
-AFTER_LINK = re.compile(rf"(?:\b(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)")
+AFTER_LINK = re.compile(
+    rf"(?:\b(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)"
+)
 LETTER = re.compile(r"(?<![\w\\'’+.*^])(?<!\d-)([A-F])(?![\w'’+*^-]|\s?=)(?=(?P<gap>\s+)?(?P<word>[^\W\d_]+)?)")
 SMALL = re.compile(
     rf"(?:{LINK}|\b(?:jawapan|jawaban)(?:nya)?|\bpilihan|\boption)\s*[(\[]*([a-f])[)\]]*"
@@ -110,13 +150,15 @@ def clauses_of(sentences):
             continue
         parts = [part for part in SOFT_BREAK.split(sentence) if part.strip()]
         following = sentences[index + 1][0] if index + 1 < len(sentences) else ""
-        found.extend((part, mark if at == 0 else "," , following) for at, part in enumerate(reversed(parts)))
+        found.extend((part, mark if at == 0 else ",", following) for at, part in enumerate(reversed(parts)))
         if len(found) >= MOST_CLAUSES:
             break
     return found[MOST_CLAUSES - 1 :: -1]
 
 
-HEADING = re.compile(r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|adalah|is)\s*:")
+HEADING = re.compile(
+    r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|adalah|is)\s*:"
+)
 
 
 def namings(clause, lower, options, boxes):
@@ -128,7 +170,13 @@ def namings(clause, lower, options, boxes):
         if any(start <= at < end for start, end in taken):
             continue
         beside = match.group("gap") and any(start == at + 1 + len(match.group("gap")) for start, _ in taken)
-        if match.group("gap") and word and not beside and word.lower() not in FOLLOWERS and not word.lower().startswith("jawa"):
+        if (
+            match.group("gap")
+            and word
+            and not beside
+            and word.lower() not in FOLLOWERS
+            and not word.lower().startswith("jawa")
+        ):
             continue
         found.append((at, at + 1, match.group(1), False))
     if not found:
@@ -152,12 +200,20 @@ def grouped(lower, found):
             groups[-1][2].add(letter)
             continue
         compared, negated = COMPARED.search(between), NEGATED.search(between)
-        polarity = "negated" if negated else "compared" if compared and (groups or not ANSWER.search(between, compared.end())) else "affirmed"
+        polarity = (
+            "negated"
+            if negated
+            else "compared"
+            if compared and (groups or not ANSWER.search(between, compared.end()))
+            else "affirmed"
+        )
         groups.append([start, end, {letter}, polarity, boxed])
     for index, group in enumerate(groups):
         stop = groups[index + 1][0] if index + 1 < len(groups) else group[1] + 120
         match = REJECTED.match(lower[group[1] : stop])
-        if match and (index + 1 == len(groups) or lower[group[1] + match.end() : stop].strip(" *")):  # not the next one's "bukan"
+        if match and (
+            index + 1 == len(groups) or lower[group[1] + match.end() : stop].strip(" *")
+        ):  # not the next one's "bukan"
             group[3] = "negated"
     return groups
 
@@ -213,7 +269,7 @@ def statement(clause, ended, options, boxes, following):
         rejected = rejected or group[3] == "negated"
         contrast = rejected and group[3] == "affirmed"
         kind = kind_of(lower, group) if group[3] == "affirmed" else None
-        if kind is not None or (contrast and re.search(rf"\b(?:{CONTRAST})\b", lower[:group[0]])):
+        if kind is not None or (contrast and re.search(rf"\b(?:{CONTRAST})\b", lower[: group[0]])):
             offered = group[2] & {*options.letters, AMBIGUOUS}
             if offered:
                 return kind or FINAL, offered.pop() if len(offered) == 1 else AMBIGUOUS
@@ -246,7 +302,9 @@ def read_statements(text, options, boxes):
 
 LEAD = re.compile(rf"(?:{NAMED}\b\W*(?:akhir\b\W*)?)+(?:(?:ialah|adalah|is)\b\W*)?", re.I)
 ONE_LETTER = re.compile(r"[(\[\s]*([A-Fa-f])[)\]\s]*(?:[.:,;!]\s*\1?)?[.:,;!\s]*")
-LETTER_AND_TEXT = re.compile(r"[(\[]?([A-F])([)\]]?\s*[.):,]\s*|[)\]]?(?:\s+[\-–—]\s*|[–—]\s*|-\s+)|\s+\(?|\)\s*)(\S.*)", re.S)
+LETTER_AND_TEXT = re.compile(
+    r"[(\[]?([A-F])([)\]]?\s*[.):,]\s*|[)\]]?(?:\s+[\-–—]\s*|[–—]\s*|-\s+)|\s+\(?|\)\s*)(\S.*)", re.S
+)
 TEXT_AND_LETTER = re.compile(rf"(\S.*?)\s*\((?:{NAMED}\s+)?([A-F])\)[.\s]*", re.S | re.I)
 LONE_LETTERS = re.compile(r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)")
 OPENS = re.compile(rf"(?:(?i:{NAMED})\b\W*)?\(?([A-F])(?:\s*[.):–-]\s*|\s+|\)|$)")
@@ -348,7 +406,12 @@ def quick(text, question, thinking):
     The same as the rules: the clause has a final, affirmed box, nothing follows it, and the last final statement decides.
     """
     last = text.rfind("\\boxed{")
-    if last < 0 or text[last + 8 : last + 9] != "}" or text[last + 7] not in question["letters"] or not CLOSING.issuperset(text[last + 9 :]):
+    if (
+        last < 0
+        or text[last + 8 : last + 9] != "}"
+        or text[last + 7] not in question["letters"]
+        or not CLOSING.issuperset(text[last + 9 :])
+    ):
         return None
     line, stop = text.rfind("\n", 0, last) + 1, text.rfind(". ", 0, last) + 1
     start = max(line, stop)
@@ -381,7 +444,9 @@ def by_rules(text, question, finish_reason="stop", thinking=False):
     options = options_of(question)
     text, boxes = find_boxes(text.replace(BOX, ""))
     start = text.find("\n", max(0, len(text) - 300)) + 1
-    if len(text) > 600 and start and not after_heading(text, start):  # a final statement at the end is the last one: it decides
+    if (
+        len(text) > 600 and start and not after_heading(text, start)
+    ):  # a final statement at the end is the last one: it decides
         tail = text[start:]
         said = read_statements(plain(tail), options, boxes[len(boxes) - tail.count(BOX) :])
         final = [letter for kind, letter in said if kind == FINAL]
