@@ -415,6 +415,8 @@ def quick(text, question, thinking):
         return None
     line, stop = text.rfind("\n", 0, last) + 1, text.rfind(". ", 0, last) + 1
     start = max(line, stop)
+    if text.find("box", line, last) >= 0:  # one left open earlier on the line takes the words after it away
+        return None
     words = text[start:last].lower().replace("$", " ").replace(":", " ").replace("*", " ").split()
     if not CUE_WORDS.issuperset(words) or (line and line == start and after_heading(text, line)):
         return None
