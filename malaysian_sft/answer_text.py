@@ -1,13 +1,16 @@
 r"""One normalisation of text, LaTeX, numbers and units, used for a response and for the options it is compared with.
 
-`plain` takes the wrappers off, `key` makes two spellings of one thing equal, `Options` finds which letters a piece of text names.
-Every pattern is bounded or cannot backtrack over more than a few characters, so all of it is linear in the length of the text.
+`plain` takes the wrappers off, `key` makes two spellings of one thing equal, `Options` finds which letters a piece of
+text names. Every pattern is bounded or cannot backtrack over more than a few characters, so all of it is linear in
+the length of the text.
 """
 
 import re
 import unicodedata
 from fractions import Fraction
 
+AMBIGUOUS = "ambiguous"
+NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer)"
 BOX = "\x02"  # stands for a box in plain text
 LONGEST_BOX = 2000  # characters; more than that is a text, not an answer
 RAISED = str.maketrans(
@@ -61,7 +64,8 @@ NUMBER = re.compile(r"(rm|\$)?(-?\d{1,20}(?:\.\d{1,20})?(?:/\d{1,20})?)(\D.{0,40
 ROMANS = re.compile(r"[ivx]{1,5}(?:(?:,|&|dan|and|serta| )+[ivx]{1,5})*")
 # words that lead to an answer and name none, though an option may consist of them
 CUE_WORDS = frozenset(
-    "jawapan jawapannya jawaban jawabannya akhir akhirnya ialah adalah yang betul tepat jadi maka oleh itu justeru the final answer is so"
+    "jawapan jawapannya jawaban jawabannya akhir akhirnya ialah adalah yang betul tepat jadi maka oleh itu"
+    " justeru the final answer is so"
     " therefore correct kesimpulannya \\[ \\(".split()
 )
 OUTER = " \t\r\n.,;:!?'()[]"
@@ -70,8 +74,8 @@ OUTER = " \t\r\n.,;:!?'()[]"
 def find_boxes(text):
     r"""`text` with every readable `\boxed{...}` replaced by `BOX`, and the contents of those, in order.
 
-    Outermost balanced boxes count, `\boxed B` and a box that only its formula closes too. Empty ones (the repeated instruction) go.
-    One pass with a stack: linear, however boxes are nested or left open.
+    Outermost balanced boxes count, `\boxed B` and a box that only its formula closes too. Empty ones (the repeated
+    instruction) go. One pass with a stack: linear, however boxes are nested or left open.
     """
     if "box" not in text:
         return text, []
@@ -117,7 +121,10 @@ def find_boxes(text):
 
 
 def plain(text):
-    """Take LaTeX commands, HTML, chat tokens, markdown and quotes off; full-width forms become ASCII. Lines stay lines."""
+    """Take LaTeX commands, HTML, chat tokens, markdown and quotes off.
+
+    Full-width forms become ASCII. Lines stay lines.
+    """
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(RAISED)).replace("⁄", "/").replace("。", ". ")
     if "<" in text:
@@ -136,7 +143,10 @@ def plain(text):
 
 
 def key(text):
-    """What two spellings of one answer share: lower case, no spaces, one form of numbers, units, dashes and lists of Roman numerals."""
+    """What two spellings of one answer share.
+
+    Lower case, no spaces, one form of numbers, units, dashes and lists of Roman numerals.
+    """
     text = LEADING_DOT.sub("0.", " ".join(plain(text).lower().split())).strip(OUTER)
     text = text.replace("–", "-").replace("—", "-").replace("_", "")
     text = PER.sub(lambda match: f"{match[1]}{match[2]}^-{match[3] or 1}", text)
@@ -150,7 +160,10 @@ def key(text):
 
 
 def number(spelt):
-    """A key's number and unit: "rm18" -> (Fraction(18), "rm"), "2000n" -> (Fraction(2000), "n"); None for anything else."""
+    """A key's number and unit.
+
+    "rm18" -> (Fraction(18), "rm"), "2000n" -> (Fraction(2000), "n"); None for anything else.
+    """
     match = NUMBER.fullmatch(spelt)
     if not match:
         return None
@@ -161,7 +174,10 @@ def number(spelt):
 
 
 class Options:
-    """The options of one question, prepared for comparison. `named(piece)` gives the letters that a piece of text names."""
+    """The options of one question, prepared for comparison.
+
+    `named(piece)` gives the letters that a piece of text names.
+    """
 
     def __init__(self, question):
         self.letters = question["letters"]
@@ -178,7 +194,10 @@ class Options:
         self.read = {}
 
     def named(self, piece):
-        """Letters whose option is `piece`: the same text, else the same but for raising, else the same number without other unit."""
+        """Letters whose option is `piece`.
+
+        The same text, else the same but for raising, else the same number without other unit.
+        """
         wanted = key(piece)
         if not wanted:
             return []
@@ -196,7 +215,10 @@ class Options:
         return same
 
     def occurrences(self, lower):
-        """Where option texts stand in a lower-case sentence: (start, end, letter), longest first, none inside another."""
+        """Where option texts stand in a lower-case sentence.
+
+        (start, end, letter), longest first, none inside another.
+        """
         found = []
         for text, letter in self.texts:
             at = lower.find(text)
@@ -214,3 +236,61 @@ class Options:
                     found.append((at, end, letter))
                 at = lower.find(text, end)
         return found
+
+
+# ---- a short piece that should be the answer itself --------------------------------------------------------
+
+LEAD = re.compile(rf"(?:{NAMED}\b\W*(?:akhir\b\W*)?)+(?:(?:ialah|adalah|is)\b\W*)?", re.I)
+ONE_LETTER = re.compile(r"[(\[\s]*([A-Fa-f])[)\]\s]*(?:[.:,;!]\s*\1?)?[.:,;!\s]*")
+LETTER_AND_TEXT = re.compile(
+    r"[(\[]?([A-F])([)\]]?\s*[.):,]\s*|[)\]]?(?:\s+[\-–—]\s*|[–—]\s*|-\s+)|\s+\(?|\)\s*)(\S.*)", re.S
+)
+TEXT_AND_LETTER = re.compile(rf"(\S.*?)\s*\((?:{NAMED}\s+)?([A-F])\)[.\s]*", re.S | re.I)
+LONE_LETTERS = re.compile(r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)")
+
+
+def read_piece(piece, options):
+    """A box's content or a whole line, plain -> a letter on offer, AMBIGUOUS, or None when it is not an answer.
+
+    Remembered a question.
+    """
+    if len(piece) > options.longest:
+        return None
+    if piece not in options.read:
+        options.read[piece] = piece_letter(" ".join(piece.split()), options)
+    return options.read[piece]
+
+
+def piece_letter(piece, options):
+    """`read_piece` of what was not read before."""
+    bare = LEAD.sub("", piece, count=1) if LEAD.match(piece) else piece
+    match = ONE_LETTER.fullmatch(bare)
+    if match:
+        letter = match.group(1).upper()
+        return letter if letter in options.letters else None
+    for spelt in (piece, bare):
+        same = options.named(spelt)
+        if same:
+            return same[0] if len(same) == 1 else AMBIGUOUS
+    match = LETTER_AND_TEXT.fullmatch(bare)
+    if match and match.group(1) in options.letters:
+        letter, between, rest = match.groups()
+        same = options.named(rest)
+        if same:
+            return letter if letter in same else AMBIGUOUS
+        text = dict((own, text) for text, own in options.texts).get(letter)
+        several = set(LONE_LETTERS.findall(rest)) & set(options.letters) - {letter}
+        if text and rest.lower().startswith(text):
+            return letter
+        if several:
+            return AMBIGUOUS
+        if between.strip() and not rest.startswith("="):
+            return letter
+    match = TEXT_AND_LETTER.fullmatch(bare)
+    if match and match.group(2).upper() in options.letters:
+        same = options.named(match.group(1))
+        return match.group(2).upper() if not same or match.group(2).upper() in same else AMBIGUOUS
+    if "=" in bare or "≈" in bare:
+        same = options.named(re.split("[=≈]", bare)[-1])
+        return same[0] if len(same) == 1 else None
+    return AMBIGUOUS if len(set(LONE_LETTERS.findall(bare)) & set(options.letters)) > 1 else None

@@ -1,33 +1,44 @@
-r"""From a response to the letter that it chooses, read as a reader does: collect what is said, then decide by written rules.
+r"""From a response to the letter that it chooses, read as a reader does.
 
-A response is split into clauses. In each clause everything that names an option is found: a letter, an option's text, a box. Each naming
-gets a polarity (affirmed, negated, compared, conditional) and its clause a kind (final statement, conclusion, mention).
-`docs/extraction.md` has the rules as a table with examples. What stays unclear is ambiguous, never a guess.
+Collect what is said, then decide by written rules. A response is split into clauses. In each clause everything that
+names an option is found: a letter, an option's text, a box. Each naming gets a polarity (affirmed, negated, compared,
+conditional) and its clause a kind (final statement, conclusion, mention). `docs/extraction.md` has the rules as a table
+with examples. What stays unclear is ambiguous, never a guess.
 """
 
 import re
 
-from malaysian_sft.answer_text import BOX, CUE_WORDS, Options, find_boxes, plain
+from malaysian_sft.answer_text import (
+    AMBIGUOUS,
+    BOX,
+    CUE_WORDS,
+    NAMED,
+    ONE_LETTER,
+    Options,
+    find_boxes,
+    plain,
+    read_piece,
+)
 
-AMBIGUOUS = "ambiguous"
 FINAL, CONCLUSION, MENTION = range(3)  # the kinds, strongest first
 MOST_CLAUSES = (
     200  # clauses with a cue that are read from the end; what a longer response said before is not its answer
 )
-NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer)"
 LINK = r"(?:ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是|[:：=→>–-])"
 
-# ---- clauses -------------------------------------------------------------------------------------------------------------------------
+# ---- clauses -----------------------------------------------------------------------------------------------
 
 CONTRAST = r"tetapi|tapi|namun|sebaliknya|melainkan|but|rather"
 ASIDE = (
-    r"kerana|karena|sebab(?! itu)|because|since|manakala|sedangkan|sementara|while|whereas|walaupun|meskipun|walau|although|even though|"
+    r"kerana|karena|sebab(?! itu)|because|since|manakala|sedangkan|sementara|while|whereas|walaupun|meskipun|"
+    r"walau|although|even though|"
     r"selain|other than"
 )
 THUS = r"jadi|maka|justeru|oleh (?:itu|sebab itu|kerana itu|karena itu)|therefore|thus|hence|so"
 HARD_BREAK = re.compile(r"\n\s{0,9}|[?!;]+\s{0,9}|\.(?=\s|$)\s{0,9}")
 SOFT_BREAK = re.compile(
-    rf",?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|i|yang|pilihan yang)\b)",
+    rf",?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|"
+    rf"i|yang|pilihan yang)\b)",
     re.I,
 )
 STEMS = (
@@ -73,12 +84,15 @@ CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*
 CONDITION = re.compile(r"\b(?:jika|if|kalau|sekiranya|unless|andai)\b")
 # "pelajar memilih A", "ramai yang memilih D": what others choose
 OTHERS = re.compile(
-    r"\b(?:pelajar|murid|ramai|orang|sesetengah|calon|students?|many|people|others?)\b[^:]{0,60}\b(?:pilih|memilih|menjawab|jawap|jawab"
-    r"|menyangka|choose|chose|pick|select|think|answer)|\b(?:pilihan|jawapan|jawaban|opsyen|options?|choices?|answers?) (?:yang )?lain\b"
+    r"\b(?:pelajar|murid|ramai|orang|sesetengah|calon|students?|many|people|others?)\b[^:]{0,60}\b(?:pilih|"
+    r"memilih|menjawab|jawap|jawab"
+    r"|menyangka|choose|chose|pick|select|think|answer)|\b(?:pilihan|jawapan|jawaban|opsyen|options?|choices?|"
+    r"answers?) (?:yang )?lain\b"
     r"|\bother (?:options?|choices?|answers?)\b"
 )
 NEGATED = re.compile(
-    r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|elak|jangan|don't|avoid|kecuali|except|mengelirukan)\b"
+    r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|elak|jangan|"
+    r"don't|avoid|kecuali|except|mengelirukan)\b"
 )
 COMPARED = re.compile(r"\b(?:daripada|dari|berbanding|than|seperti|antara|between|unlike|mirip|compared)\b")
 HEDGE = re.compile(r"\b(?:mungkin|barangkali|maybe|perhaps|possibly|pada mulanya|mula-mula|initially|at first)\b")
@@ -89,23 +103,25 @@ REJECTED = re.compile(
     r"(?:salah|silap|tidak|tak|bukan|kurang|not|wrong|incorrect|di(?:tolak|singkirkan))\b"
 )
 VERDICT = re.compile(
-    r"[)\]\s.,*]*(?:\([^()\n]{0,80}\)\s*)?,?\s*(?:(?:ialah|adalah|merupakan|is|yang|lebih|paling|memang|sebagai|as|the|most|pilihan|option)\s+)*"
+    r"[)\]\s.,*]*(?:\([^()\n]{0,80}\)\s*)?,?\s*(?:(?:ialah|adalah|merupakan|is|yang|lebih|paling|memang|sebagai|"
+    r"as|the|most|pilihan|option)\s+)*"
     r"(?P<word>betul|benar|tepat|sesuai|correct|right|best|dipilih|jawapan(?:nya)?|jawaban(?:nya)?|answer)\b"
 )
 ENDED = re.compile(r"[)\]\s.,*:]*")
 
-# ---- cues: what makes a naming a statement ---------------------------------------------------------------------------------------------
+# ---- cues: what makes a naming a statement -----------------------------------------------------------------
 
 ANSWER = re.compile(r"\b(?:jawap(?:an)?(?:nya)?|jawab(?:an)?(?:nya)?|jwpn|answers?)\b|答案")
 CHOOSE = re.compile(
-    r"\b(?:pilih|memilih|choose|select|pick|chose|go with|go for)\b\W*(?:\b(?:untuk|the|jawapan|pilihan|opsyen|option|huruf)\b\W*)*$"
+    r"\b(?:pilih|memilih|choose|select|pick|chose|go with|go for)\b\W*(?:\b(?:untuk|the|jawapan|pilihan|opsyen|"
+    r"option|huruf)\b\W*)*$"
 )
 TOLD = re.compile(
     r"\b(?:betul|benar|tepat|sesuai|hampir|correct|right|best|closest)\b[^:]{0,30}?"
     rf"(?:\b(?:ialah|adalah|iaitu|is)\b|[:=→])\W*(?:{NAMED}\W*)?$"
     rf"|\b(?:correct|right|best) {NAMED}\W*$"
 )
-CHOICE = re.compile(rf"\b(?:pilihan|opsyen|opsi|options?|choice)(?:nya)?\b(?P<gap>.{{0,60}})$")
+CHOICE = re.compile(r"\b(?:pilihan|opsyen|opsi|options?|choice)(?:nya)?\b(?P<gap>.{{0,60}})$")
 CHOICE_INSIDE = re.compile(rf"\b{NAMED}\b")  # "Kuala Lumpur, iaitu pilihan B"
 CHOICE_LINKED = re.compile(rf"\b(?:betul|benar|tepat|sesuai|akhir|final|saya|my|correct|best)\b|{LINK}")
 CONCLUDED = re.compile(rf"(?:\b(?:{THUS})|\bkesimpulan(?:nya)?|\bin conclusion)\b\W*(?:{NAMED}\W*)?$")
@@ -119,15 +135,21 @@ SMALL = re.compile(
     r"(?=\s*$|[.,]|\s+(?:kerana|karena|sebab|iaitu|because|since|lah)\b)"
 )
 FOLLOWERS = frozenset(
-    "ialah adalah merupakan iaitu yaitu yakni kerana karena sebab dan atau bukan bukannya lebih paling sahaja saja lah manakala tetapi yang"
-    " betul benar tepat sesuai salah silap tidak tak kurang pula juga jelas boleh perlu berbanding daripada dengan sebagai memang hanya jika"
-    " maka jadi is are was and or not because since as but while with for only if correct right wrong best seperti untuk dalam serta"
+    "ialah adalah merupakan iaitu yaitu yakni kerana karena sebab dan atau bukan bukannya lebih paling"
+    " sahaja saja lah manakala tetapi yang"
+    " betul benar tepat sesuai salah silap tidak tak kurang pula juga jelas boleh perlu"
+    " berbanding daripada dengan sebagai memang hanya jika"
+    " maka jadi is are was and or not because since as but while"
+    " with for only if correct right wrong best seperti untuk dalam serta"
     " dipilih than rather incorrect saya di pada ini itu".split()
 )
 
 
 def sentences_of(text):
-    """(sentence, what ended it) of a plain text, in order, without blank ones. A heading ("### Jawapan") takes its next line along."""
+    """(sentence, what ended it) of a plain text, in order, without blank ones.
+
+    A heading ("### Jawapan") takes its next line along.
+    """
     found, at = [], 0
     for match in HARD_BREAK.finditer(text):
         sentence, mark = text[at : match.start()].strip(), match.group()
@@ -141,7 +163,9 @@ def sentences_of(text):
 
 
 def clauses_of(sentences):
-    """Sentences with a cue, the last ones, cut before "tetapi", "kerana", ", jadi" -> [(clause, what ended it, the next sentence)]."""
+    """Sentences with a cue, the last ones, cut before "tetapi", "kerana", ", jadi" -> [(clause, what ended it, the
+    next sentence)].
+    """
     found = []
     for index in range(len(sentences) - 1, -1, -1):
         sentence, mark = sentences[index]
@@ -157,7 +181,8 @@ def clauses_of(sentences):
 
 
 HEADING = re.compile(
-    r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|adalah|is)\s*:"
+    r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|"
+    r"adalah|is)\s*:"
 )
 
 
@@ -191,7 +216,9 @@ def namings(clause, lower, options, boxes):
 
 
 def grouped(lower, found):
-    """Namings joined by "dan", "atau", a comma or brackets make one group -> [[start, end, letters, polarity, boxed]]."""
+    """Namings joined by "dan", "atau", a comma or brackets make one group -> [[start, end, letters, polarity,
+    boxed]].
+    """
     groups = []
     for start, end, letter, boxed in found:
         between = lower[groups[-1][1] : start] if groups else lower[max(0, start - 120) : start]
@@ -226,10 +253,7 @@ def kind_of(lower, group):
     ended = ENDED.fullmatch(after)
     if boxed:
         return MENTION if WORKING.search(before) else FINAL
-    answer = None
-    for answer in ANSWER.finditer(before):
-        pass
-    if answer or CHOOSE.search(before) or TOLD.search(before):
+    if ANSWER.search(before) or CHOOSE.search(before) or TOLD.search(before):
         return MENTION if HEDGE.search(before) else FINAL
     choice = CHOICE.search(before)
     if choice and CHOICE_LINKED.search(choice.group("gap")):
@@ -246,7 +270,9 @@ def kind_of(lower, group):
 
 
 def statement(clause, ended, options, boxes, following):
-    """What one clause states -> (kind, letter or AMBIGUOUS), None for nothing, or "negated" when it only rejects an option."""
+    """What one clause states -> (kind, letter or AMBIGUOUS), None for nothing, or "negated" when it only rejects an
+    option.
+    """
     lower = clause.lower()
     if len(lower) != len(clause):  # a few letters have a longer lower-case form
         lower = clause = lower
@@ -298,64 +324,14 @@ def read_statements(text, options, boxes):
     return found
 
 
-# ---- a short piece that should be the answer itself ------------------------------------------------------------------------------------
-
-LEAD = re.compile(rf"(?:{NAMED}\b\W*(?:akhir\b\W*)?)+(?:(?:ialah|adalah|is)\b\W*)?", re.I)
-ONE_LETTER = re.compile(r"[(\[\s]*([A-Fa-f])[)\]\s]*(?:[.:,;!]\s*\1?)?[.:,;!\s]*")
-LETTER_AND_TEXT = re.compile(
-    r"[(\[]?([A-F])([)\]]?\s*[.):,]\s*|[)\]]?(?:\s+[\-–—]\s*|[–—]\s*|-\s+)|\s+\(?|\)\s*)(\S.*)", re.S
-)
-TEXT_AND_LETTER = re.compile(rf"(\S.*?)\s*\((?:{NAMED}\s+)?([A-F])\)[.\s]*", re.S | re.I)
-LONE_LETTERS = re.compile(r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)")
 OPENS = re.compile(rf"(?:(?i:{NAMED})\b\W*)?\(?([A-F])(?:\s*[.):–-]\s*|\s+|\)|$)")
 
 
-def read_piece(piece, options):
-    """A box's content or a whole line, plain -> a letter on offer, AMBIGUOUS, or None when it is not an answer. Remembered a question."""
-    if len(piece) > options.longest:
-        return None
-    if piece not in options.read:
-        options.read[piece] = piece_letter(" ".join(piece.split()), options)
-    return options.read[piece]
-
-
-def piece_letter(piece, options):
-    """`read_piece` of what was not read before."""
-    bare = LEAD.sub("", piece, count=1) if LEAD.match(piece) else piece
-    match = ONE_LETTER.fullmatch(bare)
-    if match:
-        letter = match.group(1).upper()
-        return letter if letter in options.letters else None
-    for spelt in (piece, bare):
-        same = options.named(spelt)
-        if same:
-            return same[0] if len(same) == 1 else AMBIGUOUS
-    match = LETTER_AND_TEXT.fullmatch(bare)
-    if match and match.group(1) in options.letters:
-        letter, between, rest = match.groups()
-        same = options.named(rest)
-        if same:
-            return letter if letter in same else AMBIGUOUS
-        text = dict((own, text) for text, own in options.texts).get(letter)
-        several = set(LONE_LETTERS.findall(rest)) & set(options.letters) - {letter}
-        if text and rest.lower().startswith(text):
-            return letter
-        if several:
-            return AMBIGUOUS
-        if between.strip() and not rest.startswith("="):
-            return letter
-    match = TEXT_AND_LETTER.fullmatch(bare)
-    if match and match.group(2).upper() in options.letters:
-        same = options.named(match.group(1))
-        return match.group(2).upper() if not same or match.group(2).upper() in same else AMBIGUOUS
-    if "=" in bare or "≈" in bare:
-        same = options.named(re.split("[=≈]", bare)[-1])
-        return same[0] if len(same) == 1 else None
-    return AMBIGUOUS if len(set(LONE_LETTERS.findall(bare)) & set(options.letters)) > 1 else None
-
-
 def read_lines(text, options):
-    """A lone letter or an option's text on the last line, failing that on the first. Options repeated without a choice: AMBIGUOUS."""
+    """A lone letter or an option's text on the last line, failing that on the first.
+
+    Options repeated without a choice: AMBIGUOUS.
+    """
     lines = [line for line in text.splitlines() if any(map(str.isalnum, line))]
     if not lines:
         return None
@@ -368,7 +344,7 @@ def read_lines(text, options):
     return read_piece(lines[0].strip(), options)
 
 
-# ---- the decision ----------------------------------------------------------------------------------------------------------------------
+# ---- the decision ------------------------------------------------------------------------------------------
 
 CLOSING = frozenset("$.)]*\\ \n")
 
@@ -395,15 +371,21 @@ def options_of(question):
 
 
 def after_heading(text, start):
-    """Whether the line before `start` may be a heading that `sentences_of` joins to what follows; when in doubt, True."""
+    """Whether the line before `start` may be a heading that `sentences_of` joins to what follows.
+
+    When in doubt, True.
+    """
     before = text[max(0, start - 80) : start].lower()
     return ":" in before or "jaw" in before or "answ" in before or "simpul" in before
 
 
 def quick(text, question, thinking):
-    r"""The letter of a response whose last clause is `\boxed{B}` after nothing but words of `CUE_WORDS`; None: ask the rules.
+    r"""The letter of a response whose last clause is `\boxed{B}` after words of `CUE_WORDS` alone.
 
-    The same as the rules: the clause has a final, affirmed box, nothing follows it, and the last final statement decides.
+    None: ask the rules.
+
+    The same as the rules: the clause has a final, affirmed box, nothing follows it, and the last final statement
+    decides.
     """
     last = text.rfind("\\boxed{")
     if (
@@ -428,9 +410,10 @@ def quick(text, question, thinking):
 def extract(text, question, finish_reason="stop", thinking=False):
     """Read the chosen letter out of a response.
 
-    text: the raw response. question: a dict with `letters` and `options` (it keeps what was prepared under "read"). finish_reason:
-    vLLM's; "length" means cut off. thinking: the prompt had already opened a `<think>` block. Returns (outcome, letter): ("answered",
-    "B"), or one of ("ambiguous", None), ("truncated", None), ("none", None). Of a cut response the lone lines are not read.
+    text: the raw response. question: a dict with `letters` and `options` (it keeps what was prepared under "read").
+    finish_reason: vLLM's; "length" means cut off. thinking: the prompt had already opened a `<think>` block. Returns
+    (outcome, letter): ("answered", "B"), or one of ("ambiguous", None), ("truncated", None), ("none", None). Of a cut
+    response the lone lines are not read.
     """
     letter = quick(text, question, thinking)
     return ("answered", letter) if letter else by_rules(text, question, finish_reason, thinking)

@@ -1,4 +1,6 @@
-"""extraction.py: three hand-labelled tables, templates filled with shuffled options, one answer for quick and slow, linear time."""
+"""extraction.py: three hand-labelled tables, templates filled with shuffled options, one answer for quick and slow,
+linear time.
+"""
 
 import json
 import random
