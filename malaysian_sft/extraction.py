@@ -94,7 +94,7 @@ NEGATED = re.compile(
     r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|elak|jangan|"
     r"don't|avoid|kecuali|except|mengelirukan)\b"
 )
-COMPARED = re.compile(r"\b(?:daripada|dari|berbanding|than|seperti|antara|between|unlike|mirip|compared)\b")
+COMPARED = re.compile(r"\b(?:daripada|dari|berbanding|than|over|seperti|antara|between|unlike|mirip|compared)\b")
 HEDGE = re.compile(r"\b(?:mungkin|barangkali|maybe|perhaps|possibly|pada mulanya|mula-mula|initially|at first)\b")
 WORKING = re.compile(r"\b(?:langkah|step|semak|semakan|check)\b")
 JOIN = re.compile(rf"(?:[\s,/&().:;–-]|\b(?:dan|atau|and|or|serta|iaitu|yaitu|yakni|either|{NAMED})\b)*")
@@ -106,7 +106,11 @@ VERDICT = re.compile(
     r"[)\]\s.,*]*(?:\([^()\n]{0,80}\)\s*)?,?\s*(?:(?:ialah|adalah|merupakan|is|yang|lebih|paling|memang|sebagai|"
     r"as|the|most|pilihan|option)\s+)*"
     r"(?P<word>betul|benar|tepat|sesuai|correct|right|best|dipilih|jawapan(?:nya)?|jawaban(?:nya)?|answer)\b"
+    r"(?!\s+(?:yang\s+)?(?:kurang|salah|silap|tidak|wrong|mengelirukan)\b)"
 )
+# "jawapan A ialah ibu negeri Johor" describes an option
+NAME_ONLY = re.compile(r"\b(?:jawapan|jawaban|answer)[\s(\[]*$")
+DESCRIBED = re.compile(r"[)\]]*\s+(?:ialah|adalah|merupakan|is|pula|menerangkan|merujuk)\b")
 ENDED = re.compile(r"[)\]\s.,*:]*")
 
 # ---- cues: what makes a naming a statement -----------------------------------------------------------------
@@ -141,7 +145,7 @@ FOLLOWERS = frozenset(
     " berbanding daripada dengan sebagai memang hanya jika"
     " maka jadi is are was and or not because since as but while"
     " with for only if correct right wrong best seperti untuk dalam serta"
-    " dipilih than rather incorrect saya di pada ini itu".split()
+    " dipilih than over rather incorrect saya di pada ini itu".split()
 )
 
 
@@ -253,6 +257,8 @@ def kind_of(lower, group):
     ended = ENDED.fullmatch(after)
     if boxed:
         return MENTION if WORKING.search(before) else FINAL
+    if NAME_ONLY.search(before) and not verdict and DESCRIBED.match(after):
+        return None
     if ANSWER.search(before) or CHOOSE.search(before) or TOLD.search(before):
         return MENTION if HEDGE.search(before) else FINAL
     choice = CHOICE.search(before)
