@@ -1,324 +1,473 @@
-"""From a response to the letter that it chooses."""
+r"""From a response to the letter that it chooses, read as a reader does.
+
+Collect what is said, then decide by written rules. A response is split into clauses. In each clause everything that
+names an option is found: a letter, an option's text, a box. Each naming gets a polarity (affirmed, negated, compared,
+conditional) and its clause a kind (final statement, conclusion, mention). `docs/extraction.md` has the rules as a table
+with examples. What stays unclear is ambiguous, never a guess.
+"""
 
 import re
 
-from malaysian_sft.questions import OPTION_LINE
+from malaysian_sft.answer_text import (
+    AMBIGUOUS,
+    BOX,
+    CUE_WORDS,
+    NAMED,
+    ONE_LETTER,
+    Options,
+    find_boxes,
+    plain,
+    read_piece,
+)
 
-NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|answer)"
-WRAP = r"[\s*_$`\"'“‘(\[{]*"  # markdown, quotes, brackets and dollars around a letter
-LATEX_TEXT = re.compile(
-    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|mbox|bf)\s*\{([^{}]*)\}"
+FINAL, CONCLUSION, MENTION = range(3)  # the kinds, strongest first
+MOST_CLAUSES = (
+    200  # clauses with a cue that are read from the end; what a longer response said before is not its answer
 )
-LATEX_SPACE = re.compile(r"\\[,;:! ]|\\quad|\\qquad|~")
-ONE_LETTER = re.compile(rf"(?:{NAMED}\W{{0,3}}\s*)?[(\[]?([A-Fa-f])[)\]]?[.:,;!]*", re.I)
-LETTER_AND_TEXT = re.compile(r"[(\[]?([A-F])(?:[)\]]?\s*[.):,=]\s*|[)\]]?\s*[\-–—]\s+|\s+)(\S.*)", re.S)
-LONE_LETTERS = re.compile(r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)")
-WORD = re.compile(r"\w+")
-OPENS_WITH_LETTER = re.compile(r"[\s*_$`\"'“‘(\[#>-]*(?:\\\w+\{)?[A-Fa-f](?!\w)")
-NAMES_OPTION = re.compile(r"^\W*(?:pilihan|opsyen|option|choice)\b\W*", re.I)
-LONE_ANY = re.compile(r"(?<!\w)[A-Fa-f](?!\w)")
-SEVERAL = re.compile(
-    r"\s*[)\]*_.]*\s*(?:,|/|&|\bdan\b|\batau\b|\band\b|\bor\b|\bserta\b)\s*"
-    + WRAP
-    + rf"(?:{NAMED}\s*)?([A-F])(?!\w|['’]\w)"
+LINK = r"(?:ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是|[:：=→>–-])"
+
+# ---- clauses -----------------------------------------------------------------------------------------------
+
+CONTRAST = r"tetapi|tapi|namun|sebaliknya|melainkan|but|rather"
+ASIDE = (
+    r"kerana|karena|sebab(?! itu)|because|since|manakala|sedangkan|sementara|while|whereas|walaupun|meskipun|"
+    r"walau|although|even though|"
+    r"selain|other than"
 )
-FORWARD = re.compile(
-    rf"\b(?:jawap(?:an)?(?:nya)?|jwpn|answers?|(?P<mention>pilihan|opsyen|option|choice)|kesimpulan(?:nya)?|pilih|memilih|choose|select|pick)\b"
-    rf"(?P<middle>[^.\n:=?]{{0,60}}?)"
-    rf"(?:\s*(?:\b(?:ialah|adalah|iaitu|yaitu|merupakan|is|are|be|would be)\b|[:=]|->|→|-|–)\s*|\s+|(?=[*(\[$\"'“‘]))+?"
-    rf"{WRAP}(?:\b{NAMED}\b\s*)?{WRAP}(?:(?P<upper>[A-F])(?![\w-]|['’]\w)|(?P<lower>[a-f])(?=[)\].*_$\"”’}}]*\s*(?:\.|\)|$|\n)))",
+THUS = r"jadi|maka|justeru|oleh (?:itu|sebab itu|kerana itu|karena itu)|therefore|thus|hence|so"
+HARD_BREAK = re.compile(r"\n\s{0,9}|[?!;]+\s{0,9}|\.(?=\s|$)\s{0,9}")
+SOFT_BREAK = re.compile(
+    rf",?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|"
+    rf"i|yang|pilihan yang)\b)",
     re.I,
 )
-BACKWARD = re.compile(
-    r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)[)\].*_$\"”’}]*\s*(?:\([^()\n]{0,80}\)\s*)?"
-    r"(?:ialah|adalah|merupakan|is)\s+"
-    r"(?:the\s+|pilihan\s+|jawapan\s+|option\s+|yang\s+)*(?P<verdict>jawapan|pilihan|answer|correct|betul|benar|tepat|right)\b"
-)
-# "pilihan A" only names an option, unless something links the two ("pilihan yang tepat: A") or what follows affirms it
-LINKED = re.compile(
-    r"[:=>→]|\b(?:ialah|adalah|iaitu|yaitu|merupakan|is|are|be|saya|kami|akhir|final|my)\b|\b(?:betul|benar|tepat|sesuai|correct|right|best)\b",
-    re.I,
-)
-CLOSED = (  # what may stand between a letter and the rest of its sentence
-    r"[)\].*_$\"”’}}]*[^\S\n]*(?:\([^()\n]{0,80}\)[^\S\n]*)?"
-)
-AFFIRMED = re.compile(
-    CLOSED
-    + r"(?:[.!]*[^\S\n]*(?:\n|$)|,?\s*(?:(?:yang|ialah|adalah|merupakan|is|the|paling|most|memang|sebagai|as)\s+)*"
-    r"(?:betul|benar|tepat|sesuai|correct|right|best|dipilih|jawapan(?:nya)?|answer)\b)",
-    re.I,
-)
-REJECTED = re.compile(
-    CLOSED + r"(?:(?:ialah|adalah|is|pula|juga|jelas|boleh|perlu|dan [A-F]|and [A-F])\s+)*"
-    r"(?:salah|silap|tidak|tak|bukan|kurang|not|wrong|incorrect|di(?:tolak|singkirkan))\b",
-    re.I,
-)
-# a text without any of these holds no statement
 STEMS = (
-    "jawap",
-    "jwpn",
-    "answer",
-    "pilih",
-    "milih",
-    "opsyen",
-    "opti",
-    "choice",
-    "choose",
-    "kesimpulan",
-    "select",
-    "pick",
+    *(
+        "jawap",
+        "jawab",
+        "jwpn",
+        "answer",
+        "答案",
+        "pilih",
+        "milih",
+        "opsyen",
+        "opti",
+        "opsi",
+        "choice",
+        "choose",
+        "chose",
+        "select",
+        "pick",
+        "go with",
+        "go for",
+    ),
+    *(
+        "simpul",
+        "conclu",
+        "correct",
+        "betul",
+        "benar",
+        "tepat",
+        "right",
+        "best",
+        "closest",
+        "hampir",
+        "sesuai",
+        "oleh",
+        "jadi",
+        "maka",
+    ),
+    *("justeru", "therefore", "thus", "hence", "so ", BOX, "tetapi", "tapi", "sebaliknya", "melainkan", "but "),
 )
-KEYWORD = re.compile("|".join(STEMS))  # where FORWARD can begin: much faster to find in lower-case text
-
-
-STEMS += ("correct", "betul", "benar", "tepat", "right")
-
-
-NEGATION = re.compile(
-    r"\b(?:bukan|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|kecuali|except)\b", re.I
+ASIDE_START = re.compile(rf"\W*(?:{ASIDE}|jika|if|kalau|sekiranya|unless)\b")
+CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*)?")
+CONDITION = re.compile(r"\b(?:jika|if|kalau|sekiranya|unless|andai)\b")
+# "pelajar memilih A", "ramai yang memilih D": what others choose
+OTHERS = re.compile(
+    r"\b(?:pelajar|murid|ramai|orang|sesetengah|calon|students?|many|people|others?)\b[^:]{0,60}\b(?:pilih|"
+    r"memilih|menjawab|jawap|jawab"
+    r"|menyangka|choose|chose|pick|select|think|answer)|\b(?:pilihan|jawapan|jawaban|opsyen|options?|choices?|"
+    r"answers?) (?:yang )?lain\b"
+    r"|\bother (?:options?|choices?|answers?)\b"
 )
-AFTER_COLON = re.compile(
-    r"\b(?:jawapan(?:nya)?|answer)\b[^\n:]{0,40}(?::|\bialah\b|\badalah\b|\bis\b)\s*(?P<rest>[^\n]+)", re.I
+NEGATED = re.compile(
+    r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|elak|jangan|"
+    r"don't|avoid|kecuali|except|mengelirukan)\b"
+)
+COMPARED = re.compile(r"\b(?:daripada|dari|berbanding|than|over|seperti|antara|between|unlike|mirip|compared)\b")
+HEDGE = re.compile(r"\b(?:mungkin|barangkali|maybe|perhaps|possibly|pada mulanya|mula-mula|initially|at first)\b")
+WORKING = re.compile(r"\b(?:langkah|step|semak|semakan|check)\b")
+JOIN = re.compile(rf"(?:[\s,/&().:;–-]|\b(?:dan|atau|and|or|serta|iaitu|yaitu|yakni|either|{NAMED})\b)*")
+REJECTED = re.compile(
+    r"[)\]\s,*]*(?:\([^()\n]{0,80}\)\s*)?(?:(?:ialah|adalah|is|are|pula|juga|jelas|boleh|perlu|yang|kerana)\s+)*"
+    r"(?:salah|silap|tidak|tak|bukan|kurang|not|wrong|incorrect|di(?:tolak|singkirkan))\b"
+)
+VERDICT = re.compile(
+    r"[)\]\s.,*]*(?:\([^()\n]{0,80}\)\s*)?,?\s*(?:(?:ialah|adalah|merupakan|is|yang|lebih|paling|memang|sebagai|"
+    r"as|the|most|pilihan|option)\s+)*"
+    r"(?P<word>betul|benar|tepat|sesuai|correct|right|best|dipilih|jawapan(?:nya)?|jawaban(?:nya)?|answer)\b"
+    r"(?!\s+(?:yang\s+)?(?:kurang|salah|silap|tidak|wrong|mengelirukan)\b)"
+)
+# "jawapan A ialah ibu negeri Johor" describes an option
+NAME_ONLY = re.compile(r"\b(?:jawapan|jawaban|answer)[\s(\[]*$")
+DESCRIBED = re.compile(r"[)\]]*\s+(?:ialah|adalah|merupakan|is|pula|menerangkan|merujuk)\b")
+ENDED = re.compile(r"[)\]\s.,*:]*")
+
+# ---- cues: what makes a naming a statement -----------------------------------------------------------------
+
+ANSWER = re.compile(r"\b(?:jawap(?:an)?(?:nya)?|jawab(?:an)?(?:nya)?|jwpn|answers?)\b|答案")
+CHOOSE = re.compile(
+    r"\b(?:pilih|memilih|choose|select|pick|chose|go with|go for)\b\W*(?:\b(?:untuk|the|jawapan|pilihan|opsyen|"
+    r"option|huruf)\b\W*)*$"
+)
+TOLD = re.compile(
+    r"\b(?:betul|benar|tepat|sesuai|hampir|correct|right|best|closest)\b[^:]{0,30}?"
+    rf"(?:\b(?:ialah|adalah|iaitu|is)\b|[:=→])\W*(?:{NAMED}\W*)?$"
+    rf"|\b(?:correct|right|best) {NAMED}\W*$"
+)
+CHOICE = re.compile(r"\b(?:pilihan|opsyen|opsi|options?|choice)(?:nya)?\b(?P<gap>.{{0,60}})$")
+CHOICE_INSIDE = re.compile(rf"\b{NAMED}\b")  # "Kuala Lumpur, iaitu pilihan B"
+CHOICE_LINKED = re.compile(rf"\b(?:betul|benar|tepat|sesuai|akhir|final|saya|my|correct|best)\b|{LINK}")
+CONCLUDED = re.compile(rf"(?:\b(?:{THUS})|\bkesimpulan(?:nya)?|\bin conclusion)\b\W*(?:{NAMED}\W*)?$")
+SUMMED = re.compile(r"\b(?:kesimpulan(?:nya)?|conclusion)\b")
+AFTER_LINK = re.compile(
+    rf"(?:\b(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)"
+)
+LETTER = re.compile(r"(?<![\w\\'’+.*^])(?<!\d-)([A-F])(?![\w'’+*^-]|\s?=)(?=(?P<gap>\s+)?(?P<word>[^\W\d_]+)?)")
+SMALL = re.compile(
+    rf"(?:{LINK}|\b(?:jawapan|jawaban)(?:nya)?|\bpilihan|\boption)\s*[(\[]*([a-f])[)\]]*"
+    r"(?=\s*$|[.,]|\s+(?:kerana|karena|sebab|iaitu|because|since|lah)\b)"
+)
+FOLLOWERS = frozenset(
+    "ialah adalah merupakan iaitu yaitu yakni kerana karena sebab dan atau bukan bukannya lebih paling"
+    " sahaja saja lah manakala tetapi yang"
+    " betul benar tepat sesuai salah silap tidak tak kurang pula juga jelas boleh perlu"
+    " berbanding daripada dengan sebagai memang hanya jika"
+    " maka jadi is are was and or not because since as but while"
+    " with for only if correct right wrong best seperti untuk dalam serta"
+    " dipilih than over rather incorrect saya di pada ini itu".split()
 )
 
 
-def balanced_boxes(text):
-    """Contents of every `\\boxed{...}` (or `\\fbox{...}`) whose braces balance, last one first."""
-    boxes = []
-    end = len(text)
-    while True:
-        start = max(text.rfind("boxed", 0, end), text.rfind("\\fbox", 0, end))
-        if start < 0:
-            return boxes
-        end = start
-        brace = start + 5
-        while brace < len(text) and text[brace] == " ":
-            brace += 1
-        if brace >= len(text) or text[brace] != "{":
+def sentences_of(text):
+    """(sentence, what ended it) of a plain text, in order, without blank ones.
+
+    A heading ("### Jawapan") takes its next line along.
+    """
+    found, at = [], 0
+    for match in HARD_BREAK.finditer(text):
+        sentence, mark = text[at : match.start()].strip(), match.group()
+        if mark[0] == "\n" and len(sentence) <= 60 and match.end() < len(text) and HEADING.fullmatch(sentence.lower()):
             continue
-        depth = 0
-        for position in range(brace, min(len(text), brace + 2000)):
-            if text[position] == "{":
-                depth += 1
-            elif text[position] == "}":
-                depth -= 1
-                if depth == 0:
-                    boxes.append(text[brace + 1 : position])
-                    break
+        if sentence:
+            found.append((sentence, mark[0]))
+        at = match.end()
+    rest = text[at:].strip()
+    return [*found, (rest, "")] if rest else found
 
 
-def clean(text):
-    """Take LaTeX text commands, dollars, markdown and outer punctuation off a short piece of an answer."""
-    previous = None
-    while previous != text:
-        previous, text = text, LATEX_TEXT.sub(r" \1 ", text)
-    text = LATEX_SPACE.sub(" ", text)
-    text = text.replace("\\(", "").replace("\\)", "").replace("\\{", "").replace("\\}", "")
-    return re.sub(r"\s+", " ", text.strip(" \t\r\n$*_`\"'“”‘’{}")).strip()
+def clauses_of(sentences):
+    """Sentences with a cue, the last ones, cut before "tetapi", "kerana", ", jadi" -> [(clause, what ended it, the
+    next sentence)].
+    """
+    found = []
+    for index in range(len(sentences) - 1, -1, -1):
+        sentence, mark = sentences[index]
+        lower = sentence.lower()
+        if not any(stem in lower for stem in STEMS):
+            continue
+        parts = [part for part in SOFT_BREAK.split(sentence) if part.strip()]
+        following = sentences[index + 1][0] if index + 1 < len(sentences) else ""
+        found.extend((part, mark if at == 0 else ",", following) for at, part in enumerate(reversed(parts)))
+        if len(found) >= MOST_CLAUSES:
+            break
+    return found[MOST_CLAUSES - 1 :: -1]
 
 
-def normal(text):
-    """Compare options by this: lower case, no markup, no space or punctuation at the ends, single spaces."""
-    return re.sub(r"\s+", " ", clean(text).lower()).strip(" .,;:!?()[]\"'`*_$")
+HEADING = re.compile(
+    r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|"
+    r"adalah|is)\s*:"
+)
 
 
-def by_text(piece, question):
-    """The letters whose option text is `piece` (after normalisation)."""
-    wanted = normal(piece)
-    return [letter for letter, text in question["options"].items() if wanted and normal(text) == wanted]
-
-
-def remembered(read, piece, question):
-    """`read(piece, question)`, remembered in the question: its samples and checkpoints repeat the same short answers
-    again and again."""
-    if len(piece) > 120:  # prose, which does not repeat
-        return read(piece, question)
-    known = question.setdefault("read", {})
-    if (read, piece) not in known:
-        known[read, piece] = read(piece, question)
-    return known[read, piece]
-
-
-def longest_piece(question):
-    """Characters of the longest line or box that can still be an answer and nothing else."""
-    return 80 + max(map(len, question["options"].values()), default=0)
-
-
-def read_piece(piece, question):
-    """A short piece that should be the answer itself (a box's content, a last line) -> a letter, "ambiguous" or
-    None."""
-    if len(piece) > longest_piece(question):
-        return None
-    piece = clean(re.sub(r"^(?:[>#•\s]|-\s)+", "", piece))
-    match = ONE_LETTER.fullmatch(piece)
-    if match:
-        letter = match.group(1).upper()
-        return letter if letter in question["letters"] else None
-    same = by_text(piece, question)
-    if len(same) == 1:
-        return same[0]
-    named = re.sub(rf"^(?:{NAMED}\b\W*)+(?:(?:ialah|adalah|is)\b\W*)?", "", piece, flags=re.I)
-    match = LETTER_AND_TEXT.fullmatch(named)
-    if match and match.group(1) in question["letters"]:
-        letter, rest = match.groups()
-        if ONE_LETTER.fullmatch(clean(rest)) or SEVERAL.match(named[match.end(1) :]):
-            return "ambiguous"
-        others = by_text(rest, question)
-        if others and letter not in others:
-            return "ambiguous"  # "B. text of C"
-        own = normal(question["options"].get(letter, ""))
-        if others or not own or named[match.end(1)] != " " or normal(rest).startswith(own):
-            return letter
-    lone = set(LONE_LETTERS.findall(piece)) & set(question["letters"])
-    if len(lone) > 1:
-        return "ambiguous"
-    return None
-
-
-def read_statement(text, question):
-    """The last "Jawapan: X" (or "X ialah jawapan ...") in `text` -> a letter, "ambiguous" or None."""
-    # nearly always it is on the last line, which is cheap; the whole text costs 0.1 ms for 1,200 characters
-    line = text[text.rstrip().rfind("\n") + 1 :]
-    start = text.rfind("\n", 0, max(0, len(text) - 200)) + 1
-    return (
-        (remembered(scan_statements, line, question) if len(line) <= 200 else None)
-        or (scan_statements(text[start:], question) if start else None)
-        or scan_statements(text, question)
-    )
-
-
-def scan_statements(text, question):
-    """`read_statement` over all of `text`."""
-    lower = text.lower()
-    if not any(stem in lower for stem in STEMS):
-        return None
-    found, mentions = [], []
-    lone = LONE_ANY.search(text)  # without one, only an option's text can be the answer
-    for match in forward(text, lower) if lone else ():
-        letter = match.group("upper") or match.group("lower")
-        # under re.I [A-F] also takes lower case: "the answer is a mammal" must not be A
+def namings(clause, lower, options, boxes):
+    """What the clause names: (start, end, letter or AMBIGUOUS, whether it is a box), in order."""
+    found = [(*item, False) for item in options.occurrences(lower)]
+    taken = [(start, end) for start, end, *_ in found]
+    for match in LETTER.finditer(clause):
+        at, word = match.start(1), match.group("word")
+        if any(start <= at < end for start, end in taken):
+            continue
+        beside = match.group("gap") and any(start == at + 1 + len(match.group("gap")) for start, _ in taken)
         if (
-            match.group("upper")
-            and letter.islower()
-            and not re.match(r"[)\].*_$\"”’}]*\s*(?:\.|\)|$|\n)", text[match.end() :])
+            match.group("gap")
+            and word
+            and not beside
+            and word.lower() not in FOLLOWERS
+            and not word.lower().startswith("jawa")
         ):
             continue
-        if NEGATION.search(match.group("middle")) or lists_options(match, letter.upper(), text):
-            continue
-        letter_at = match.start("upper" if match.group("upper") else "lower")
-        if not LINKED.search(text, match.start(), letter_at):
-            if REJECTED.match(text, letter_at + 1):
-                continue
-            if match.group("mention"):
-                if AFFIRMED.match(text, letter_at + 1):
-                    mentions.append((match.start(), match.end(), letter.upper()))
-                continue
-        found.append((match.start(), match.end(), letter.upper()))
-    for match in BACKWARD.finditer(text) if lone else ():
-        found.append((match.start(), match.end(1), match.group(1)))
-    for match in AFTER_COLON.finditer(text):
-        same = by_text(match.group("rest"), question)
-        if len(same) == 1:
-            found.append((match.start(), match.start("rest"), same[0]))
-    found = [item for item in found or mentions if item[2] in question["letters"]]
+        found.append((at, at + 1, match.group(1), False))
     if not found:
+        found = [(match.start(1), match.end(1), match.group(1).upper(), False) for match in SMALL.finditer(lower)]
+    at = clause.find(BOX)
+    while at >= 0:
+        letter = read_piece(next(boxes, ""), options)
+        if letter:
+            found.append((at, at + 1, letter, True))
+        at = clause.find(BOX, at + 1)
+    return sorted(found)
+
+
+def grouped(lower, found):
+    """Namings joined by "dan", "atau", a comma or brackets make one group -> [[start, end, letters, polarity,
+    boxed]].
+    """
+    groups = []
+    for start, end, letter, boxed in found:
+        between = lower[groups[-1][1] : start] if groups else lower[max(0, start - 120) : start]
+        if groups and JOIN.fullmatch(between):
+            groups[-1][1], groups[-1][4] = end, groups[-1][4] or boxed
+            groups[-1][2].add(letter)
+            continue
+        compared, negated = COMPARED.search(between), NEGATED.search(between)
+        polarity = (
+            "negated"
+            if negated
+            else "compared"
+            if compared and (groups or not ANSWER.search(between, compared.end()))
+            else "affirmed"
+        )
+        groups.append([start, end, {letter}, polarity, boxed])
+    for index, group in enumerate(groups):
+        stop = groups[index + 1][0] if index + 1 < len(groups) else group[1] + 120
+        match = REJECTED.match(lower[group[1] : stop])
+        if match and (
+            index + 1 == len(groups) or lower[group[1] + match.end() : stop].strip(" *")
+        ):  # not the next one's "bukan"
+            group[3] = "negated"
+    return groups
+
+
+def kind_of(lower, group):
+    """The kind of statement that a clause makes of an affirmed group, or None when the group only occurs in it."""
+    start, end, _, _, boxed = group
+    before, after = lower[max(0, start - 160) : start], lower[end : end + 120]
+    verdict = VERDICT.match(after)
+    ended = ENDED.fullmatch(after)
+    if boxed:
+        return MENTION if WORKING.search(before) else FINAL
+    if NAME_ONLY.search(before) and not verdict and DESCRIBED.match(after):
         return None
-    if found[0] in mentions and len({letter for *_, letter in found}) > 1:
-        return "ambiguous"
-    _, end, letter = max(found, key=lambda item: item[1])
-    several = SEVERAL.match(text[end : end + 40])
-    if several and several.group(1) in question["letters"] and several.group(1) != letter:
-        return "ambiguous"
-    return letter
+    if ANSWER.search(before) or CHOOSE.search(before) or TOLD.search(before):
+        return MENTION if HEDGE.search(before) else FINAL
+    choice = CHOICE.search(before)
+    if choice and CHOICE_LINKED.search(choice.group("gap")):
+        return FINAL
+    if verdict and verdict.group("word")[:4] in ("jawa", "answ"):
+        return FINAL
+    if CONCLUDED.search(before) and (ended or verdict):
+        return CONCLUSION
+    if SUMMED.search(before):
+        return CONCLUSION
+    if choice and not choice.group("gap").strip(" ([") and (ended and not after.strip().startswith(":") or verdict):
+        return MENTION
+    return MENTION if verdict or CHOICE_INSIDE.search(lower[start:end]) else None
 
 
-def forward(text, lower):
-    """`FORWARD.finditer(text)`, tried only where one of its keywords is. lower: the text in lower case."""
-    if len(lower) != len(text):  # a few letters have a longer lower-case form
-        yield from FORWARD.finditer(text)
-        return
-    end = 0
-    for keyword in KEYWORD.finditer(lower):
-        start = keyword.start() - 2 if lower.startswith("memilih", keyword.start() - 2) else keyword.start()
-        match = FORWARD.match(text, start) if start >= end else None
-        if match:
-            yield match
-            end = match.end()
+def statement(clause, ended, options, boxes, following):
+    """What one clause states -> (kind, letter or AMBIGUOUS), None for nothing, or "negated" when it only rejects an
+    option.
+    """
+    lower = clause.lower()
+    if len(lower) != len(clause):  # a few letters have a longer lower-case form
+        lower = clause = lower
+    found = namings(clause, lower, options, boxes)
+    if not found:
+        match = AFTER_LINK.search(lower)
+        same = options.named(match.group("rest")) if match else []
+        return (FINAL, same[0]) if len(same) == 1 and not NEGATED.search(lower) else None
+    if "?" in ended or ASIDE_START.match(lower) or CONDITION.search(lower) or OTHERS.search(lower[: found[-1][0] + 1]):
+        return None
+    groups = grouped(lower, found)
+    start, end, letters, *_ = groups[-1]
+    if ended.startswith(".") and end == len(clause) and end - start == 1:  # "B." and then an option's text
+        text = following.lower()
+        for at, stop, letter in options.occurrences(text[: options.longest]):
+            if at == 0 and (letter in letters or not text[stop:].strip(" .")):
+                letters.add(letter)
+    rejected = False
+    for group in groups:
+        rejected = rejected or group[3] == "negated"
+        contrast = rejected and group[3] == "affirmed"
+        kind = kind_of(lower, group) if group[3] == "affirmed" else None
+        if kind is not None or (contrast and re.search(rf"\b(?:{CONTRAST})\b", lower[: group[0]])):
+            offered = group[2] & {*options.letters, AMBIGUOUS}
+            if offered:
+                return kind or FINAL, offered.pop() if len(offered) == 1 else AMBIGUOUS
+    return "negated" if rejected else None
 
 
-def lists_options(match, letter, text):
-    """Whether a statement's letter is only the first of a list: "the options are" / "A. x" / "B. y"."""
-    if "\n" not in match.group():
-        return False
-    _, _, rest = text[match.end() :].partition("\n")
-    following = OPENS_WITH_LETTER.match(rest.lstrip())
-    return bool(following) and following.group()[-1].upper() not in ("", letter)
+def read_statements(text, options, boxes):
+    """Every statement of a plain text in order, as (kind, letter or AMBIGUOUS)."""
+    clauses, found, rejected = clauses_of(sentences_of(text)), [], False
+    boxes = iter(boxes[len(boxes) - sum(clause.count(BOX) for clause, *_ in clauses) :])
+    for clause, ended, following in clauses:
+        if len(clause) > 600:  # no clause is that long; the naming is at one of its ends
+            for _ in range(clause.count(BOX) - clause.count(BOX, len(clause) - 300)):
+                next(boxes, None)
+            clause = clause[-300:]
+        said = None
+        contrast = CONTRAST_START.match(clause.lower()) if rejected else None
+        if contrast:
+            rest = clause[contrast.end() :]
+            said = read_piece(rest, options) or statement("jawapan: " + rest, ended, options, boxes, following)
+            said = (FINAL, said) if isinstance(said, str) and said != "negated" else said
+        said = said or statement(clause, ended, options, boxes, following)
+        rejected = said == "negated"
+        if said and not rejected:
+            found.append(said)
+    return found
 
 
-def read_lines(text, question):
-    """A lone letter or an option's text on the last line; failing that, on the first -> a letter, "ambiguous" or
-    None."""
-    lines = [line for line in text.splitlines() if WORD.search(line)]
+OPENS = re.compile(rf"(?:(?i:{NAMED})\b\W*)?\(?([A-F])(?:\s*[.):–-]\s*|\s+|\)|$)")
+
+
+def read_lines(text, options):
+    """A lone letter or an option's text on the last line, failing that on the first.
+
+    Options repeated without a choice: AMBIGUOUS.
+    """
+    lines = [line for line in text.splitlines() if any(map(str.isalnum, line))]
     if not lines:
         return None
-    opened = {}
-    for line in lines:
-        line = NAMES_OPTION.sub("", line)
-        if not OPENS_WITH_LETTER.match(line):
-            continue
-        match = OPTION_LINE.fullmatch(clean(line)) or ONE_LETTER.fullmatch(clean(line))
-        if match and match.group(1) in question["letters"]:
-            opened.setdefault(match.group(1), line)
-    last = remembered(read_piece, lines[-1], question)
-    bare = ONE_LETTER.fullmatch(clean(lines[-1]))
-    if last == "ambiguous" or (last and (bare or len(opened) < 2)):
+    last = read_piece(lines[-1].strip(), options)
+    opened = {match.group(1) for match in map(OPENS.match, lines) if match and match.group(1) in options.letters}
+    if last == AMBIGUOUS or (last and (len(opened) < 2 or ONE_LETTER.fullmatch(lines[-1].strip()))):
         return last
     if len(opened) > 1:
-        return "ambiguous"  # the options were repeated and none was chosen
-    return remembered(read_piece, lines[0], question)
+        return AMBIGUOUS
+    return read_piece(lines[0].strip(), options)
+
+
+# ---- the decision ------------------------------------------------------------------------------------------
+
+CLOSING = frozenset("$.)]*\\ \n")
+
+
+def answer_of(text, thinking):
+    """The part of a response after its reasoning, or None where the reasoning never ended."""
+    head, closed, tail = text.rpartition("</think>")
+    before, opened, _ = tail.partition("<think>")
+    if closed:
+        return before if before.strip() or opened else tail
+    if thinking:
+        return None
+    if opened:
+        return before if before.strip() else None
+    _, final, rest = text.rpartition("assistantfinal")
+    return rest if final else text
+
+
+def options_of(question):
+    """The question's `Options`, prepared once and kept in the question."""
+    if "read" not in question:
+        question["read"] = Options(question)
+    return question["read"]
+
+
+def after_heading(text, start):
+    """Whether the line before `start` may be a heading that `sentences_of` joins to what follows.
+
+    When in doubt, True.
+    """
+    before = text[max(0, start - 80) : start].lower()
+    return ":" in before or "jaw" in before or "answ" in before or "simpul" in before
+
+
+def quick(text, question, thinking):
+    r"""The letter of a response whose last clause is `\boxed{B}` after words of `CUE_WORDS` alone.
+
+    None: ask the rules.
+
+    The same as the rules: the clause has a final, affirmed box, nothing follows it, and the last final statement
+    decides.
+    """
+    last = text.rfind("\\boxed{")
+    if (
+        last < 0
+        or text[last + 8 : last + 9] != "}"
+        or text[last + 7] not in question["letters"]
+        or not CLOSING.issuperset(text[last + 9 :])
+    ):
+        return None
+    line, stop = text.rfind("\n", 0, last) + 1, text.rfind(". ", 0, last) + 1
+    start = max(line, stop)
+    if text.find("box", line, last) >= 0:  # one left open earlier on the line takes the words after it away
+        return None
+    words = text[start:last].lower().replace("$", " ").replace(":", " ").replace("*", " ").split()
+    if not CUE_WORDS.issuperset(words) or (line and line == start and after_heading(text, line)):
+        return None
+    if thinking or "think>" in text or "assistantfinal" in text:
+        return None
+    return text[last + 7]
 
 
 def extract(text, question, finish_reason="stop", thinking=False):
     """Read the chosen letter out of a response.
 
-    text: the raw response. question: a dict with `letters` and `options`. finish_reason: vLLM's; "length" means cut
-    off. thinking: the prompt had already opened a `<think>` block. Returns (outcome, letter): ("answered", "B"), or one
-    of ("ambiguous", None), ("truncated", None), ("none", None).
-
-    What is inside the reasoning block is never the answer. Then in order: the last balanced box that says something;
-    the last explicit statement ("Jawapan: B", "the answer is B", "B ialah jawapan yang betul"; a mere "pilihan B" is
-    one only where nothing stronger is said and no other option is affirmed); a lone letter or an option's text on the
-    last line, else on the first. Only letters on offer count. Of a response that was cut off the line rule is left out,
-    because its last line is arbitrary.
+    text: the raw response. question: a dict with `letters` and `options` (it keeps what was prepared under "read").
+    finish_reason: vLLM's; "length" means cut off. thinking: the prompt had already opened a `<think>` block. Returns
+    (outcome, letter): ("answered", "B"), or one of ("ambiguous", None), ("truncated", None), ("none", None). Of a cut
+    response the lone lines are not read.
     """
+    letter = quick(text, question, thinking)
+    return ("answered", letter) if letter else by_rules(text, question, finish_reason, thinking)
+
+
+def by_rules(text, question, finish_reason="stop", thinking=False):
+    """`extract` without its quick way; the same answer."""
     cut = finish_reason == "length"
-    head, closed, tail = text.rpartition("</think>")
-    if closed:
-        text = tail
-    elif thinking or "<think>" in head + tail:
-        return ("truncated" if cut else "none"), None
-    last = text.rfind("boxed{")
+    unread = ("truncated" if cut else "none"), None
+    text = answer_of(text, thinking)
+    if text is None:
+        return unread
+    options = options_of(question)
+    text, boxes = find_boxes(text.replace(BOX, ""))
+    start = text.find("\n", max(0, len(text) - 300)) + 1
     if (
-        last >= 0
-        and text[last + 7 : last + 8] == "}"
-        and text[last + 6] in question["letters"]
-        and text.rfind("box") == last
-    ):
-        return "answered", text[last + 6]  # the plain case, most of them, without the general rules below
-    for box in balanced_boxes(text) if "box" in text else ():
-        if not clean(box):
-            continue  # an empty box only repeats the instruction
-        letter = remembered(read_piece, box, question)
-        if letter == "ambiguous":
-            return "ambiguous", None
-        if letter:
-            return "answered", letter
-        break
-    letter = read_statement(text, question)
+        len(text) > 600 and start and not after_heading(text, start)
+    ):  # a final statement at the end is the last one: it decides
+        tail = text[start:]
+        said = read_statements(plain(tail), options, boxes[len(boxes) - tail.count(BOX) :])
+        final = [letter for kind, letter in said if kind == FINAL]
+        if final:
+            return (AMBIGUOUS, None) if final[-1] == AMBIGUOUS else ("answered", final[-1])
+    text = plain(text)
+    letter = decide(read_statements(text, options, boxes))
     if letter is None and not cut:
-        letter = read_lines(text, question)
-    if letter == "ambiguous":
-        return "ambiguous", None
-    if letter:
-        return "answered", letter
-    return ("truncated" if cut else "none"), None
+        letter = read_lines(text, options)
+    if letter is None:
+        return unread
+    return (AMBIGUOUS, None) if letter == AMBIGUOUS else ("answered", letter)
+
+
+def decide(statements):
+    """The last final statement; without one the last conclusion; without one what all affirming mentions agree on."""
+    for kind in (FINAL, CONCLUSION):
+        said = [letter for found, letter in statements if found == kind]
+        if said:
+            return said[-1]
+    said = {letter for _, letter in statements}
+    return said.pop() if len(said) == 1 else AMBIGUOUS if said else None
+
+
+def extract_strict(text, question, finish_reason="stop", thinking=False):
+    r"""`extract` by the last `\boxed{...}` alone: what a response is worth without reading its sentences."""
+    unread = ("truncated" if finish_reason == "length" else "none"), None
+    text = answer_of(text, thinking)
+    boxes = find_boxes(text)[1] if text else []
+    letter = read_piece(boxes[-1], options_of(question)) if boxes else None
+    if letter is None:
+        return unread
+    return (AMBIGUOUS, None) if letter == AMBIGUOUS else ("answered", letter)

@@ -1,0 +1,296 @@
+r"""One normalisation of text, LaTeX, numbers and units, used for a response and for the options it is compared with.
+
+`plain` takes the wrappers off, `key` makes two spellings of one thing equal, `Options` finds which letters a piece of
+text names. Every pattern is bounded or cannot backtrack over more than a few characters, so all of it is linear in
+the length of the text.
+"""
+
+import re
+import unicodedata
+from fractions import Fraction
+
+AMBIGUOUS = "ambiguous"
+NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer)"
+BOX = "\x02"  # stands for a box in plain text
+LONGEST_BOX = 2000  # characters; more than that is a text, not an answer
+RAISED = str.maketrans(
+    {char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)} | {"⁻": "^-", "−": "-"}
+)
+BRACES = re.compile(r"\\[{}]|\\?(?:boxed|fbox)\s{0,4}(\{?)|[{}]")
+# a box whose closing brace was lost, but whose formula ends: "\boxed{B\)"
+UNCLOSED = re.compile(r"\\?(?:boxed|fbox)\s{0,4}\{\s{0,4}([A-F])\s{0,4}(?=\\[)\]]|\$)")
+BARE = re.compile(r"[ ]{0,4}([A-Fa-f])(?!\w)")
+FONTS = (
+    r"text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|tt|bb)|boldsymbol|bm|mbox|hbox|operatorname|bf|rm|it|sf|"
+    r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle|left|right|underline|boxed|fbox|ce"
+)
+LATEX = (
+    (
+        re.compile(
+            r"\\(?:text)?color\s{0,4}\{[^{}]{0,40}\}|\\(?:begin|end)\s{0,4}\{\w{1,20}\*?\}(?:\{[a-z|]{0,20}\})?"
+        ),
+        "",
+    ),
+    (re.compile(r"\\?\b[dt]?frac\s{0,4}\{([^{}]{0,80})\}\s{0,4}\{([^{}]{0,80})\}"), r"\1/\2"),
+    (re.compile(r"\\[dt]?frac\s{0,4}(\d)\s{0,4}(\d)"), r"\1/\2"),
+    (re.compile(r"\^?\s{0,4}\{?\\(?:circ|degree)\b\}?"), "°"),
+    (re.compile(r"\\(?:times|cdot)\b"), "×"),
+    (re.compile(r"\\(?:to|rightarrow|Rightarrow|implies)\b"), "→"),
+    (re.compile(r"\\sqrt\b"), "√"),
+    (re.compile(r"\\pi\b"), "π"),
+    (re.compile(rf"\\(?:{FONTS})(?![a-zA-Z])"), ""),
+    (re.compile(r"\\(?:[,;:!\s]|quad\b|qquad\b)"), " "),
+    (re.compile(r"\\[()\[\]]"), ""),
+    (re.compile(r"\\([%$#&_{}])"), r"\1"),
+)
+LOST_BACKSLASH = re.compile(r"\b(?:text(?:bf|it|rm)?|math(?:bf|rm|it|sf)|boldsymbol)(?=\{)")
+TAGS = re.compile(r"<\|[\w ]{1,40}\|>|</?[a-zA-Z][^<>\n]{0,80}>")
+ANSWER_TAG = re.compile(r"<(?:answer|jawapan|jawaban)>\s{0,20}", re.I)
+MARKS = str.maketrans(dict.fromkeys('`"“”„«»{}$') | {"~": " ", "\xa0": " "})
+QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
+SPACES = re.compile(r" {2,}")
+STARRED = re.compile(r"(?<![\w*])\*(\S[^*\n]{0,200}?)\*(?![\w*])|(?<![\w_])_(\S[^_\n]{0,200}?)_(?![\w_])")
+LINE_MARKS = re.compile(r"(?:\A|(?<=\n))(?:[ \t>#•|]{1,40}(?:[-*+] {1,4})?|[-*+] {1,4})")
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+ZEROS = re.compile(r"(\d)\.0+(?!\d)|(\d\.\d{0,20}?[1-9])0+(?!\d)")
+UNITS = (
+    (re.compile(r"\s?\b(?:darjah|degrees?|derajat)\b(?: celsius\b)?"), "°"),
+    (re.compile(r"\s?\b(?:peratus|persen|percent)\b"), "%"),
+    (re.compile(r"\bringgit malaysia\b|\bmyr\b"), "rm"),
+)
+PER = re.compile(r"(?<=\d)\s?(k?[a-z]{1,2})/(s|h|m|kg|min|jam)(?:\^?(\d))?(?![a-z])")  # "10 m/s" is "10 m s^-1"
+LEADING_DOT = re.compile(r"(?<![\d.])\.(?=\d)")
+NUMBER = re.compile(r"(rm|\$)?(-?\d{1,20}(?:\.\d{1,20})?(?:/\d{1,20})?)(\D.{0,40})?")
+ROMANS = re.compile(r"[ivx]{1,5}(?:(?:,|&|dan|and|serta| )+[ivx]{1,5})*")
+# words that lead to an answer and name none, though an option may consist of them
+CUE_WORDS = frozenset(
+    "jawapan jawapannya jawaban jawabannya akhir akhirnya ialah adalah yang betul tepat jadi maka oleh itu"
+    " justeru the final answer is so"
+    " therefore correct kesimpulannya \\[ \\(".split()
+)
+OUTER = " \t\r\n.,;:!?'()[]"
+
+
+def find_boxes(text):
+    r"""`text` with every readable `\boxed{...}` replaced by `BOX`, and the contents of those, in order.
+
+    Outermost balanced boxes count, `\boxed B` and a box that only its formula closes too. Empty ones (the repeated
+    instruction) go. One pass with a stack: linear, however boxes are nested or left open.
+    """
+    if "box" not in text:
+        return text, []
+    found, stack = [], []  # found: (start, end, content); stack: where an open brace's box starts, or -1
+    for match in BRACES.finditer(text):
+        token = match.group()
+        if token == "{":
+            stack.append((-1, 0))
+        elif token == "}":
+            start, inside = stack.pop() if stack else (-1, 0)
+            if start >= 0:
+                while found and found[-1][0] >= start:
+                    found.pop()
+                found.append((start, match.end(), text[inside : min(match.start(), inside + LONGEST_BOX + 1)]))
+        elif match.group(1):
+            stack.append((match.start(), match.end()))
+            lost = UNCLOSED.match(text, match.start())
+            if lost:
+                found.append((match.start(), lost.end(), lost.group(1)))
+                stack.pop()
+        elif token[0] != "\\" or token[1] in "bf":
+            bare = BARE.match(text, match.end())
+            if bare and token[0] == "\\":
+                found.append((match.start(), bare.end(), bare.group(1)))
+    unclosed = [(start, inside, "") for start, inside in stack if start >= 0]
+    found = sorted(found + unclosed)
+    pieces, boxes, at = [], [], 0
+    for index, (start, end, content) in enumerate(found):
+        if start < at:
+            continue
+        if not content and text[end - 1] == "{":  # never closed: nothing was said on the rest of its line
+            limit = found[index + 1][0] if index + 1 < len(found) else len(text)
+            line = text.find("\n", end, limit)
+            end = limit if line < 0 else line
+        if not (content.isascii() and content.isalnum()):
+            content = plain(content) if len(content) <= LONGEST_BOX else "..."
+        pieces.append(text[at:start])
+        if content.strip(OUTER):
+            pieces.append(BOX)
+            boxes.append(content)
+        at = end
+    return "".join([*pieces, text[at:]]), boxes
+
+
+def plain(text):
+    """Take LaTeX commands, HTML, chat tokens, markdown and quotes off.
+
+    Full-width forms become ASCII. Lines stay lines.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text.translate(RAISED)).replace("⁄", "/").replace("。", ". ")
+    if "<" in text:
+        text = TAGS.sub("", ANSWER_TAG.sub("\nJawapan: ", text))
+    if "\\" in text:
+        for pattern, new in LATEX:
+            text = pattern.sub(new, text)
+    if "{" in text:
+        text = LOST_BACKSLASH.sub("", text)
+    if "*" in text or "_" in text:
+        text = STARRED.sub(r"\1\2", text.replace("**", "").replace("__", ""))
+    text = LINE_MARKS.sub("", text.translate(MARKS)).replace("\t", " ")
+    if "'" in text or "’" in text or "‘" in text:
+        text = QUOTES.sub("", text)
+    return SPACES.sub(" ", text) if "  " in text else text
+
+
+def key(text):
+    """What two spellings of one answer share.
+
+    Lower case, no spaces, one form of numbers, units, dashes and lists of Roman numerals.
+    """
+    text = LEADING_DOT.sub("0.", " ".join(plain(text).lower().split())).strip(OUTER)
+    text = text.replace("–", "-").replace("—", "-").replace("_", "")
+    text = PER.sub(lambda match: f"{match[1]}{match[2]}^-{match[3] or 1}", text)
+    for pattern, new in UNITS:
+        text = pattern.sub(new, text)
+    text = ZEROS.sub(r"\1\2", THOUSANDS.sub("", text))
+    bare = re.sub(r"\s{1,4}(?:sahaja|saja|only)$", "", text)
+    if ROMANS.fullmatch(bare.replace(" ", "")) and bare:
+        return "roman:" + ",".join(sorted(re.findall(r"\b[ivx]+\b", bare)))
+    return text.replace(" ", "")
+
+
+def number(spelt):
+    """A key's number and unit.
+
+    "rm18" -> (Fraction(18), "rm"), "2000n" -> (Fraction(2000), "n"); None for anything else.
+    """
+    match = NUMBER.fullmatch(spelt)
+    if not match:
+        return None
+    try:
+        return Fraction(match.group(2)), (match.group(1) or "") + (match.group(3) or "").replace("^", "")
+    except (ValueError, ZeroDivisionError):  # "0.5/2" or "1/0"
+        return None
+
+
+class Options:
+    """The options of one question, prepared for comparison.
+
+    `named(piece)` gives the letters that a piece of text names.
+    """
+
+    def __init__(self, question):
+        self.letters = question["letters"]
+        self.longest = 80 + max(map(len, question["options"].values()), default=0)
+        self.keys = {letter: key(text) for letter, text in question["options"].items()}
+        self.numbers = {letter: number(spelt) for letter, spelt in self.keys.items()}
+        lines = {
+            letter: " ".join(plain(text).lower().split()).strip(OUTER) for letter, text in question["options"].items()
+        }
+        self.texts = sorted(
+            ((text, letter) for letter, text in lines.items() if not CUE_WORDS.issuperset(text.split())),
+            key=lambda item: -len(item[0]),
+        )
+        self.read = {}
+
+    def named(self, piece):
+        """Letters whose option is `piece`.
+
+        The same text, else the same but for raising, else the same number without other unit.
+        """
+        wanted = key(piece)
+        if not wanted:
+            return []
+        same = [letter for letter, spelt in self.keys.items() if spelt == wanted]
+        loose = wanted.replace("^", "")
+        same = same or [letter for letter, spelt in self.keys.items() if spelt.replace("^", "") == loose]
+        asked = None if same else number(wanted)
+        if asked:
+            value, unit = asked
+            same = [
+                letter
+                for letter, own in self.numbers.items()
+                if own and own[0] == value and (not unit or not own[1] or unit == own[1])
+            ]
+        return same
+
+    def occurrences(self, lower):
+        """Where option texts stand in a lower-case sentence.
+
+        (start, end, letter), longest first, none inside another.
+        """
+        found = []
+        for text, letter in self.texts:
+            at = lower.find(text)
+            while at >= 0:
+                end = at + len(text)
+                before = lower[max(0, at - 1) : at]
+                outside = not (
+                    text[0].isalnum() and before.isalnum() or text[0].isdigit() and before in ("-", ".")
+                ) and not (
+                    text[-1].isalnum()
+                    and (lower[end : end + 1].isalnum() or re.match(r"[.,^/]\d", lower[end : end + 2]))
+                )
+                equal = [item for item in found if item[0] == at and item[1] == end]
+                if outside and (equal or not any(start < end and at < stop for start, stop, _ in found)):
+                    found.append((at, end, letter))
+                at = lower.find(text, end)
+        return found
+
+
+# ---- a short piece that should be the answer itself --------------------------------------------------------
+
+LEAD = re.compile(rf"(?:{NAMED}\b\W*(?:akhir\b\W*)?)+(?:(?:ialah|adalah|is)\b\W*)?", re.I)
+ONE_LETTER = re.compile(r"[(\[\s]*([A-Fa-f])[)\]\s]*(?:[.:,;!]\s*\1?)?[.:,;!\s]*")
+LETTER_AND_TEXT = re.compile(
+    r"[(\[]?([A-F])([)\]]?\s*[.):,]\s*|[)\]]?(?:\s+[\-–—]\s*|[–—]\s*|-\s+)|\s+\(?|\)\s*)(\S.*)", re.S
+)
+TEXT_AND_LETTER = re.compile(rf"(\S.*?)\s*\((?:{NAMED}\s+)?([A-F])\)[.\s]*", re.S | re.I)
+LONE_LETTERS = re.compile(r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)")
+
+
+def read_piece(piece, options):
+    """A box's content or a whole line, plain -> a letter on offer, AMBIGUOUS, or None when it is not an answer.
+
+    Remembered a question.
+    """
+    if len(piece) > options.longest:
+        return None
+    if piece not in options.read:
+        options.read[piece] = piece_letter(" ".join(piece.split()), options)
+    return options.read[piece]
+
+
+def piece_letter(piece, options):
+    """`read_piece` of what was not read before."""
+    bare = LEAD.sub("", piece, count=1) if LEAD.match(piece) else piece
+    match = ONE_LETTER.fullmatch(bare)
+    if match:
+        letter = match.group(1).upper()
+        return letter if letter in options.letters else None
+    for spelt in (piece, bare):
+        same = options.named(spelt)
+        if same:
+            return same[0] if len(same) == 1 else AMBIGUOUS
+    match = LETTER_AND_TEXT.fullmatch(bare)
+    if match and match.group(1) in options.letters:
+        letter, between, rest = match.groups()
+        same = options.named(rest)
+        if same:
+            return letter if letter in same else AMBIGUOUS
+        text = dict((own, text) for text, own in options.texts).get(letter)
+        several = set(LONE_LETTERS.findall(rest)) & set(options.letters) - {letter}
+        if text and rest.lower().startswith(text):
+            return letter
+        if several:
+            return AMBIGUOUS
+        if between.strip() and not rest.startswith("="):
+            return letter
+    match = TEXT_AND_LETTER.fullmatch(bare)
+    if match and match.group(2).upper() in options.letters:
+        same = options.named(match.group(1))
+        return match.group(2).upper() if not same or match.group(2).upper() in same else AMBIGUOUS
+    if "=" in bare or "≈" in bare:
+        same = options.named(re.split("[=≈]", bare)[-1])
+        return same[0] if len(same) == 1 else None
+    return AMBIGUOUS if len(set(LONE_LETTERS.findall(bare)) & set(options.letters)) > 1 else None

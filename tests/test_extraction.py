@@ -1,0 +1,191 @@
+"""extraction.py: three hand-labelled tables, templates filled with shuffled options, one answer for quick and slow,
+linear time.
+"""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from malaysian_sft.answer_text import key, number
+from malaysian_sft.extraction import by_rules, extract, extract_strict, quick
+
+HERE = Path(__file__).parent
+
+
+def load(name):
+    return [json.loads(line) for line in (HERE / name).read_text(encoding="utf-8").splitlines()]
+
+
+COMMITTED = load("extraction_cases.jsonl")
+HOSTILE = load("extraction_hostile.jsonl")
+VALUES = load("extraction_values.jsonl")
+# {L} and {T} are the right letter and its text, {W} and {V} a wrong one, {X} another wrong letter
+TEMPLATES = load("extraction_templates.jsonl")
+OPTION_SETS = [
+    ["Johor Bahru", "Kuala Lumpur", "Ipoh", "Kuching"],
+    ["Vitamin A", "Vitamin B", "Vitamin C", "Vitamin D"],
+    ["12", "15", "18", "21"],
+    ["RM 12.50", "RM 15.00", "RM 18.00", "RM 21.00"],
+    ["meja", "kerusi", "almari"],
+    ["I dan II", "I dan III", "II dan IV", "III dan IV"],
+    ["Hepatitis A", "Hepatitis B", "Hepatitis C", "Hepatitis E", "Hepatitis D"],
+]
+
+
+def question(options=("Johor Bahru", "Kuala Lumpur", "Ipoh", "Kuching")):
+    return {"letters": "ABCDEF"[: len(options)], "options": dict(zip("ABCDEF", options, strict=False))}
+
+
+def given(case):
+    return case["text"], question(case["options"]), case.get("finish_reason", "stop"), case.get("thinking", False)
+
+
+def filled():
+    """Every template with every option set, options shuffled -> (text, question, expected letter or None)."""
+    draw = random.Random(42)
+    for case in TEMPLATES:
+        for options in OPTION_SETS:
+            options = draw.sample(options, len(options))
+            asked = question(options)
+            right, wrong, other = draw.sample(asked["letters"], 3)
+            own = asked["options"]
+            text = case["text"].format(L=right, T=own[right], W=wrong, V=own[wrong], X=other)
+            yield text, asked, right if case["expected"] else None
+
+
+def test_the_committed_table_is_read_as_before():
+    read = [extract(*given(case)) for case in COMMITTED]
+    wrong = [
+        (case["text"], said)
+        for case, said in zip(COMMITTED, read, strict=True)
+        if (said[1] or said[0]) != case["expected"]
+    ]
+    assert len(COMMITTED) >= 150 and not wrong
+
+
+def test_the_hostile_table_is_read_as_a_malay_reader_does():
+    read = [extract(*given(case)) for case in HOSTILE]
+    wrong = [(case["text"], said) for case, said in zip(HOSTILE, read, strict=True) if said[1] != case["expected"]]
+    assert len(HOSTILE) == 204 and not wrong
+
+
+def test_templates_with_shuffled_options():
+    wrong = [
+        (text, expected, said) for text, asked, expected in filled() if (said := extract(text, asked))[1] != expected
+    ]
+    assert len(TEMPLATES) >= 120 and not wrong
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_values_in_latex_and_units_whatever_the_order_of_the_options(seed):
+    wrong = []
+    for case in VALUES:
+        own = question(case["options"])["options"]
+        order = list(case["options"])
+        if "A dan B" not in order:  # such an option speaks of the order
+            random.Random(seed).shuffle(order)
+        expected = case["expected"] and "ABCD"[order.index(own[case["expected"]])]
+        said = extract(case["text"], question(order))
+        if said[1] != expected:
+            wrong.append((case["text"], order, expected, said))
+    assert not wrong
+
+
+def test_the_quick_way_gives_the_answer_of_the_rules():
+    taken = 0
+    cases = [given(case) for case in COMMITTED + HOSTILE + VALUES] + [
+        (text, asked, "stop", False) for text, asked, _ in filled()
+    ]
+    leads = (
+        "",
+        "Jawapan: ",
+        "Bukan ",
+        "Jawapan bukan:\n",
+        "Mari fikir.\n\n",
+        "Jadi jawapannya ialah ",
+        "Langkah 1. ",
+        "Pilihan A. Jawapan akhir: ",
+    )
+    for text, asked, reason, thinking in cases + [(lead + text, *rest) for lead in leads for text, *rest in cases[::7]]:
+        for form in (
+            text,
+            text + "\n$\\boxed{B}$",
+            text + " Jawapan akhir ialah $\\boxed{A}$.",
+            text + ". Jadi \\boxed{C}",
+        ):
+            taken += quick(form, asked, thinking) is not None
+            assert extract(form, asked, reason, thinking) == by_rules(form, asked, reason, thinking), form
+    assert taken > 1000
+    words = question(["Jadi", "ialah", "jawapan akhir", "maka"])
+    assert (
+        extract("Jawapan akhir ialah \\boxed{B}", words)
+        == by_rules("Jawapan akhir ialah \\boxed{B}", words)
+        == ("answered", "B")
+    )
+
+
+def test_a_long_text_is_read_like_a_short_one():
+    filler = "Mari kita fikirkan langkah demi langkah dengan teliti.\n" * 200
+    assert extract(filler + "Jawapan: C", question()) == ("answered", "C")
+    assert extract("Jawapan: C\n" + filler, question()) == ("answered", "C")
+    assert extract(filler + r"\boxed{\text{Kuching}}", question()) == ("answered", "D")
+    assert extract(filler, question()) == ("none", None)
+    assert extract(filler, question(), "length") == ("truncated", None)
+
+
+def test_strict_reads_only_the_last_box():
+    assert extract_strict("Jawapan: B", question()) == ("none", None)
+    assert extract_strict("Jawapan: B", question(), "length") == ("truncated", None)
+    assert extract_strict(r"\boxed{A} Jawapan: B \boxed{\text{C. Ipoh}}. Jawapan: D", question()) == ("answered", "C")
+    assert extract_strict(r"\boxed{A, B}", question()) == ("ambiguous", None)
+    assert extract_strict(r"<think>\boxed{A}", question()) == ("none", None)
+    assert extract_strict(r"\boxed{A}", question(), thinking=True) == ("none", None)
+
+
+def test_one_normalisation():
+    assert key(r"2{,}000\,\text{N}") == key("2000 N") == key("2,000N") == "2000n"
+    assert key(r"\frac{5}{4}") == key("5/4") == key(r"\tfrac54")
+    assert key("II dan I") == key(r"\text{I, II}") and key("I") != key("II")
+    assert key("10 m/s") == key(r"10\,\text{m s}^{-1}") and key("x^2 + 3") != key("2x + 3")
+    assert number("rm18") == (18, "rm") and number("1/0") is None and number("ipoh") is None
+    assert extract(r"\boxed{2000 kg}", question(["1000 N", "2000 N"])) == (
+        "none",
+        None,
+    )  # another unit is another answer
+
+
+BUILDERS = {
+    "boxes left open": lambda n: r"\boxed{" * (n // 7),
+    "nested boxes": lambda n: r"\boxed{" * (n // 8) + "}" * (n // 8),
+    "nested fonts": lambda n: r"\boxed{" + r"\text{" * (n // 7) + "}" * (n // 7) + "}",
+    "boxes": lambda n: r"\boxed{A} " * (n // 10),
+    "statements": lambda n: "Jawapan: A\n" * (n // 11),
+    "one long clause": lambda n: "jawapan B " * (n // 10),
+    "spaces": lambda n: "jawapan:" + " " * n + "B",
+    "blank lines": lambda n: "\n " * (n // 2),
+    "option's text": lambda n: "jawapan " + "Ipoh " * (n // 5),
+    "letters": lambda n: "A, " * (n // 3),
+    "tags": lambda n: "<a" * (n // 2),
+    "fractions": lambda n: r"\frac{" * (n // 6),
+    "stars": lambda n: "*a" * (n // 2),
+    "tabs": lambda n: "jawapan" + ", \t " * (n // 4),
+    "digits": lambda n: r"\boxed{" + "1" * n + "}",
+}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_time_is_linear_whatever_the_response(name):
+    def seconds(size):
+        text, best = BUILDERS[name](size), float("inf")
+        for _ in range(3):
+            began = time.process_time()
+            extract(text, question())
+            best = min(best, time.process_time() - began)
+        return best
+
+    small, large = seconds(100_000), seconds(400_000)
+    assert small < 0.3  # 0.01 to 0.1 measured on one core; a slow CI machine may take three times as long
+    assert large < 4 * 2.2 * max(small, 0.004), (small, large)  # quadratic would be 16
