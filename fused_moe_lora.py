@@ -199,11 +199,11 @@ class FusedMoELoRA(nn.Module):
                 local_tensor(lora_A).copy_(local_part(whole, lora_A))
             local_tensor(getattr(self, f"{name}_lora_B")).zero_()
         if self.use_dora:
-            gate_up_norms = squared_row_norms(local_tensor(self.gate_up_proj)).sqrt()
-            gate_norms, up_norms = gate_up_norms.chunk(2, dim=1)
-            local_tensor(self.gate_proj_lora_magnitude).copy_(gate_norms)
-            local_tensor(self.up_proj_lora_magnitude).copy_(up_norms)
-            local_tensor(self.down_proj_lora_magnitude).copy_(squared_row_norms(local_tensor(self.down_proj)).sqrt())
+            gate, up = squared_row_norms(self.gate_up_proj).sqrt().chunk(2, dim=1)
+            norms = {"gate_proj": gate, "up_proj": up, "down_proj": squared_row_norms(self.down_proj).sqrt()}
+            for name, whole in norms.items():
+                magnitude = getattr(self, f"{name}_lora_magnitude")
+                local_tensor(magnitude).copy_(local_part(whole.contiguous(), magnitude))
         self._after_load()
 
     def _after_load(self, *_):

@@ -250,7 +250,6 @@ PLAN_FLAGS = {
     "activations": (str, "activation_policy"),
     "memory_mode": (str, "memory_mode"),
     "reduce_every_micro_batch": (bool, "reduce_every_micro_batch"),
-    "cpu_offload": (bool, "cpu_offload"),
     "shard_nodes": (int, "shard_nodes"),
     "num_train_epochs": (float, None),
     "model_name_or_path": (str, None),

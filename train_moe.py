@@ -124,9 +124,6 @@ class TrainingArguments:
             )
         },
     )
-    cpu_offload: bool = field(
-        default=False, metadata={"help": "keep weights and optimiser in host memory, for small GPUs"}
-    )
     save_steps: int | None = field(
         default=None, metadata={"help": "checkpoint every so many steps as well as every epoch"}
     )
@@ -167,7 +164,6 @@ def plan_arguments(args, data_args, lora_args):
         activation_policy=None if args.activations == "auto" else args.activations,
         memory_mode=args.memory_mode,
         reduce_every_micro_batch=args.reduce_every_micro_batch,
-        cpu_offload=args.cpu_offload,
         shard_nodes=args.shard_nodes,
     )
 
@@ -359,12 +355,12 @@ def train(args, data_args, lora_args):
     lock = claim(args.output_dir) if is_main() else None
 
     peft_model, model = build_model(config, args, lora_args)
-    shard(model, mesh, args, lora_args.use_dora)
-    load_weights(model.causal_lm, directory, torch.device("cpu") if args.cpu_offload else device)
+    ring = shard(model, mesh, args, lora_args.use_dora)
+    load_weights(model.causal_lm, directory, device, ring)
     for module in model.modules():  # FSDP brings parameters to the device when they are needed, not buffers
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
-    reset_adapter(model.causal_lm, args.seed)
+    reset_adapter(model.causal_lm, args.seed, ring)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, args)
     facts = {

@@ -43,7 +43,6 @@ from malaysian_sft.account import (  # noqa: E402
     train_flops,  # noqa: E402
 )
 from malaysian_sft.attention import attention_backend  # noqa: E402
-from malaysian_sft.attention_half import lay_side_by_side  # noqa: E402
 from malaysian_sft.load_base import (  # noqa: E402
     compute_buffers,  # noqa: E402
     reset_adapter,  # noqa: E402
@@ -51,6 +50,7 @@ from malaysian_sft.load_base import (  # noqa: E402
 from malaysian_sft.lora import local_tensor  # noqa: E402
 from malaysian_sft.moe_model import (  # noqa: E402
     SummedCrossEntropy,  # noqa: E402
+    allocate,  # noqa: E402
     build_model,  # noqa: E402
     make_mesh,  # noqa: E402
     shard,  # noqa: E402
@@ -105,6 +105,8 @@ MODELS = {  # from the published config.json files, but for the number of layers
     "tiny": ("Qwen3MoeConfig", QWEN3 | TINY | dict(num_experts=8, num_experts_per_tok=2)),
 }
 
+LAYERS = {"qwen3-30b-a3b": 48, "qwen3-235b-a22b": 94, "glm-4.5-air": 46, "tiny": 2}  # of the published models
+
 
 @dataclass
 class Arguments:
@@ -141,11 +143,14 @@ def build(name, layers, args, dtype, device, mesh=None):
     run, _, lora_args = train_moe.parse(flags)
     run.memory_mode = args.memory_mode
     run.fast_parts = args.fast_parts
+    return config, build_run(config, run, lora_args, device, mesh)
+
+
+def build_run(config, run, lora_args, device, mesh=None):
+    """The trainer's model of `config` under its arguments, with weights and adapters as `build` has them."""
     _, model = build_model(config, run, lora_args)
-    if mesh is not None:
-        shard(model, mesh, run, args.use_dora)
-    model.to_empty(device=device)
-    lay_side_by_side(model.causal_lm)
+    ring = shard(model, mesh, run, lora_args.use_dora) if mesh is not None else None
+    allocate(model.causal_lm, ring, device)
     compute_buffers(model.causal_lm)
     torch.manual_seed(dist.get_rank())
     with torch.no_grad():
@@ -155,11 +160,14 @@ def build(name, layers, args, dtype, device, mesh=None):
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.zero_()
-        reset_adapter(model.causal_lm, 0)
+        if ring is not None:
+            for piece in ring.pieces.values():
+                piece.shard.normal_(0.0, 0.02)
+        reset_adapter(model.causal_lm, 0, ring)
         for parameter_name, p in model.named_parameters():
             if "lora_B" in parameter_name:
                 local_tensor(p).normal_(0.0, 0.01)
-    return config, model
+    return model
 
 
 def random_documents(places, vocabulary, generator):

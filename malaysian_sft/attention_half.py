@@ -229,9 +229,11 @@ def attention_half(layer, hidden, position_embeddings, boundaries, longest):
 
 def fused_forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
                   position_embeddings=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):  # fmt: skip
-    """A decoder layer's forward over one row of packed documents."""
+    """A decoder layer's forward over one row of packed documents; with a mask or a cache, transformers' own."""
     if attention_mask is not None or past_key_values is not None or cu_seq_lens_q is None:
-        raise ValueError("this layer was made for training on packs: no mask, no cache, and cu_seq_lens_q from collate")
+        kwargs |= dict(cu_seq_lens_q=cu_seq_lens_q, max_length_q=max_length_q, position_ids=position_ids)
+        kwargs |= dict(past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings)
+        return type(self).forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
     half = self.recomputed_half if self.recompute_attention else attention_half
     h, normed = half(self, hidden_states[0], position_embeddings, cu_seq_lens_q, max_length_q)
     return (h + self.mlp(normed[None])[0])[None]

@@ -8,14 +8,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from tqdm import tqdm
 
 from fused_moe_lora import FusedMoELoRA, squared_row_norms
-from malaysian_sft.attention_half import lay_side_by_side
-from malaysian_sft.lora import local_part, local_tensor
-from malaysian_sft.moe_model import LoraLinear
+from malaysian_sft.lora import LAYER, local_part, local_tensor
+from malaysian_sft.moe_model import LoraLinear, allocate
 from malaysian_sft.run import is_main, say
 from malaysian_sft.safetensors_files import read_sources
 
@@ -40,7 +37,7 @@ def frozen_tensors(causal_lm):
     return {name.replace(".base_layer.", "."): tensor for name, tensor in found.items()}
 
 
-def plan_reading(tensors, sources):
+def plan_reading(tensors, sources, ring=None):
     """What this rank reads: ([Piece], {every checkpoint tensor that the model needs: its shape}).
 
     A parameter sharded on dimension 0 needs a range of rows. A stack of experts is found either as such or as one
@@ -49,9 +46,8 @@ def plan_reading(tensors, sources):
     pieces, expected = [], {}
     for name, tensor in tensors.items():
         shape, local, first = tuple(tensor.shape), tensor, 0
-        if isinstance(tensor, DTensor):
-            _, offset = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-            local, first = tensor.to_local(), offset[0] if offset else 0
+        if ring is not None and (held := ring.pieces.get(id(tensor))) is not None:
+            local, first = held.shard[: held.rows], held.first
         local = local.detach()
         stack, _, kind = name.rpartition(".")
         if not stack.endswith(".experts") or name in sources:
@@ -132,7 +128,7 @@ def read_piece(piece, source, progress):
 
 
 @torch.no_grad()
-def load_weights(causal_lm, directory, device):
+def load_weights(causal_lm, directory, device, ring=None):
     """Give a (sharded) meta-device model its storage on `device` and its base weights from `directory`; returns (bytes,
     seconds).
 
@@ -145,11 +141,10 @@ def load_weights(causal_lm, directory, device):
     ignored = check_complete(expected, sources, causal_lm.config, directory)
     if ignored:
         say(f"loading: ignored {len(ignored)} tensors that this model does not use, such as {ignored[0]}")
-    causal_lm.to_empty(device=device)
-    lay_side_by_side(causal_lm)
+    allocate(causal_lm, ring, device)
     causal_lm.tie_weights()
     compute_buffers(causal_lm)
-    pieces, _ = plan_reading(frozen_tensors(causal_lm), sources)
+    pieces, _ = plan_reading(frozen_tensors(causal_lm), sources, ring)
     total = sum(piece.target.numel() * sources[piece.name].dtype.itemsize for piece in pieces)
     started = time.perf_counter()
     with (
@@ -185,11 +180,13 @@ def compute_buffers(causal_lm):
 
 
 @torch.no_grad()
-def reset_adapter(causal_lm, seed):
+def reset_adapter(causal_lm, seed, ring=None):
     """Start values of the adapter: A Kaiming-uniform, B zero, magnitudes the row norms of W; the same for any number of
     ranks."""
     torch.manual_seed(seed)
     for path, module in causal_lm.named_modules():
+        if ring is not None and (layer := LAYER.search(path)):
+            ring.use(int(layer[1]))
         if isinstance(module, FusedMoELoRA):
             module.reset_lora_parameters()
         elif isinstance(module, LoraLinear):
@@ -199,9 +196,10 @@ def reset_adapter(causal_lm, seed):
             local_tensor(lora_A).copy_(local_part(whole, lora_A))
             local_tensor(module.lora_B["default"].weight).zero_()
             if module.use_dora["default"]:
-                norms = squared_row_norms(local_tensor(module.base_layer.weight).unsqueeze(0))[0].sqrt()
+                norms = squared_row_norms(module.base_layer.weight.unsqueeze(0))[0].sqrt()
                 if (norms == 0).any():
                     raise ValueError(
                         f"--use_dora: {path} has rows of zeros, and DoRA divides by their norm; train it with LoRA"
                     )
-                local_tensor(module.lora_magnitude_vector["default"].weight).copy_(norms)
+                magnitude = module.lora_magnitude_vector["default"].weight
+                local_tensor(magnitude).copy_(local_part(norms, magnitude))

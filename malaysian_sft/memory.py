@@ -24,23 +24,28 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
     otherwise.
 
     full       the layer's input, H a token.
-    none       attention half: input H, normed input H, every projection's output except o_proj's, queries and keys once
-               more where they are normalised (keys and values as wide as the queries with repeated_heads), the
-               attention output and its fp32 log-sum-exp per head, r for each LoRA inner product. MLP half: its input H,
-               normed input H, and for a dense or shared MLP gate, up and their product, 3 intermediate_size, and 3 r
-               (moe: silu(gate) as well, as transformers' own MLP does; dense models run Liger's); for routed experts
-               `experts_saved_bytes` and the router's fp32 probabilities. DoRA keeps the output before the magnitude of
-               every adapted layer, and a bf16 copy of the experts' adapter, which FSDP then gathers in fp32.
-    selective  the attention half is recomputed from its input and normed input; the MLP half is kept as under none.
+    none       attention half (moe, LoRA: attention_half.py): input H, queries, keys and values before rotary and
+               queries and keys after it, the attention output and its fp32 log-sum-exp per head, r for each LoRA inner
+               product, its output H. MLP half: normed input H. Elsewhere, attention half: input H, normed input H,
+               every projection's output except o_proj's, queries and keys once more where they are normalised (keys and
+               values as wide as the queries with repeated_heads), the attention output and its fp32 log-sum-exp per
+               head, r for each LoRA inner product. MLP half: its input H, normed input H, and for a dense or shared MLP
+               gate, up and their product, 3 intermediate_size, and 3 r (moe: silu(gate) as well, as transformers' own
+               MLP does; dense models run Liger's); for routed experts `experts_saved_bytes` and the router's fp32
+               probabilities. DoRA keeps the output before the magnitude of every adapted layer, and a bf16 copy of the
+               experts' adapter, which FSDP then gathers in fp32.
+    selective  the attention half is recomputed from its input (elsewhere also its normed output's input is kept); the
+               MLP half is kept as under none.
     """
     hidden, norms, width = config.hidden_size, architecture(config).query_key_norm, attention_width(config)
-    attention, mlp, experts = 2 * hidden, 2 * hidden, 0  # elements a token; bytes
+    fused = kind == "moe" and not use_dora
+    attention, mlp, experts = 2 * hidden, (1 if fused else 2) * hidden, 0  # elements a token; bytes
     for m in matrices:
         inner = (r + m.out_features * use_dora) * m.adapted
         if m.kind == "attention":
             repeated = repeated_heads and m.name.endswith(("k_proj.weight", "v_proj.weight"))
             attention += inner + (width if repeated or m.name.endswith("o_proj.weight") else m.out_features)
-            attention += m.out_features * (norms and m.name.endswith(("q_proj.weight", "k_proj.weight")))
+            attention += m.out_features * ((norms or fused) and m.name.endswith(("q_proj.weight", "k_proj.weight")))
         elif m.kind in ("mlp", "shared_expert"):
             mlp += inner + (m.in_features if "down_proj" in m.name else m.out_features)
             mlp += m.out_features * (kind == "moe" and "gate_proj" in m.name)
@@ -55,7 +60,7 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
     if policy == "full":
         return tokens * 2 * hidden
     log_sum_exp = 4 * config.num_attention_heads
-    kept_attention = 2 * attention + log_sum_exp if policy == "none" else 2 * 2 * hidden
+    kept_attention = 2 * attention + log_sum_exp if policy == "none" else 2 * (1 if fused else 2) * hidden
     return tokens * (kept_attention + 2 * mlp) + experts
 
 
@@ -104,11 +109,12 @@ def gpu_bytes(config, plan):
 
     dense: DeepSpeed ZeRO-3 over all ranks; without it, as on one. bf16 base and adapter, fp32 master adapter, gradient
     and two Adam moments are all sharded; whole parameters live up to DeepSpeed's stage3_max_live_parameters (1e9) or
-    one layer, whichever is more, and its prefetch. moe: FSDP2 over the GPUs of shard_nodes nodes, copies beyond. bf16
-    base, fp32 adapter and Adam moments are sharded (with cpu_offload: on the host). One layer is whole in use, with its
-    gather's buffer and the next one's; embedding and head through the step; what is gathered is bf16, DoRA's adapter
-    fp32. Over several micro-batches the adapter's fp32 gradient stays whole until the last one, unless every
-    micro-batch reduces it. Reducing takes a layer's gradient in bf16 and two fp32 buffers.
+    one layer, whichever is more, and its prefetch.
+    moe: the layers' frozen weights are sharded over the GPUs of shard_nodes nodes, copies beyond, and two layers are
+    whole at a time; embedding and head are whole on every GPU. Adapter and Adam moments, fp32, are sharded by FSDP2,
+    which gathers three layers' adapters in bf16 (DoRA: fp32). Over several micro-batches the adapter's fp32 gradient
+    stays whole until the last one, unless every micro-batch reduces it. Reducing takes a layer's gradient in bf16 and
+    two fp32 buffers. On a single GPU nothing is gathered, and the adapter's bf16 casts are kept for the backward.
     """
     arch, counts, kind, dora = architecture(config), plan["parameters"], plan["kind"], plan["use_dora"]
     r, expert_r, policy, mode = plan["r"], plan["expert_r"], plan["activation_policy"], plan["memory_mode"]
@@ -125,6 +131,8 @@ def gpu_bytes(config, plan):
         for layer in layers
     )
     reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else 10 * layer_adapter  # ds3.json's "auto" bucket
+    if kind == "moe" and plan["gpus"] * plan["nodes"] == 1:
+        reduction = 6 * layer_adapter  # a layer's gradient in bf16 and in fp32, before it is added
     moments, kept = [], 0
     for number, layer in enumerate(layers):
         own, everything = (
@@ -155,16 +163,19 @@ def gpu_bytes(config, plan):
         }
     else:
         shard = plan["gpus"] * plan["shard_nodes"]
-        whole = plan["accumulation"] > 1 and not plan["reduce_every_micro_batch"]
-        on_gpu = 0 if plan["cpu_offload"] else 1
+        alone = shard * plan["nodes"] == 1
+        whole = plan["accumulation"] > 1 and not plan["reduce_every_micro_batch"] and not alone
+        outside = sum(counts["base"].get(k, 0) for k in ("embedding", "head"))
         terms = {
-            "frozen base, bf16 shard": on_gpu * 2 * base / shard,
-            "adapter, fp32": on_gpu * 4 * adapter / shard,
-            "Adam moments, fp32": on_gpu * 8 * adapter / shard,
-            "adapter gradient, fp32": 0 if whole else on_gpu * 4 * adapter / shard,
+            "frozen base, bf16 shard": 2 * (base - outside) / shard,
+            "embedding and head": 2 * outside,
+            "adapter, fp32": 4 * adapter / shard,
+            "Adam moments, fp32": 8 * adapter / shard,
+            "adapter gradient, fp32": 0 if whole else 4 * adapter / shard,
             "whole adapter gradient while accumulating": 4 * adapter if whole else 0,
-            "gathered layers": (3 if shard > 1 else 1) * (2 * layer_base + (4 if dora else 2) * layer_adapter),
-            "gathered embedding and head": 2 * sum(counts["base"].get(k, 0) for k in ("embedding", "head")),
+            "two gathered layers": 4 * layer_base if shard > 1 else 0,
+            "gathered adapters": (3 * (4 if dora else 2) * layer_adapter) if shard > 1 else 0,
+            "adapter cast to bf16": 2 * adapter if alone and not dora else 0,
         }
         if dora:
             terms["DoRA norms of experts, fp32"] = 8 * sum(
@@ -188,10 +199,6 @@ def host_bytes(plan):
         return {**terms, "checkpoint in page cache while loading (can be evicted)": 2 * base}
     terms["read buffers while loading"] = plan["gpus"] * 8 * 32 * 2**20
     terms["resume state while it is written, fp32"] = 12 * adapter // plan["shard_nodes"]
-    if plan["cpu_offload"]:
-        terms["base, adapter, its gradient and Adam moments (cpu_offload)"] = (2 * base + 16 * adapter) // plan[
-            "shard_nodes"
-        ]
     return terms
 
 

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from fused_moe_lora import FusedMoELoRA, dora_norm, squared_row_norms, wrap_experts
 from malaysian_sft.attention import register_attention
-from malaysian_sft.attention_half import fast_norm, fuse_attention_half
+from malaysian_sft.attention_half import fast_norm, fuse_attention_half, lay_side_by_side
+from malaysian_sft.frozen_ring import FrozenRing
 from malaysian_sft.lora import apply_lora
 from malaysian_sft.norm_rope import Rotary, ScaleColumns
 from malaysian_sft.run import say
@@ -327,18 +328,20 @@ def fast_rotary(rotary):
 
 
 def shard(model, mesh, args, use_dora):
-    """fully_shard every decoder layer and the root, in place; nothing for a copy of the model on a single rank."""
-    if mesh.size() == 1 and not args.cpu_offload:
-        return
+    """Spread the model over the ranks, in place: adapters by FSDP2, the layers' frozen weights by a FrozenRing.
+
+    Returns the ring, None where a rank holds a whole copy of the model. Nothing is done for a single rank.
+    """
+    if mesh.size() == 1:
+        return None
     # DoRA's magnitudes are near the weights' norms, where bf16 steps are larger than what a step of training moves:
     # leave fp32 be.
     cast = None if use_dora or args.dtype == "float32" else torch.bfloat16
-    settings = dict(
-        mesh=mesh,
-        mp_policy=MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32),
-        offload_policy=CPUOffloadPolicy() if args.cpu_offload and torch.cuda.is_available() else OffloadPolicy(),
-    )
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32)
+    settings = dict(mesh=mesh, mp_policy=policy, ignored_params=frozen)
     layers = list(model.causal_lm.base_model.layers)
+    ring = FrozenRing(layers, mesh["shard"].get_group()) if mesh["shard"].size() > 1 else None
     for layer in layers:
         fully_shard(layer, **settings)
     fully_shard(model, **settings)
@@ -346,3 +349,13 @@ def shard(model, mesh, args, use_dora):
         layer.set_modules_to_forward_prefetch([following])
     for layer, previous in zip(layers[1:], layers, strict=False):
         layer.set_modules_to_backward_prefetch([previous])
+    return ring
+
+
+def allocate(causal_lm, ring, device):
+    """Give a (sharded) meta-device model its storage on `device`."""
+    if ring is None:
+        causal_lm.to_empty(device=device)
+        lay_side_by_side(causal_lm)
+    else:  # whose buffers have q, k and v side by side
+        ring.allocate(causal_lm, device)

@@ -408,12 +408,6 @@ def test_shards_over_nodes():
     assert copies == one and shared == one // 2
     dense = real_config("Qwen3-32B")
     assert plan_run(dense, kind="dense", gpus=8, nodes=2)["gpu_bytes"][shard] == 32_762_123_264 * 2 // 16
-    offloaded = plan_run(config, kind="moe", gpus=8, cpu_offload=True)
-    assert shard not in offloaded["gpu_bytes"] and "Adam moments, fp32" not in offloaded["gpu_bytes"]
-    assert (
-        sum(offloaded["host_bytes"].values()) - sum(plan_run(config, kind="moe", gpus=8)["host_bytes"].values())
-        > 30e9 * 2
-    )
 
 
 @pytest.mark.parametrize("kind, name", [("dense", "Qwen3-32B"), ("moe", "GLM-4.5-Air")])

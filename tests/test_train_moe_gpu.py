@@ -43,7 +43,6 @@ def runs(tmp_path_factory):
         "selective": "--activations selective",
         "full": "--activations full --save_steps 1",
         "broken": "--activations full",
-        "offload": "--activations full --cpu_offload True",
         "dora": "--activations none --use_dora True",
     }
     started = {
@@ -93,7 +92,6 @@ def losses(directory):
 def test_a_gpu_follows_the_cpu(runs):
     truth = losses(runs["cpu"])
     assert len(truth) == STEPS and truth[-1] < truth[0]
-    assert losses(runs["offload"]) == pytest.approx(truth, rel=5e-2), "the same start, drawn on the CPU"
     for name in ("none", "selective", "full", "dora"):  # their start is drawn on the GPU, and B is zero in it
         found = losses(runs[name])
         assert found[0] == pytest.approx(truth[0], rel=5e-3) and found == pytest.approx(truth, rel=0.1), name
