@@ -4,7 +4,8 @@
 
 Queries, keys and values are one product with the stacked weights, their three A another; norms, rotary and the sum with
 the residual are kernels (norm_rope.py). Kept for the backward: the layer's input, q k v before and after rotary, the
-LoRA inner products, attention's output, h. The normed input is made again from its rstd, which costs one read.
+LoRA inner products, attention's output, h. The normed input is made again from its rstd, which costs one read, and so
+is `normed`, which the MLP half saves.
 
 Letters: T tokens; H hidden; N = width of q, k and v together; r LoRA rank; s = scaling. Forward and backward:
 
@@ -18,6 +19,7 @@ Letters: T tokens; H hidden; N = width of q, k and v together; r LoRA rank; s = 
 """
 
 import ast
+import contextlib
 import inspect
 import textwrap
 import types
@@ -121,7 +123,7 @@ class NormedQKV(torch.autograd.Function):
 
 
 class OutputAddNorm(torch.autograd.Function):
-    """Steps 5 to 10: (h, norm(h)) from attention's output (T, heads D) and the residual x (T, H)."""
+    """Steps 5 to 10: (h, norm(h), its rstd) from attention's output (T, heads D) and the residual x (T, H)."""
 
     @staticmethod
     def forward(ctx, attention, x, facts, lora_A, lora_B):
@@ -133,10 +135,11 @@ class OutputAddNorm(torch.autograd.Function):
         normed, h, rstd = rms_norm_forward(o, norm_weight, eps, residual=x)
         ctx.save_for_backward(attention, u, h, rstd, a, b)
         ctx.facts, ctx.dtypes = facts, (lora_A.dtype, lora_B.dtype)
-        return h, normed
+        ctx.mark_non_differentiable(rstd)
+        return h, normed, rstd
 
     @staticmethod
-    def backward(ctx, dh, dnormed):
+    def backward(ctx, dh, dnormed, _):
         attention, u, h, rstd, a, b = ctx.saved_tensors
         weight, _, norm_weight, _, scaling = ctx.facts
         d = rms_norm_backward(dnormed, h, norm_weight, rstd, dh)  # (T, H)
@@ -213,8 +216,8 @@ def facts_of(layer):
 
 
 def attention_half(layer, hidden, position_embeddings, boundaries, longest):
-    """(h, normed) (T, H) each: see the module's docstring. hidden (T, H); position_embeddings (cos, sin), each
-    (1, T, R); boundaries and longest bound the documents, as for `attend`."""
+    """(h, normed) (T, H) each, and rstd (T,): see the module's docstring. hidden (T, H); position_embeddings (cos,
+    sin), each (1, T, R); boundaries and longest bound the documents, as for `attend`."""
     attention = layer.self_attn
     first, second = facts_of(layer)
     cos, sin = (x[0].contiguous() for x in position_embeddings)
@@ -235,8 +238,26 @@ def fused_forward(self, hidden_states, attention_mask=None, position_ids=None, p
         kwargs |= dict(past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings)
         return type(self).forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
     half = self.recomputed_half if self.recompute_attention else attention_half
-    h, normed = half(self, hidden_states[0], position_embeddings, cu_seq_lens_q, max_length_q)
-    return (h + self.mlp(normed[None])[0])[None]
+    h, normed, rstd = half(self, hidden_states[0], position_embeddings, cu_seq_lens_q, max_length_q)
+    recomputed = self.recompute_attention or getattr(self, "gradient_checkpointing", False)
+    with contextlib.nullcontext() if recomputed else made_again(normed, h, self.post_attention_layernorm, rstd):
+        return (h + self.mlp(normed[None])[0])[None]
+
+
+def made_again(normed, h, norm, rstd):
+    """Within: whoever saves `normed` for the backward gets it made again from h, which is kept anyway, and rstd."""
+    at, size = normed.data_ptr(), normed.numel()
+
+    def pack(tensor):
+        return tuple(tensor.shape) if tensor.data_ptr() == at and tensor.numel() == size else tensor
+
+    def unpack(saved):
+        if isinstance(saved, torch.Tensor):
+            return saved
+        again, _, _ = rms_norm_forward(h.detach(), norm.weight, norm.variance_epsilon, rstd=rstd)
+        return again.view(saved)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def recomputed_half(*inputs):

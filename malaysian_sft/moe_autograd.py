@@ -136,10 +136,12 @@ class FusedExperts(torch.autograd.Function):
             y = compute_down(gate_a, v, p, routing, tiles, launch=1)
             combine(y, routing, out, tiles, weighted=True, scale=p.down_scale)
         kept = (u, v, gate_a, y) if mode == "fast" else (None, None, None, None)
-        ctx.save_for_backward(x, *kept, *routing, *p[:-1])
+        # the adapters as they came: cast again in the backward, which is cheaper than a second copy of them all
+        given = (gate_A, gate_B, up_A, up_B, down_A, down_B)
+        ctx.save_for_backward(x, *kept, *routing, gate_up_proj, down_proj, *given, *scales)
         ctx.scaling, ctx.dtypes, ctx.spent = (
             scaling,
-            [t.dtype for t in (gate_A, gate_B, up_A, up_B, down_A, down_B)],
+            [t.dtype for t in given],
             False,
         )
         return out
@@ -152,7 +154,8 @@ class FusedExperts(torch.autograd.Function):
             )
         ctx.spent = True
         x, u, v, gate_a, y, *rest = ctx.saved_tensors
-        routing, p = Routing(*rest[:11]), Block(*rest[11:], ctx.scaling)
+        adapters = [t.to(x.dtype).contiguous() for t in rest[13:19]]
+        routing, p = Routing(*rest[:11]), Block(*rest[11:13], *adapters, *rest[19:], ctx.scaling)
         tiles, dout = tiles_for(x.device, x.dtype), dout.contiguous()
         E, H, I = p.down.shape  # noqa: E741
         S, r = routing.row_token.numel(), p.gate_A.shape[1]
