@@ -126,9 +126,8 @@ class FusedMoELoRA(nn.Module):
     top_k_weights)` is the signature of transformers' experts modules.
 
     mode: "fast" keeps gate, silu(gate) up and the LoRA inner products for the backward, "frugal" recomputes them.
-    shared_A: gate and up use one lora_A (the parameter is registered under both names). cache_norms: DoRA's row norms
-    are computed once and kept until `forget_norms()`, which the training loop then has to call after every optimiser
-    step; by default every forward computes them.
+    cache_norms: DoRA's row norms are computed once and kept until `forget_norms()`, which the training loop then has to
+    call after every optimiser step; by default every forward computes them.
     """
 
     def __init__(
@@ -140,7 +139,6 @@ class FusedMoELoRA(nn.Module):
         lora_alpha,
         use_dora=False,
         mode="fast",
-        shared_A=False,
         cache_norms=False,
         dtype=None,
         device=None,
@@ -152,7 +150,7 @@ class FusedMoELoRA(nn.Module):
             raise ValueError(f"r is {r}; the rank of an expert must be at least 1")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
-        self.use_dora, self.mode, self.shared_A, self.cache_norms = use_dora, mode, shared_A, cache_norms
+        self.use_dora, self.mode, self.cache_norms = use_dora, mode, cache_norms
 
         def frozen(*shape):
             return nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype, device=device), requires_grad=False)
@@ -163,8 +161,7 @@ class FusedMoELoRA(nn.Module):
         self.gate_up_proj = frozen(2 * intermediate_size, hidden_size)
         self.down_proj = frozen(hidden_size, intermediate_size)
         for name, out_features, in_features in self.projections():
-            shared = shared_A and name == "up_proj"
-            self.register_parameter(f"{name}_lora_A", self.gate_proj_lora_A if shared else trainable(r, in_features))
+            self.register_parameter(f"{name}_lora_A", trainable(r, in_features))
             self.register_parameter(f"{name}_lora_B", trainable(out_features, r))
             if use_dora:
                 self.register_parameter(f"{name}_lora_magnitude", trainable(out_features))
@@ -181,7 +178,7 @@ class FusedMoELoRA(nn.Module):
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size},"
             f" intermediate_size={self.intermediate_size}, r={self.r}, lora_alpha={self.lora_alpha},"
-            f" use_dora={self.use_dora}, mode={self.mode!r}, shared_A={self.shared_A}"
+            f" use_dora={self.use_dora}, mode={self.mode!r}"
         )
 
     @torch.no_grad()
@@ -193,10 +190,9 @@ class FusedMoELoRA(nn.Module):
         """
         for name, _, in_features in self.projections():
             lora_A = getattr(self, f"{name}_lora_A")
-            if not (self.shared_A and name == "up_proj"):
-                bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5)
-                whole = torch.empty(lora_A.shape, dtype=lora_A.dtype, device=lora_A.device).uniform_(-bound, bound)
-                local_tensor(lora_A).copy_(local_part(whole, lora_A))
+            bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5)
+            whole = torch.empty(lora_A.shape, dtype=lora_A.dtype, device=lora_A.device).uniform_(-bound, bound)
+            local_tensor(lora_A).copy_(local_part(whole, lora_A))
             local_tensor(getattr(self, f"{name}_lora_B")).zero_()
         if self.use_dora:
             gate, up = squared_row_norms(self.gate_up_proj).sqrt().chunk(2, dim=1)
@@ -293,7 +289,7 @@ def why_not_conforming(experts):
     return "; ".join(differences) or None
 
 
-def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", shared_A=False, cache_norms=False):
+def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", cache_norms=False):
     """Replace every `...mlp.experts` of `model` by a FusedMoELoRA that holds the same base weights; returns how many.
 
     Works on the meta device too: then call `reset_lora_parameters()` of each once the weights are loaded. Raises
@@ -312,7 +308,7 @@ def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", shared_A=Fal
         num_experts, hidden_size, intermediate_size = module.down_proj.shape
         base = dict(dtype=module.gate_up_proj.dtype, device="meta")
         fused = FusedMoELoRA(
-            num_experts, hidden_size, intermediate_size, r, lora_alpha, use_dora, mode, shared_A, cache_norms, **base
+            num_experts, hidden_size, intermediate_size, r, lora_alpha, use_dora, mode, cache_norms, **base
         ).train(module.training)
         if not module.gate_up_proj.is_meta:
             # to_empty would also allocate the base: materialise the adapters alone, then take the base over without a
@@ -323,13 +319,9 @@ def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", shared_A=Fal
                 if "lora" in n
             }
             base_weights = {"gate_up_proj": module.gate_up_proj, "down_proj": module.down_proj}
-            if shared_A:
-                lora["up_proj_lora_A"] = lora["gate_proj_lora_A"]
             fused.load_state_dict({**base_weights, **lora}, assign=True)
             fused.gate_up_proj.requires_grad_(False)
             fused.down_proj.requires_grad_(False)
-            if shared_A:
-                fused.up_proj_lora_A = fused.gate_proj_lora_A
             fused.reset_lora_parameters()
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, fused)

@@ -112,6 +112,17 @@ class TrainingArguments:
         default=True,
         metadata={"help": "own kernels for norms, rotary and the attention half; False: as transformers wrote them"},
     )
+    frugal_layers: int | None = field(
+        default=None,
+        metadata={"help": "layers whose experts are frugal whatever memory_mode says. Default: as few as fit"},
+    )
+    gather_base: bool | None = field(
+        default=None,
+        metadata={
+            "help": "spread the frozen weights over the GPUs and gather each layer as it is needed, or keep all on each,"
+            " which is faster and takes more memory. Default: spread only where it must be"
+        },
+    )
     shard_nodes: int = field(
         default=1, metadata={"help": "nodes that share one copy of the model; every further set of nodes holds another"}
     )
@@ -164,8 +175,14 @@ def plan_arguments(args, data_args, lora_args):
         activation_policy=None if args.activations == "auto" else args.activations,
         memory_mode=args.memory_mode,
         reduce_every_micro_batch=args.reduce_every_micro_batch,
+        frugal_layers=args.frugal_layers,
+        gather_base=args.gather_base,
         shard_nodes=args.shard_nodes,
     )
+
+
+NOT_PLANNED = {"activation_policy": "full", "memory_mode": None, "reduce_every_micro_batch": False}
+NOT_PLANNED |= {"frugal_layers": 0, "gather_base": True}
 
 
 def settle_memory(config, args, data_args, lora_args):
@@ -185,14 +202,15 @@ def settle_memory(config, args, data_args, lora_args):
         machine["gpu_memory_gib"] = memory.item()
         planned = settle(config, ignore=args.ignore_plan, **machine, **plan_arguments(args, data_args, lora_args))
         say(f"{trainer_flags(planned)}: {need(planned)}")
-    chosen = planned or {"activation_policy": "full", "memory_mode": None, "reduce_every_micro_batch": False}
+    chosen = planned or NOT_PLANNED
     if args.activations == "auto":
         args.activations = chosen["activation_policy"]
     args.memory_mode = (
         args.memory_mode or chosen["memory_mode"] or ("frugal" if args.activations == "selective" else "fast")
     )
-    if args.reduce_every_micro_batch is None:
-        args.reduce_every_micro_batch = chosen["reduce_every_micro_batch"]
+    for name in ("reduce_every_micro_batch", "frugal_layers", "gather_base"):
+        if getattr(args, name) is None:
+            setattr(args, name, chosen[name])
     return planned
 
 

@@ -57,6 +57,8 @@ def parse():
     parser.add_argument("--adapters", default="lora", help="lora, dora or both, comma-separated")
     parser.add_argument("--activations", default="auto", help="auto, none, selective or full")
     parser.add_argument("--memory_mode", default=None, help="fast or frugal; default: as the trainer chooses")
+    parser.add_argument("--gather_base", default=None, help="True or False; default: as the trainer chooses")
+    parser.add_argument("--frugal_layers", default=None, help="default: as the trainer chooses")
     parser.add_argument("--seconds", type=float, default=280, help="limit of one configuration")
     parser.add_argument("--out", default=str(ROOT / "results" / "step.json"))
     parser.add_argument("--plot", default=None, help="draw the records of --out to this PNG, and stop")
@@ -90,7 +92,8 @@ class Run:
         flags += f" --use_dora {job['adapter'] == 'dora'} --max_seq_length {job['tokens']}"
         flags += " --report_to none --ignore_plan True"
         flags += f" --global_batch_size {job['packs'] * self.world}"
-        flags += f" --memory_mode {job['memory_mode']}" if job["memory_mode"] else ""
+        for name in ("memory_mode", "gather_base", "frugal_layers"):
+            flags += f" --{name} {job[name]}" if job[name] is not None else ""
         self.args, self.data_args, self.lora_args = train_moe.parse(flags.split())
         self.planned = train_moe.settle_memory(self.config, self.args, self.data_args, self.lora_args)
         self.model = slices.build_run(self.config, self.args, self.lora_args, self.device, self.mesh)
@@ -125,6 +128,7 @@ class Run:
     def measure(self):
         """The record's figures."""
         from malaysian_sft.account import mfu, train_flops
+        from malaysian_sft.attention import attention_backend
 
         torch, job = self.torch, self.job
         first = time.perf_counter()
@@ -153,6 +157,9 @@ class Run:
             "device": name,
             "activations": self.args.activations,
             "mode": self.args.memory_mode,
+            "frugal_layers": self.args.frugal_layers,
+            "gather_base": self.args.gather_base if self.world > 1 else False,
+            "attention": attention_backend(self.device),
             "tokens_per_second_per_gpu": round(tokens / sum(seconds), 1),
             "mfu": share and round(share, 4),
             "step_ms": [round(1e3 * s, 1) for s in seconds],
@@ -313,7 +320,10 @@ def main():
             for adapter in args.adapters.split(","):
                 job = dict(model=model, adapter=adapter, layers=layers, gpus=gpus, tokens=args.tokens, r=args.r)
                 job |= dict(packs=args.packs, steps=args.steps, activations=args.activations)
-                record = start(job | {"memory_mode": args.memory_mode}, args.seconds)
+                job |= dict(
+                    memory_mode=args.memory_mode, gather_base=args.gather_base, frugal_layers=args.frugal_layers
+                )
+                record = start(job, args.seconds)
                 record["versions"] = {n: slices.version(n) for n in ("torch", "triton", "transformers", "flash-attn-4")}
                 record |= {"commit": git_commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
                 print(json.dumps(record), flush=True)

@@ -230,7 +230,7 @@ def mfu(flops, seconds, gpus, device_name):
     return flops / (seconds * gpus * peak) if peak else None
 
 
-def recompute_flops(config, policy, mode, r, expert_r, document_length):
+def recompute_flops(config, policy, mode, r, expert_r, document_length, frugal_layers=0):
     """FLOPs a token that are computed twice under an activation policy and a memory mode: time, never counted as
     useful."""
     flops = 0
@@ -241,7 +241,7 @@ def recompute_flops(config, policy, mode, r, expert_r, document_length):
         lora = m.active * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features) * m.adapted
         if policy == "full" or (policy == "selective" and m.kind == "attention"):
             flops += 2 * (size + lora)
-        if mode == "frugal" and m.kind == "expert":
+        if m.kind == "expert" and (mode == "frugal" or m.layer < frugal_layers):
             flops += 2 * m.active * expert_r * m.in_features if m.name.endswith("down_proj") else 2 * (size + lora)
     if policy != "none":
         flops += config.num_hidden_layers * 4 * attention_width(config) * (document_length + 1) / 2

@@ -5,46 +5,44 @@ import math
 from malaysian_sft.account import GIB, architecture, attention_width
 
 
-def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r, mode, use_dora=False, shared_A=False):
+def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r, mode, use_dora=False):
     """What a routed-experts block keeps for backward beyond its input and output, in bytes.
 
     Per routed row (tokens x top_k of them), in bf16: in fast mode gate and silu(gate) up, 2 x 2 intermediate_size
-    bytes, the LoRA inner products of gate, up and down, 2 x 3 expert_r (2 x 2 expert_r where gate and up share one A),
-    and for DoRA the output before the magnitude, 2 hidden_size; in both modes 16 bytes of indices and router weights.
-    Frugal mode recomputes the rest.
+    bytes, the LoRA inner products of gate, up and down, 2 x 3 expert_r, and for DoRA the output before the magnitude, 2
+    hidden_size; in both modes 16 bytes of indices and router weights. Frugal mode recomputes the rest.
     """
     kept = 0
     if mode == "fast":
-        kept = 2 * intermediate_size + (2 if shared_A else 3) * expert_r + hidden_size * use_dora
+        kept = 2 * intermediate_size + 3 * expert_r + hidden_size * use_dora
     return tokens * top_k * (2 * kept + 16)
 
 
-def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r, use_dora=False, repeated_heads=False):
+def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r, use_dora=False):
     """What one decoder layer (its `matrices`) keeps for backward over `tokens` tokens, in bytes; bf16 unless said
     otherwise.
 
     full       the layer's input, H a token.
-    none       attention half (moe, LoRA: attention_half.py): input H, queries, keys and values before rotary and
+    none       moe with LoRA (attention_half.py), attention half: input H, queries, keys and values before rotary,
                queries and keys after it, the attention output and its fp32 log-sum-exp per head, r for each LoRA inner
-               product, its output H. MLP half: normed input H. Elsewhere, attention half: input H, normed input H,
-               every projection's output except o_proj's, queries and keys once more where they are normalised (keys and
-               values as wide as the queries with repeated_heads), the attention output and its fp32 log-sum-exp per
-               head, r for each LoRA inner product. MLP half: its input H, normed input H, and for a dense or shared MLP
-               gate, up and their product, 3 intermediate_size, and 3 r (moe: silu(gate) as well, as transformers' own
-               MLP does; dense models run Liger's); for routed experts `experts_saved_bytes` and the router's fp32
-               probabilities. DoRA keeps the output before the magnitude of every adapted layer, and a bf16 copy of the
-               experts' adapter, which FSDP then gathers in fp32.
+               product, its output H, of which the MLP half's normed input is made again.
+               Elsewhere, attention half: input H, normed input H, every projection's output except o_proj's, queries
+               and keys once more where they are normalised, the attention output and its log-sum-exp, r for each LoRA
+               inner product; MLP half: its input H, normed input H.
+               Everywhere, MLP half: for a dense or shared MLP gate, up and their product, 3 intermediate_size, and 3 r
+               (moe: silu(gate) as well, as transformers' own MLP does; dense models run Liger's); for routed experts
+               `experts_saved_bytes` and the router's fp32 probabilities. DoRA keeps the output before the magnitude of
+               every adapted layer, and a bf16 copy of the experts' adapter.
     selective  the attention half is recomputed from its input (elsewhere also its normed output's input is kept); the
                MLP half is kept as under none.
     """
     hidden, norms, width = config.hidden_size, architecture(config).query_key_norm, attention_width(config)
     fused = kind == "moe" and not use_dora
-    attention, mlp, experts = 2 * hidden, (1 if fused else 2) * hidden, 0  # elements a token; bytes
+    attention, mlp, experts = 2 * hidden, (0 if fused and policy == "none" else 1 if fused else 2) * hidden, 0
     for m in matrices:
         inner = (r + m.out_features * use_dora) * m.adapted
         if m.kind == "attention":
-            repeated = repeated_heads and m.name.endswith(("k_proj.weight", "v_proj.weight"))
-            attention += inner + (width if repeated or m.name.endswith("o_proj.weight") else m.out_features)
+            attention += inner + (width if m.name.endswith("o_proj.weight") else m.out_features)
             attention += m.out_features * ((norms or fused) and m.name.endswith(("q_proj.weight", "k_proj.weight")))
         elif m.kind in ("mlp", "shared_expert"):
             mlp += inner + (m.in_features if "down_proj" in m.name else m.out_features)
@@ -109,15 +107,15 @@ def gpu_bytes(config, plan):
 
     dense: DeepSpeed ZeRO-3 over all ranks; without it, as on one. bf16 base and adapter, fp32 master adapter, gradient
     and two Adam moments are all sharded; whole parameters live up to DeepSpeed's stage3_max_live_parameters (1e9) or
-    one layer, whichever is more, and its prefetch.
-    moe: the layers' frozen weights are sharded over the GPUs of shard_nodes nodes, copies beyond, and two layers are
-    whole at a time; embedding and head are whole on every GPU. Adapter and Adam moments, fp32, are sharded by FSDP2,
-    which gathers three layers' adapters in bf16 (DoRA: fp32). Over several micro-batches the adapter's fp32 gradient
-    stays whole until the last one, unless every micro-batch reduces it. Reducing takes a layer's gradient in bf16 and
-    two fp32 buffers. On a single GPU nothing is gathered, and the adapter's bf16 casts are kept for the backward.
+    one layer, whichever is more, and its prefetch. moe: the layers' frozen weights are sharded over the GPUs of
+    shard_nodes nodes, copies beyond, and two layers are whole at a time; embedding and head are whole on every GPU.
+    Adapter and Adam moments, fp32, are sharded by FSDP2, which gathers three layers' adapters in bf16 (DoRA: fp32).
+    Without gather_base the frozen weights are whole too. Over several micro-batches the adapter's fp32 gradient stays
+    whole until the last one, unless every micro-batch reduces it. Reducing takes a layer's gradient in bf16 and two
+    fp32 buffers. On a single GPU nothing is gathered.
     """
     arch, counts, kind, dora = architecture(config), plan["parameters"], plan["kind"], plan["use_dora"]
-    r, expert_r, policy, mode = plan["r"], plan["expert_r"], plan["activation_policy"], plan["memory_mode"]
+    r, expert_r, policy = plan["r"], plan["expert_r"], plan["activation_policy"]
     base, adapter = counts["total"], counts["trainable"]
     tokens = plan["micro_batch"] * plan["max_seq_length"]
     layers = arch.layers()
@@ -135,9 +133,9 @@ def gpu_bytes(config, plan):
         reduction = 6 * layer_adapter  # a layer's gradient in bf16 and in fp32, before it is added
     moments, kept = [], 0
     for number, layer in enumerate(layers):
+        mode = "frugal" if number < plan["frugal_layers"] else plan["memory_mode"]
         own, everything = (
-            layer_saved_bytes(config, kind, layer, tokens, p, mode, r, expert_r, dora, plan["repeated_heads"])
-            for p in (policy, "none")
+            layer_saved_bytes(config, kind, layer, tokens, p, mode, r, expert_r, dora) for p in (policy, "none")
         )
         kept += own
         moment = {
@@ -163,19 +161,18 @@ def gpu_bytes(config, plan):
         }
     else:
         shard = plan["gpus"] * plan["shard_nodes"]
-        alone = shard * plan["nodes"] == 1
+        alone, gathers = plan["gpus"] * plan["nodes"] == 1, plan["gather_base"] and shard > 1
         whole = plan["accumulation"] > 1 and not plan["reduce_every_micro_batch"] and not alone
         outside = sum(counts["base"].get(k, 0) for k in ("embedding", "head"))
         terms = {
-            "frozen base, bf16 shard": 2 * (base - outside) / shard,
+            "frozen base, bf16": 2 * (base - outside) / (shard if gathers else 1),
             "embedding and head": 2 * outside,
             "adapter, fp32": 4 * adapter / shard,
             "Adam moments, fp32": 8 * adapter / shard,
             "adapter gradient, fp32": 0 if whole else 4 * adapter / shard,
             "whole adapter gradient while accumulating": 4 * adapter if whole else 0,
-            "two gathered layers": 4 * layer_base if shard > 1 else 0,
-            "gathered adapters": (3 * (4 if dora else 2) * layer_adapter) if shard > 1 else 0,
-            "adapter cast to bf16": 2 * adapter if alone and not dora else 0,
+            "two gathered layers": 4 * layer_base if gathers else 0,
+            "gathered adapters": 0 if alone else 3 * (4 if dora else 2) * layer_adapter,
         }
         if dora:
             terms["DoRA norms of experts, fp32"] = 8 * sum(

@@ -239,6 +239,10 @@ def build_model(config, args, lora_args):
             cache_norms=lora_args.use_dora,
         )
         peft_model = apply_lora(causal_lm, lora_args)
+    for layer in causal_lm.base_model.layers[: args.frugal_layers or 0]:
+        for module in layer.modules():
+            if isinstance(module, FusedMoELoRA):
+                module.mode = "frugal"
     for module in causal_lm.modules():
         if type(module) is PeftLinear:
             module.__class__ = LoraLinear
@@ -341,7 +345,8 @@ def shard(model, mesh, args, use_dora):
     policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32)
     settings = dict(mesh=mesh, mp_policy=policy, ignored_params=frozen)
     layers = list(model.causal_lm.base_model.layers)
-    ring = FrozenRing(layers, mesh["shard"].get_group()) if mesh["shard"].size() > 1 else None
+    gathers = args.gather_base is not False and mesh["shard"].size() > 1
+    ring = FrozenRing(layers, mesh["shard"].get_group()) if gathers else None
     for layer in layers:
         fully_shard(layer, **settings)
     fully_shard(model, **settings)

@@ -6,7 +6,6 @@ import os
 import sys
 
 from malaysian_sft.account import GIB, check_trainer, count_parameters, expert_rank, recompute_flops, train_flops
-from malaysian_sft.attention import attention_backend
 from malaysian_sft.memory import disk_bytes, gpu_bytes, host_bytes
 
 # What each trainer offers: activation policies, the least recomputation first, each with the memory modes of the
@@ -17,7 +16,9 @@ CHOICES = {
 }
 MODES = {"dense": ("fast",), "moe": ("fast", "frugal")}
 # Of a GPU's memory: how far a plan may be off (tests hold it to that), so what fits with this to spare is chosen first.
-SPARE = 0.1
+SPARE = 0.04
+# What gathering frozen weights costs beside recomputation, as a share of a step's FLOPs: two H200 took 25 % longer.
+GATHERING = 0.2
 GPU_MEMORY_GIB = 80.0  # of a GPU, where none is at hand to ask
 # Tokens of a micro-batch from which a larger one gains nothing: 1,024 rows for each of 128 experts at top-8.
 FULL_TOKENS = 16384
@@ -42,7 +43,8 @@ def plan_run(
     reduce_every_micro_batch=False,
     shard_nodes=1,
     zero3=True,
-    repeated_heads=False,
+    gather_base=True,
+    frugal_layers=0,
     document_length=1900.0,
 ):
     """The bytes and FLOPs of one way to run, as a dict that `print_plan` prints and `check_fits` judges.
@@ -51,8 +53,9 @@ def plan_run(
     packs of max_seq_length tokens per GPU and forward (train_moe.py: 1); global_batch_size packs per optimiser step.
     activation_policy: none, selective (moe) or full; memory_mode of the experts block: fast or frugal, by default what
     the trainer couples with the policy. zero3: False for a dense model without DeepSpeed, whole on every GPU.
-    repeated_heads: attention by a kernel that wants a key and a value for every query head (`this_machine` says if its
-    does). reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation. document_length: mean length
+    gather_base: layers' frozen weights are sharded and gathered as they are needed, instead of whole on every GPU;
+    frugal_layers: the first so many layers have frugal experts whatever memory_mode says.
+    reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation. document_length: mean length
     of the document that a token is in (sum of squared lengths / sum of lengths), for attention. The rest as
     train_moe.py's flags of that name.
 
@@ -87,7 +90,8 @@ def plan_run(
         "reduce_every_micro_batch": reduce_every_micro_batch,
         "shard_nodes": shard_nodes,
         "zero3": zero3,
-        "repeated_heads": repeated_heads,
+        "gather_base": gather_base and gpus * shard_nodes > 1,
+        "frugal_layers": frugal_layers,
         "document_length": document_length,
         "parameters": count_parameters(config, r, expert_r, use_dora),
     }
@@ -106,7 +110,7 @@ def plan_run(
     plan["host_bytes"], plan["disk_bytes"] = host_bytes(plan), disk_bytes(plan)
     plan["flops_per_token"] = train_flops(config, 1, document_length, r, expert_r, use_dora)
     plan["recompute_per_token"] = recompute_flops(
-        config, activation_policy, plan["memory_mode"], r, plan["expert_r"], document_length
+        config, activation_policy, plan["memory_mode"], r, plan["expert_r"], document_length, frugal_layers
     )
     return plan
 
@@ -133,13 +137,18 @@ def options(
         "micro_batch": [n for n in range(1, per_gpu + 1) if per_gpu % n == 0] if kind == "dense" else [1],
         "reduce_every_micro_batch": [False, True] if kind == "moe" and per_gpu > 1 else [False],
         "shard_nodes": [n for n in range(1, nodes + 1) if nodes % n == 0] if kind == "moe" else [1],
+        "gather_base": [False, True] if kind == "moe" and gpus * nodes > 1 else [False],
     }
+    frugal_layers = arguments.pop("frugal_layers", None)
     ways |= {name: [arguments.pop(name)] for name in ways.keys() & arguments.keys()}
     fixed = dict(kind=kind, gpus=gpus, nodes=nodes, global_batch_size=global_batch_size, **arguments)
+    fixed["frugal_layers"] = frugal_layers or 0
     plans = [
         plan_run(config, **fixed, activation_policy=policy, memory_mode=mode, **dict(zip(ways, values, strict=True)))
         for (policy, mode), *values in itertools.product(pairs or [("full", None)], *ways.values())
     ]
+    if kind == "moe" and frugal_layers is None:
+        plans += [better for plan in plans if (better := with_frugal_layers(config, plan)) is not None]
 
     def order(p):
         if not p["fits"]:
@@ -151,13 +160,28 @@ def options(
             False,
             p["shard_nodes"],
             tight,
-            p["recompute_per_token"],
+            p["recompute_per_token"] / p["flops_per_token"] + GATHERING * p["gather_base"],
             p["reduce_every_micro_batch"],
             small,
             p["micro_batch"],
         )
 
     return sorted(plans, key=order)
+
+
+def with_frugal_layers(config, plan):
+    """`plan`, whose experts are fast, with as many frugal layers as leave SPARE of the memory, or None."""
+    limit = (1 - SPARE) * plan["limit_bytes"]
+    if plan["memory_mode"] != "fast" or plan["activation_policy"] == "full" or plan["peak_bytes"] <= limit:
+        return None
+    layers = config.num_hidden_layers
+    names = inspect.signature(plan_run).parameters.keys() - {"config", "frugal_layers"}
+    same = {name: plan[name] for name in names}
+    for count in range(1, layers):  # the peak falls with every layer, but not by the same: the one at work is counted
+        found = plan_run(config, **same, frugal_layers=count)
+        if found["peak_bytes"] <= limit:
+            return found
+    return None
 
 
 def trainer_flags(plan):
@@ -169,7 +193,10 @@ def trainer_flags(plan):
         )
     reduce = " --reduce_every_micro_batch True" if plan["reduce_every_micro_batch"] else ""
     share = f" --shard_nodes {plan['shard_nodes']}" if plan["shard_nodes"] > 1 else ""
-    return f"--activations {plan['activation_policy']} --memory_mode {plan['memory_mode']}{reduce}{share}"
+    gather = f" --gather_base {plan['gather_base']}" if plan["gpus"] * plan["nodes"] > 1 else ""
+    frugal = f" --frugal_layers {plan['frugal_layers']}" if plan["frugal_layers"] else ""
+    mode = f"--activations {plan['activation_policy']} --memory_mode {plan['memory_mode']}"
+    return f"{mode}{frugal}{gather}{reduce}{share}"
 
 
 def best_policy(config, **arguments):
@@ -182,13 +209,12 @@ def best_policy(config, **arguments):
 
 def this_machine(whole=False):
     """Where this process runs, as plan_run's arguments: {"gpus": of one node, "nodes", "gpu_memory_gib": None without a
-    GPU, "repeated_heads": where attention is PyTorch's own, before 2.12}.
+    GPU}.
 
     By torchrun's variables, which every rank reads alike; without them one GPU, or with `whole` all GPUs of the
     machine.
     """
     import torch
-    from torch.nn.attention.varlen import varlen_attn
 
     cuda = torch.cuda.is_available()
     world = int(os.environ.get("WORLD_SIZE", torch.cuda.device_count() or 1 if whole else 1))
@@ -198,11 +224,6 @@ def this_machine(whole=False):
         "gpus": local,
         "nodes": world // local,
         "gpu_memory_gib": torch.cuda.get_device_properties(device).total_memory / GIB if cuda else None,
-        "repeated_heads": (
-            cuda
-            and attention_backend("cuda") == "varlen_attn"
-            and "enable_gqa" not in inspect.signature(varlen_attn).parameters
-        ),
     }
 
 

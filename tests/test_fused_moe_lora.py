@@ -582,25 +582,6 @@ def test_start_values_on_the_meta_device_and_after_loading():
     assert all(p.dtype == torch.float32 for n, p in experts.named_parameters() if n in trainable)
 
 
-def test_shared_A_is_one_parameter_whose_gradient_is_the_sum():
-    separate = FusedMoELoRA(4, 16, 8, r=2, lora_alpha=4)
-    with torch.no_grad():
-        separate.gate_up_proj.normal_(std=0.3)
-        separate.down_proj.normal_(std=0.3)
-    separate.reset_lora_parameters()
-    randomise(separate)
-    shared = FusedMoELoRA(4, 16, 8, r=2, lora_alpha=4, shared_A=True)
-    with torch.no_grad():
-        separate.up_proj_lora_A.copy_(separate.gate_proj_lora_A)
-    shared.load_state_dict(separate.state_dict())
-    assert len(list(shared.parameters())) == len(list(separate.parameters())) - 1
-    x, index, weights = torch.randn(9, 16), torch.randint(4, (9, 2)), torch.rand(9, 2)
-    for module in (separate, shared):
-        module(x, index, weights).square().sum().backward()
-    expected = separate.gate_proj_lora_A.grad + separate.up_proj_lora_A.grad
-    torch.testing.assert_close(shared.gate_proj_lora_A.grad, expected)
-
-
 def test_cached_norms_are_used_until_forgotten():
     torch.manual_seed(0)
     experts = FusedMoELoRA(3, 16, 8, r=2, lora_alpha=4, use_dora=True, cache_norms=True)
