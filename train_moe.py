@@ -119,8 +119,8 @@ class TrainingArguments:
     gather_base: bool | None = field(
         default=None,
         metadata={
-            "help": "spread the frozen weights over the GPUs and gather each layer as it is needed, or keep all on each,"
-            " which is faster and takes more memory. Default: spread only where it must be"
+            "help": "spread the frozen weights over the GPUs and gather each layer when it is needed, or keep all on"
+            " each, which is faster and takes more memory. Default: spread only where it must be"
         },
     )
     shard_nodes: int = field(

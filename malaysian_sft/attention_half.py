@@ -21,14 +21,15 @@ Letters: T tokens; H hidden; N = width of q, k and v together; r LoRA rank; s = 
 import ast
 import contextlib
 import inspect
+import sys
 import textwrap
 import types
 from functools import lru_cache
 
 import torch
 from torch import nn
-from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaRMSNorm
+from transformers.models.glm4_moe import modeling_glm4_moe as glm4_moe
+from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
@@ -167,6 +168,18 @@ def is_like(module, *kinds):
     return body(type(module).forward) in {body(kind.forward) for kind in kinds}
 
 
+def usual_rotary(module):
+    """Whether the modeling file of `module`'s class turns queries and keys as Llama does, or as GLM-4.5, which turns a
+    part: `forward` calls functions of its file, and these differ between families whose forward is the same (ERNIE-4.5
+    and Cohere interleave the halves)."""
+    names = vars(sys.modules[type(module).__module__])
+    functions = [names.get("apply_rotary_pos_emb"), names.get("rotate_half")]
+    if not all(isinstance(function, types.FunctionType) for function in functions):
+        return False
+    usual = [(llama.apply_rotary_pos_emb, llama.rotate_half), (glm4_moe.apply_rotary_pos_emb, glm4_moe.rotate_half)]
+    return tuple(map(body, functions)) in {tuple(map(body, pair)) for pair in usual}
+
+
 def plain_lora(module):
     """Whether a linear layer is PEFT's with one LoRA adapter, no DoRA, no dropout: what the functions above compute."""
     if "default" not in getattr(module, "lora_A", {}) or module.use_dora["default"]:
@@ -177,23 +190,25 @@ def plain_lora(module):
 def why_not_fusable(layer):
     """What keeps a decoder layer's attention half from `attention_half`, in words; None if nothing does."""
     attention = getattr(layer, "self_attn", None)
-    if not is_like(layer, LlamaDecoderLayer):
+    if not is_like(layer, llama.LlamaDecoderLayer):
         return "the layer's forward is not norm, attention, sum, norm, MLP, sum"
-    if not is_like(attention, LlamaAttention, Qwen2Attention, Qwen3Attention, Glm4MoeAttention):
+    if not is_like(attention, llama.LlamaAttention, Qwen2Attention, Qwen3Attention, glm4_moe.Glm4MoeAttention):
         return f"{type(attention).__name__}.forward is not q, k, v, rotary, attention, output"
+    if not usual_rotary(attention):
+        return f"{type(attention).__module__.rpartition('.')[2]} has a rotary embedding of its own"
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     if getattr(attention, "use_qk_norm", True):
         norms += [
             norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None
         ]
-    if not all(is_like(norm, LlamaRMSNorm) for norm in norms):
+    if not all(is_like(norm, llama.LlamaRMSNorm) for norm in norms):
         return "a norm is not the usual RMSNorm"
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     if not all(plain_lora(module) for module in projections):
         return "a projection has no LoRA, dropout or DoRA"
     if len({(module.r["default"], module.scaling["default"]) for module in projections}) > 1:
         return "projections differ in rank or scaling"
-    if attention.config.attention_dropout:
+    if getattr(attention.config, "attention_dropout", 0.0):
         return "attention has dropout"
     return None
 
@@ -246,16 +261,17 @@ def fused_forward(self, hidden_states, attention_mask=None, position_ids=None, p
 
 def made_again(normed, h, norm, rstd):
     """Within: whoever saves `normed` for the backward gets it made again from h, which is kept anyway, and rstd."""
-    at, size = normed.data_ptr(), normed.numel()
+    at, size, dtype = normed.data_ptr(), normed.numel(), normed.dtype
 
     def pack(tensor):
-        return tuple(tensor.shape) if tensor.data_ptr() == at and tensor.numel() == size else tensor
+        same = tensor.data_ptr() == at and tensor.numel() == size and tensor.dtype == dtype
+        return (tuple(tensor.shape), tensor.stride()) if same else tensor
 
     def unpack(saved):
         if isinstance(saved, torch.Tensor):
             return saved
         again, _, _ = rms_norm_forward(h.detach(), norm.weight, norm.variance_epsilon, rstd=rstd)
-        return again.view(saved)
+        return again.as_strided(*saved)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
@@ -277,7 +293,7 @@ def fuse_attention_half(layer):
 
 def fast_norm(module):
     """Give an RMSNorm of the usual form the kernel's forward."""
-    if type(module).__name__.endswith("RMSNorm") and is_like(module, LlamaRMSNorm):
+    if type(module).__name__.endswith("RMSNorm") and is_like(module, llama.LlamaRMSNorm):
         module.forward = types.MethodType(
             lambda self, hidden_states: RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon), module
         )

@@ -1,7 +1,6 @@
 """The model of train_moe.py: transformers' own on the meta device, experts wrapped, LoRA on the rest, its loss,
 recomputation, FSDP2."""
 
-import inspect
 import os
 import sys
 import types
@@ -18,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from fused_moe_lora import FusedMoELoRA, dora_norm, squared_row_norms, wrap_experts
 from malaysian_sft.attention import register_attention
-from malaysian_sft.attention_half import fast_norm, fuse_attention_half, lay_side_by_side
+from malaysian_sft.attention_half import fast_norm, fuse_attention_half, lay_side_by_side, usual_rotary
 from malaysian_sft.frozen_ring import FrozenRing
 from malaysian_sft.lora import apply_lora
 from malaysian_sft.norm_rope import Rotary, ScaleColumns
@@ -307,13 +306,9 @@ def use_fast_parts(causal_lm):
             reasons.setdefault(reason, []).append(number)
     for module in causal_lm.modules():
         fast_norm(module)
-    if reasons:
+    if reasons and usual_rotary(causal_lm):
         modeling = sys.modules[type(causal_lm).__module__]
-        rotary = getattr(modeling, "apply_rotary_pos_emb", None)
-        if isinstance(rotary, types.FunctionType) and list(inspect.signature(rotary).parameters)[:4] == [
-            "q", "k", "cos", "sin",
-        ]:  # fmt: skip
-            modeling.apply_rotary_pos_emb = fast_rotary(rotary)
+        modeling.apply_rotary_pos_emb = fast_rotary(modeling.apply_rotary_pos_emb)
     layers = len(causal_lm.base_model.layers)
     fused = layers - sum(map(len, reasons.values()))
     stayed = "".join(f"; {len(numbers)} not, since {reason}" for reason, numbers in reasons.items())

@@ -71,7 +71,7 @@ def setup_distributed():
 
 
 def is_main():
-    return dist.get_rank() == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def say(*words):

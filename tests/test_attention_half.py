@@ -8,6 +8,7 @@ from conftest import FAMILIES, save_tiny_checkpoint
 from malaysian_sft.attention import register_attention
 from malaysian_sft.attention_half import fast_norm, fuse_attention_half, lay_side_by_side, why_not_fusable
 from malaysian_sft.lora import LoraArguments, apply_lora
+from malaysian_sft.moe_model import use_fast_parts
 from multipack import collate
 
 
@@ -62,6 +63,37 @@ def test_loss_and_gradients_are_those_of_transformers(family, recompute, directo
     assert got.keys() == want.keys()
     for name, gradient in want.items():
         torch.testing.assert_close(got[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+# families whose forward is the usual one, word for word, and whose rotary embedding is not
+INTERLEAVED = {
+    "Ernie4_5_MoeConfig": dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=32, moe_layer_start_index=0),
+    "GlmConfig": dict(head_dim=16, pad_token_id=0),
+    "CohereConfig": {},
+}
+
+
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_a_rotary_embedding_of_another_kind_is_noticed(name):
+    import transformers
+
+    config = getattr(transformers, name)(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, **INTERLEAVED[name],
+    )  # fmt: skip
+    batch = batch_of(7, 12, 3)
+    results = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=register_attention())
+        apply_lora(model, LoraArguments(r=4))
+        for parameter_name, p in model.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(p, std=0.1)
+        if fast:
+            assert "fused in 0 of 2" in use_fast_parts(model)
+        results.append(loss_and_gradients(model.train(), batch))
+    torch.testing.assert_close(results[0], results[1])
 
 
 def test_weights_that_lie_apart_give_the_same(directories):
