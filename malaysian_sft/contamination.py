@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
-from malaysian_sft.extraction import WORD
 from malaysian_sft.questions import LETTERS
 from malaysian_sft.statistics import measure
 
 GRAM = 13
+WORD = re.compile(r"\w+")
 
 
 def strings_of(value):

@@ -6,7 +6,7 @@ Layer i is gathered into buffer i % 2, each weight straight to its place, and it
 from the start: nothing is copied, and nothing is set from step to step. A layer is gathered on a stream of its own
 while the one before it computes, in the forward and in the backward. Two layers are whole at any time.
 
-Norms, routers, embedding and head stay whole on every rank. Adapters, which do change, are FSDP2's.
+Norms, embedding and head stay whole on every rank. Adapters, which do change, are FSDP2's.
 """
 
 from dataclasses import dataclass
@@ -67,7 +67,12 @@ class FrozenRing:
             return -(-p.shape[0] // self.ranks) * self.ranks * p[0].numel()
 
         sizes = [sum(size(p) for _, _, p in layer) for layer in self.places]
-        dtype = next((p.dtype for layer in self.places for _, _, p in layer), torch.bfloat16)
+        dtypes = {p.dtype for layer in self.places for _, _, p in layer} or {torch.bfloat16}
+        if len(dtypes) > 1:
+            raise ValueError(
+                f"frozen weights of several dtypes ({', '.join(map(str, dtypes))}): pass --gather_base False"
+            )
+        (dtype,) = dtypes
         buffers = [torch.empty(max(sizes[i::2], default=0), dtype=dtype, device=device) for i in (0, 1)]
         for i, layer in enumerate(self.places):
             at = 0

@@ -132,8 +132,9 @@ def load_weights(causal_lm, directory, device, ring=None):
     """Give a (sharded) meta-device model its storage on `device` and its base weights from `directory`; returns (bytes,
     seconds).
 
-    Each rank reads the rows of its own shards, straight to its device, so no rank and no host ever holds the model, and
-    the ranks of a shard group together read the checkpoint once. Adapter parameters are left for `reset_adapter`.
+    Each rank reads the rows of its own shards straight to its device, so no host ever holds the model. What every rank
+    holds whole (embedding, head, norms; without a ring everything) is read by every rank, from the page cache after the
+    first. Adapter parameters are left for `reset_adapter`.
     Raises ValueError, before anything is read, naming tensors that are missing, unexpected or of another shape.
     """
     sources = read_sources(directory)
