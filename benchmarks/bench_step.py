@@ -351,6 +351,14 @@ def table(records):
     return pandas.DataFrame(records).reindex(columns=COLUMNS).to_string(index=False, na_rep="")
 
 
+def bar_label(r):
+    """What a record is, in two short lines."""
+    base = "" if r["gpus"] == 1 else ", base gathered" if r["gather_base"] else ", base whole"
+    frugal = f", {r['frugal_layers']} layers frugal" if r["frugal_layers"] else ""
+    first = f"{r['model']}, {r['adapter']}, {r['gpus']} x {r['device'].removeprefix('NVIDIA ')}{base}"
+    return f"{first}\n{r['activations']}, {r['mode']}{frugal}; {r['attention']}"
+
+
 def draw(records, path):
     """Stacked bars: where one micro-batch's wall time goes, a bar a record."""
     import matplotlib
@@ -359,21 +367,27 @@ def draw(records, path):
     from matplotlib import pyplot
 
     records = [r for r in records if r.get("components_ms")]
-    names = list(dict.fromkeys(name for r in records for name in r["components_ms"]))
-    figure, axis = pyplot.subplots(figsize=(11, 1.2 + 0.7 * len(records)), layout="constrained")
-    labels = [f"{r['model']}, {r['layers']} layers, {r['adapter']}, {r['gpus']} x {r['device'][7:11]}" for r in records]
+    rows = [
+        r["components_ms"] | {"communication": r["communication_not_hidden_ms"], "gaps": r["gaps_ms"]} for r in records
+    ]
+    names = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if name not in ("communication", "gaps")
+    ]
+    figure, axis = pyplot.subplots(figsize=(12, 2.2 + 0.6 * len(records)), layout="constrained")
     left = [0.0] * len(records)
-    for i, name in enumerate([*names, "gaps"]):
-        widths = [r["gaps_ms"] if name == "gaps" else r["components_ms"].get(name, 0.0) for r in records]
-        colour = "0.85" if name == "gaps" else f"C{i}" if i < 10 else f"C{i - 10}"
-        axis.barh(labels, widths, left=left, color=colour, hatch="//" if 10 <= i and name != "gaps" else "", label=name)
+    for i, name in enumerate([*names, "communication", "gaps"]):
+        widths = [row.get(name, 0.0) for row in rows]
+        colour = {"gaps": "0.85", "communication": "black"}.get(name, f"C{i % 10}")
+        label = "communication that nothing hides" if name == "communication" else name
+        axis.barh(range(len(rows)), widths, left=left, color=colour, hatch="//" if i >= 10 else "", label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
+    axis.set_yticks(range(len(records)), [bar_label(r) for r in records], fontsize=8)
     for y, (r, x) in enumerate(zip(records, left, strict=True)):
         axis.text(x, y, f" {r['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU", va="center", fontsize=8)
     axis.set_xlim(0, max(left) * 1.25)
-    axis.set_xlabel("kernel milliseconds of one pack of 16,384 tokens, forward + backward")
+    axis.set_xlabel("ms of one pack of 16,384 tokens, forward + backward")
     axis.invert_yaxis()
-    axis.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.3 / len(records)))
+    figure.legend(ncols=4, fontsize=8, loc="outside lower center")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
