@@ -32,6 +32,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from malaysian_sft.lora import local_part, local_tensor
 from malaysian_sft.moe_autograd import moe_lora
@@ -97,8 +98,11 @@ def moe_lora_reference(
 
 @torch.no_grad()
 def squared_row_norms(weight):
-    """||W||^2 of every output row: weight (E, out, in) -> (E, out) fp32, one expert at a time so that no fp32 copy of W
-    exists."""
+    """||W||^2 of every output row: weight (E, out, in) -> (E, out) fp32, a DTensor's gathered first.
+
+    One expert at a time, so that no fp32 copy of W exists.
+    """
+    weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
     return torch.stack([w.float().square().sum(dim=-1) for w in weight])
 
 

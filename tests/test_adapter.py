@@ -258,28 +258,6 @@ def test_load_adapter_refuses_what_does_not_fit(trained, tmp_path):
         load_adapter(adapted("llama", "lora")[0], copy)
 
 
-def test_shared_lora_A_is_saved_under_both_names_and_loads(tmp_path):
-    def build():
-        model = tiny_model("qwen3_moe")
-        fused_moe_lora.wrap_experts(model, 4, 8, shared_A=True)
-        return apply_lora(model, LoraArguments(r=8))
-
-    model = train(build(), steps=0)
-    save_adapter(model, tmp_path / "a", "tiny")
-    tensors = load_file(tmp_path / "a" / WEIGHTS)
-    name = "base_model.model.model.layers.0.mlp.experts.2.{}_proj.lora_A.weight"
-    assert torch.equal(tensors[name.format("gate")], tensors[name.format("up")])
-    again = build()
-    load_adapter(again, tmp_path / "a")
-    assert torch.equal(log_probabilities(again), log_probabilities(model))
-    rewrite(tmp_path / "a", lambda tensors: tensors[name.format("up")].mul_(2))
-    (tmp_path / "a" / MANIFEST).unlink()
-    with pytest.raises(
-        ValueError, match="experts.0.up_proj.lora_A.weight differs from the projection that the model shares it with"
-    ):
-        load_adapter(build(), tmp_path / "a")
-
-
 def test_a_save_that_is_not_sound_raises_and_leaves_no_adapter(tmp_path):
     model, _ = adapted("llama", "lora")
     with pytest.raises(ValueError, match="every lora_B is zero: nothing was trained"):

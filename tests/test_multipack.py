@@ -856,15 +856,10 @@ def _left(window_size):
 
 
 # the signatures of the kernels that packed attention may find, computed by the formula
-def _torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert is_causal and query.shape[1] == key.shape[1] and (max_q, max_k) == (6, 6)
-    return _reference_varlen(query, key, value, cu_seq_q.tolist(), query.shape[-1] ** -0.5, None)
-
-
 def _torch_2_11(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):
-    assert query.shape[1] == key.shape[1] and window_size[1] == 0
+    assert query.shape[1] != key.shape[1] and window_size[1] == 0, "grouped heads, without a flag"
     return _reference_varlen(query, key, value, cu_seq_q.tolist(), scale, _left(window_size))
 
 
@@ -914,7 +909,7 @@ def _flash_4(
 
 
 @pytest.mark.parametrize("window", [None, 3])
-@pytest.mark.parametrize("kernel", [_torch_2_10, _torch_2_11, _torch_2_13, _flash_2, _flash_4, None])
+@pytest.mark.parametrize("kernel", [_torch_2_11, _torch_2_13, _flash_2, _flash_4, None])
 def test_every_kernel_signature_computes_the_same_attention(monkeypatch, kernel, window):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 11, 8, generator=generator) for heads in (4, 2, 2))
@@ -930,10 +925,6 @@ def test_every_kernel_signature_computes_the_same_attention(monkeypatch, kernel,
         return
     monkeypatch.setattr("malaysian_sft.attention._backend", lambda device: ("test", kernel))
     half = [x.bfloat16() for x in (query, key, value)]
-    if kernel is _torch_2_10 and window:
-        with pytest.raises(ValueError, match="no sliding window"):
-            call(*half, **kwargs)
-        return
     out, weights = call(*half, **kwargs)
     assert out.shape == (1, 11, 4, 8) and weights is None
     torch.testing.assert_close(out[0].double(), expected, rtol=0.05, atol=0.05)  # bfloat16 inputs
