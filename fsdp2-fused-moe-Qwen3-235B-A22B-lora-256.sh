@@ -4,6 +4,7 @@
 # Measured time: not yet. Measured memory: not yet.
 set -euo pipefail
 cd "$(dirname "$0")"
+export NUM_GPUS=${NUM_GPUS:-8} NNODES=${NNODES:-1}
 
 ARGS=(
     --run_name "$(basename "$0" .sh)"
@@ -19,11 +20,12 @@ ARGS=(
 
 # Tokenise and pack once, in one process: the ranks then only memory-map the result.
 python3 train_moe.py "${ARGS[@]}" --prepare_only True "$@"
+[[ " $* " == *" --dry_run "* ]] && exit  # the plan is printed
 
 # "--" keeps torchrun from reading --r as a flag of its own. Without a GPU the NUM_GPUS processes run on the CPU.
 exec torchrun \
-    --nproc_per_node "${NUM_GPUS:-8}" \
-    --nnodes "${NNODES:-1}" \
+    --nproc_per_node "$NUM_GPUS" \
+    --nnodes "$NNODES" \
     --node_rank "${NODE_RANK:-0}" \
     --master_addr "${MASTER_ADDR:-127.0.0.1}" \
     --master_port "${MASTER_PORT:-29500}" \

@@ -61,7 +61,7 @@ ARGS=(
     --learning_rate 1e-3
     --warmup_steps 5
     --num_train_epochs 2
-    --gradient_checkpointing False
+    --activations none
     --report_to none
 )
 compgen -G "outputs/$RUN/checkpoint-*" >/dev/null && ARGS+=(--resume)

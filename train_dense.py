@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch.utils.data import Dataset, SequentialSampler
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -39,10 +41,10 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 import multipack
-from malaysian_sft import planning
 from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu, train_flops
 from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.adapter_state import load_adapter, save_adapter
@@ -52,8 +54,20 @@ from malaysian_sft.checkpoints import newest_checkpoint
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.lora import WEIGHTS, LoraArguments, apply_lora
 from malaysian_sft.memory import compare_peak, need
+from malaysian_sft.plan_page import dry_run
 from malaysian_sft.planning import settle, this_machine, trainer_flags
-from malaysian_sft.run import claim, git_commit, wandb_mode
+from malaysian_sft.run import (
+    batch_arithmetic,
+    claim,
+    count_steps,
+    learning_rate_factor,
+    refuse_another_run,
+    run_facts,
+    step_line,
+    trim_log,
+    wandb_mode,
+    write_arguments,
+)
 
 
 @dataclass
@@ -83,15 +97,23 @@ class DenseTrainingArguments(TrainingArguments):
     num_train_epochs: float = 3.0
     learning_rate: float = 1e-4
     lr_scheduler_type: str = "linear"
-    warmup_steps: float = field(
+    warmup_steps: int = field(
         default=50,
-        metadata={"help": "linear warm-up, its first step at a learning rate of 0; below 1: a share of all steps"},
+        metadata={
+            "help": "linear warm-up, its first step at 1/warmup_steps of the peak, then linear decay to the last step"
+        },
     )
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 1
     bf16: bool = True
-    gradient_checkpointing: bool = True
+    activations: Literal["auto", "none", "full"] = field(
+        default="auto",
+        metadata={
+            "help": "what the backward recomputes: nothing, or whole layers, which takes less memory and more time."
+            " auto: by plan.py, the least that fits the GPU; without a GPU, full"
+        },
+    )
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False  # it would log the mean of earlier losses in place of one that is not finite
     save_strategy: str = "epoch"
@@ -101,6 +123,8 @@ class DenseTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.output_dir = self.output_dir or os.path.join("outputs", self.run_name)
+        if self.gradient_checkpointing:
+            raise ValueError("--gradient_checkpointing is --activations here: pass none, full or auto")
         if self.dry_run:
             return  # what follows would take a device and meet the other processes
         if self.prepare_only:
@@ -113,17 +137,10 @@ class DenseTrainingArguments(TrainingArguments):
                 import deepspeed
 
                 deepspeed.init_distributed("gloo")  # before TrainingArguments, which would pick its own backend
-        self.use_liger_kernel = (
-            not self.use_cpu
-        )  # its Triton kernels need a GPU; the CPU path is transformers' own loss
+        self.use_liger_kernel = not self.use_cpu  # its Triton kernels need a GPU; on a CPU transformers' own loss runs
         self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         micro = world_size * self.per_device_train_batch_size
-        if self.global_batch_size < 1 or self.global_batch_size % micro:
-            raise ValueError(
-                f"--global_batch_size {self.global_batch_size} is not a positive multiple of {world_size} ranks x "
-                f"--per_device_train_batch_size {self.per_device_train_batch_size}"
-            )
-        self.gradient_accumulation_steps = self.global_batch_size // micro
+        self.gradient_accumulation_steps = max(self.global_batch_size // micro, 1)  # checked by batch_arithmetic
         if world_size == 1 and torch.cuda.device_count() > 1 and not self.prepare_only:
             raise ValueError(
                 "one process sees several GPUs: start with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES"
@@ -160,21 +177,29 @@ class DenseTrainer(Trainer):
 
     def __init__(self, *args, lora_args, base_model, planned=None, gemm_flops=None, **kwargs):
         super().__init__(*args, **kwargs)
+        for printing in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printing)
+        self.add_callback(PrinterCallback if self.args.disable_tqdm else Progress)
         self.lora_args, self.base_model = lora_args, base_model
-        self.planned, self.gemm_flops = (
-            planned,
-            gemm_flops,
-        )  # plan.py's plan and measured rate, until they have been printed
+        # plan.py's plan and the measured rate, until they have been printed
+        self.planned, self.gemm_flops = planned, gemm_flops
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(train_dataset or self.train_dataset)  # multipack shuffles, by seed and epoch
 
     def save_model(self, output_dir=None, _internal_call=False):
         directory = output_dir or self.args.output_dir
-        untrained = self.state.global_step < 2  # the schedule's first step has learning rate 0, so B is still zero
-        save_adapter(
-            self.model, directory, self.base_model, self.processing_class, self.lora_args, allow_zero=untrained
+        save_adapter(self.model, directory, self.base_model, self.processing_class, self.lora_args)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The schedule of both trainers; another --lr_scheduler_type is transformers'."""
+        if self.args.lr_scheduler_type != "linear":
+            return super().create_scheduler(num_training_steps, optimizer)
+        factor = functools.partial(
+            learning_rate_factor, total_steps=num_training_steps, warmup_steps=self.args.warmup_steps
         )
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
 
     def _get_output_dir(self, trial):
         return getattr(self, "staging", None) or super()._get_output_dir(trial)
@@ -234,9 +259,8 @@ class DenseTrainer(Trainer):
             if self.args.use_liger_kernel:
                 batch["skip_logits"] = True  # Liger's own default is to make them all outside of training
             count = (batch["labels"] != multipack.IGNORE).sum()
-            loss = (
-                self.compute_loss(model, batch, num_items_in_batch=count.clamp(min=1)) / world
-            )  # which compute_loss multiplies by
+            # compute_loss multiplies by world
+            loss = self.compute_loss(model, batch, num_items_in_batch=count.clamp(min=1)) / world
             totals += torch.stack([loss.double() * count, count.double()])
         if dist.is_initialized():
             dist.all_reduce(totals)
@@ -266,8 +290,11 @@ class DenseTrainer(Trainer):
             logs |= self.step_statistics()
         super().log(logs, start_time)
         if self.is_world_process_zero():
+            record = {"step": self.state.global_step, **logs}
             with open(os.path.join(self.args.output_dir, "log.jsonl"), "a") as f:
-                f.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+                f.write(json.dumps(record) + "\n")
+            if "loss" in logs or "validation_loss" in logs:
+                tqdm.write(step_line(record, self.state.max_steps))
             self.compare_with_plan()
         loss, norm = logs.get("loss", 0.0), logs.get("grad_norm", 0.0)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -305,6 +332,13 @@ class DenseTrainer(Trainer):
         return super().train(*args, **kwargs)
 
 
+class Progress(ProgressCallback):
+    """The Trainer's progress bar, without its dictionaries: `DenseTrainer.log` prints a step's line."""
+
+    def on_log(self, *args, **kwargs):
+        pass
+
+
 class StopOnSignal(TrainerCallback):
     """SIGTERM (a scheduler's eviction, torchrun's shutdown) saves a checkpoint at the end of the step and stops."""
 
@@ -315,9 +349,8 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         stop = self.stop.to(args.device)
         if args.world_size > 1:
-            dist.all_reduce(
-                stop, dist.ReduceOp.MAX
-            )  # signals reach ranks at different times; they must stop at one step
+            # signals reach ranks at different times; they must stop at one step
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
         if stop.item():
             control.should_save = control.should_training_stop = True
 
@@ -339,13 +372,10 @@ def adapt(model, lora_args, training_args):
     set_seed(training_args.seed)  # every rank draws the same A
     model = apply_lora(model, lora_args)
     for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = (
-                not training_args.bf16
-            )  # PEFT would widen bf16 inputs to fp32, autocast narrow them again
-    if (
-        training_args.bf16
-    ):  # bf16 arithmetic on fp32 adapters; inside the model, because DeepSpeed turns off an autocast around it
+        if isinstance(module, LoraLayer):  # PEFT would widen bf16 inputs to fp32, autocast narrow them again
+            module.cast_input_dtype_enabled = not training_args.bf16
+    if training_args.bf16:
+        # bf16 arithmetic on fp32 adapters; inside the model, because DeepSpeed turns off an autocast around it
         model.forward = torch.autocast(training_args.device.type, torch.bfloat16)(model.forward)
     if training_args.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -361,7 +391,7 @@ def plan_arguments(data_args, lora_args, training_args):
         global_batch_size=training_args.global_batch_size,
         r=lora_args.r,
         use_dora=lora_args.use_dora,
-        activation_policy="full" if training_args.gradient_checkpointing else "none",
+        activations=None if training_args.activations == "auto" else training_args.activations,
         zero3=bool(training_args.deepspeed),
     )
 
@@ -401,96 +431,51 @@ def run_arguments(model_args, data_args, lora_args, training_args):
     return json.loads(json.dumps(arguments, default=str))
 
 
-def refuse_another_run(arguments, packs):
-    """Raise ValueError if the run in output_dir had other data, another shape or another schedule: resumed, it would be
-    another run."""
-    path = Path(arguments["output_dir"], "args.json")
+def steps_of(arguments, packs):
+    """(steps of an epoch, steps of the run) by these arguments."""
+    epochs, max_steps = arguments["num_train_epochs"], arguments["max_steps"]
+    return count_steps(len(packs), arguments["global_batch_size"], epochs, max(max_steps, 0))
+
+
+def recorded_facts(path, packs):
+    """The facts of the run that wrote the args.json at `path`; those of before facts were written, by its arguments."""
     if not path.exists():
         raise ValueError(f"--resume: {path} is not there, so what the checkpoints were trained on is unknown")
     record = json.loads(path.read_text())
-
-    # The optimiser and the scheduler come back with the learning rate and the decay that they were saved with: other
-    # values of these flags would do nothing, and args.json would say that they had.
-    same = (
-        "global_batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm r lora_alpha"
-        " use_dora lora_dropout"
-    )
-
-    def facts(data, arguments):
-        facts = {"data": data} | {key: arguments[key] for key in same.split()}
-        facts["lora_alpha"] = facts["lora_alpha"] or 2 * facts["r"]
-        steps_an_epoch = math.ceil(len(packs) / facts["global_batch_size"])
-        of_epochs = math.ceil(arguments["num_train_epochs"] * steps_an_epoch)
-        return facts | {"total_steps": arguments["max_steps"] if arguments["max_steps"] > 0 else of_epochs}
-
-    before = facts(record["data"], record["arguments"])
-    for key, value in facts(packs.fingerprint, arguments).items():
-        if before[key] != value:
-            raise ValueError(
-                f"--resume: {key} is {value}, but {path} says {before[key]}; that is another run, for another"
-                " --run_name"
-            )
-
-
-def trim_log(training_args, checkpoint):
-    """Drop log.jsonl's records after `checkpoint` (None: all): these steps are trained, and logged, again. A last line
-    may be cut short."""
-    path = Path(training_args.output_dir, "log.jsonl")
-    if path.exists():
-        last = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last))
-
-
-def write_arguments(arguments, training_args, packs, planned):
-    """outputs/<run>/args.json: what another person needs to repeat the run."""
-    record = {
-        "launcher": training_args.run_name,
-        "model": arguments["model_name_or_path"],
-        "commit": git_commit(),
-        "data": packs.fingerprint,
-        "world_size": training_args.world_size,
-        "planned_gib": planned and round(planned["peak_bytes"] / 2**30, 2),
-        "arguments": arguments,
-    }
-    os.makedirs(training_args.output_dir, exist_ok=True)
-    temporary = Path(training_args.output_dir, "args.json.tmp")  # renamed: another process may be reading the old one
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, temporary.with_suffix(""))
-
-
-def print_batch_arithmetic(training_args, packs, max_seq_length):
-    """Print, and assert, how packs become optimiser steps."""
-    a = training_args
-    assert a.world_size * a.per_device_train_batch_size * a.gradient_accumulation_steps == a.global_batch_size
-    steps = math.ceil(len(packs) / a.global_batch_size)
-    print(
-        f"{a.world_size} ranks x {a.per_device_train_batch_size} packs x {a.gradient_accumulation_steps} micro-batches"
-        f" = {a.global_batch_size} packs a step = {a.global_batch_size * max_seq_length:,} token places; {len(packs):,}"
-        f" packs = {steps:,} steps an epoch, {a.num_train_epochs:g} epochs",
-        flush=True,
-    )
+    arguments = record["arguments"]
+    return record.get("facts") or run_facts(arguments, record["data"], steps_of(arguments, packs)[1])
 
 
 def main():
     parser = HfArgumentParser((ModelArguments, DataArguments, LoraArguments, DenseTrainingArguments))
     try:
         model_args, data_args, lora_args, training_args = parser.parse_args_into_dataclasses()
-        if training_args.dry_run and training_args.prepare_only:
-            return  # a launcher's preparing process: its ranks print the plan
+        if training_args.dry_run:
+            planned = plan_arguments(data_args, lora_args, training_args)
+            return dry_run(
+                model_args.model_name_or_path, model_args.model_revision, training_args.num_train_epochs, **planned
+            )
         config = load_config(model_args.model_name_or_path, model_args.model_revision)
         check_trainer(config, "dense")
-        if training_args.dry_run:
-            return planning.dry_run(config, **plan_arguments(data_args, lora_args, training_args))
         planned = None if training_args.prepare_only else check_memory(config, data_args, lora_args, training_args)
+        if training_args.activations == "auto":
+            training_args.activations = planned["activations"] if planned else "full"
+        training_args.gradient_checkpointing = training_args.activations == "full"
         tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
         packs = multipack.prepare(data_args, tokenizer, model_args.model_name_or_path, seed=training_args.seed)
         if training_args.prepare_only:
             return print(multipack.format_report(packs.report))
         arguments = run_arguments(model_args, data_args, lora_args, training_args)
+        steps = steps_of(arguments, packs)
+        sizes = len(packs), data_args.max_seq_length, training_args.global_batch_size
+        _, arithmetic = batch_arithmetic(
+            *sizes, training_args.world_size, training_args.per_device_train_batch_size, *steps
+        )
+        facts = run_facts(arguments, packs.fingerprint, steps[1])
         checkpoint = find_resume_checkpoint(training_args)
         if checkpoint:
-            refuse_another_run(arguments, packs)
+            record = Path(training_args.output_dir, "args.json")
+            refuse_another_run(facts, recorded_facts(record, packs), record)
             if faults := base_faults(
                 Adapter(checkpoint).manifest, model_args.model_name_or_path, model_args.model_revision
             ):
@@ -500,9 +485,9 @@ def main():
         sys.exit(f"error: {error}")
 
     if training_args.process_index == 0:
-        print_batch_arithmetic(training_args, packs, data_args.max_seq_length)
-        write_arguments(arguments, training_args, packs, planned)
-        trim_log(training_args, checkpoint)
+        print(arithmetic, flush=True)
+        write_arguments(arguments, facts, planned, training_args.world_size)
+        trim_log(training_args.output_dir, int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
     gemm_flops = measure_gemm() if torch.cuda.is_available() else None
     if packs.validation is not None:
         training_args.eval_strategy = IntervalStrategy.EPOCH

@@ -20,6 +20,7 @@ micro-batches. Random numbers are seeded anew for every step, and the order of t
 position in the run is all that a resumed run must know of either.
 """
 
+import dataclasses
 import math
 import os
 import signal
@@ -36,7 +37,6 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
 import multipack
-from malaysian_sft import planning
 from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu, train_flops
 from malaysian_sft.base_model import find_checkpoint, load_config
 from malaysian_sft.checkpoints import Checkpointer, newest_checkpoint, resume_fault
@@ -45,13 +45,17 @@ from malaysian_sft.load_base import load_weights, reset_adapter
 from malaysian_sft.lora import LoraArguments, local_tensor
 from malaysian_sft.memory import compare_peak, need
 from malaysian_sft.moe_model import build_model, make_mesh, shard
-from malaysian_sft.planning import settle, this_machine, trainer_flags
+from malaysian_sft.plan_page import dry_run
+from malaysian_sft.planning import default_mode, settle, this_machine, trainer_flags
 from malaysian_sft.run import (
     Log,
+    batch_arithmetic,
     claim,
+    count_steps,
     is_main,
-    print_batch_arithmetic,
+    learning_rate_factor,
     router_record,
+    run_facts,
     say,
     setup_distributed,
     write_arguments,
@@ -86,7 +90,7 @@ class TrainingArguments:
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's, on lora_A and lora_B"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient's global norm to this"})
     router_aux_loss_coef: float = field(default=0.0, metadata={"help": "weight of the load-balancing loss; 0: off"})
-    seed: int = field(default=0, metadata={"help": "of the adapter's start, the packs, their order, dropout"})
+    seed: int = field(default=42, metadata={"help": "of the adapter's start, the packs, their order, dropout"})
     dtype: Literal["bfloat16", "float32"] = field(
         default="bfloat16", metadata={"help": "of the base weights and the arithmetic"}
     )
@@ -172,7 +176,7 @@ def plan_arguments(args, data_args, lora_args):
         r=lora_args.r,
         expert_r=lora_args.expert_r,
         use_dora=lora_args.use_dora,
-        activation_policy=None if args.activations == "auto" else args.activations,
+        activations=None if args.activations == "auto" else args.activations,
         memory_mode=args.memory_mode,
         reduce_every_micro_batch=args.reduce_every_micro_batch,
         frugal_layers=args.frugal_layers,
@@ -181,18 +185,16 @@ def plan_arguments(args, data_args, lora_args):
     )
 
 
-NOT_PLANNED = {"activation_policy": "full", "memory_mode": None, "reduce_every_micro_batch": False}
-NOT_PLANNED |= {"frugal_layers": 0, "gather_base": True}
+# Without a GPU, or in fp32, which plan.py does not know.
+UNPLANNED = {"activations": "full", "reduce_every_micro_batch": False, "frugal_layers": 0, "gather_base": True}
 
 
 def settle_memory(config, args, data_args, lora_args):
-    """Choose what of activations, memory_mode and reduce_every_micro_batch the flags leave open, in place; returns the
-    plan.
+    """(args, with what the flags leave open about memory chosen; the plan, None where plan.py has none).
 
     The plan is the same on every rank: that of the GPU with the least memory. Raises ValueError, before anything is
-    loaded, for a run that can't fit. Without a GPU, or in fp32, which plan.py does not know, nothing is refused, whole
-    layers are recomputed, and the plan is None. A run may be resumed with other choices: they decide what is computed
-    twice, not what is computed.
+    loaded, for a run that can't fit. A run may be resumed with other choices: they decide what is computed twice, not
+    what is computed.
     """
     machine = this_machine()
     planned = None
@@ -202,16 +204,11 @@ def settle_memory(config, args, data_args, lora_args):
         machine["gpu_memory_gib"] = memory.item()
         planned = settle(config, ignore=args.ignore_plan, **machine, **plan_arguments(args, data_args, lora_args))
         say(f"{trainer_flags(planned)}: {need(planned)}")
-    chosen = planned or NOT_PLANNED
-    if args.activations == "auto":
-        args.activations = chosen["activation_policy"]
-    args.memory_mode = (
-        args.memory_mode or chosen["memory_mode"] or ("frugal" if args.activations == "selective" else "fast")
-    )
-    for name in ("reduce_every_micro_batch", "frugal_layers", "gather_base"):
-        if getattr(args, name) is None:
-            setattr(args, name, chosen[name])
-    return planned
+    chosen = planned or UNPLANNED
+    open_choices = {name: chosen[name] for name in UNPLANNED if getattr(args, name) in (None, "auto")}
+    settled = dataclasses.replace(args, **open_choices)
+    mode = args.memory_mode or chosen.get("memory_mode") or default_mode("moe", settled.activations)
+    return dataclasses.replace(settled, memory_mode=mode), planned
 
 
 def packs_of_step(dataset, step, steps_an_epoch, global_batch_size):
@@ -275,14 +272,6 @@ def make_optimizer(model, args):
     return optimizer
 
 
-def learning_rate(step, total_steps, args):
-    """Linear warm-up that starts above zero, then linear decay that would reach zero one step after the last; `step` is
-    0-based."""
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / args.warmup_steps
-    return args.learning_rate * (total_steps - step) / max(1, total_steps - args.warmup_steps)
-
-
 def forward_backward(model, batches, supervised, args, device, packs=None):
     """Gradients of the step's loss from this rank's batches; returns this rank's [summed loss, summed auxiliary loss].
 
@@ -344,14 +333,6 @@ def prepare_only(args, data_args):
     print(multipack.format_report(dataset.report))
 
 
-def dry_run(args, data_args, lora_args):
-    """Print the plan of this run, from the model's config alone; a launcher's preparing process leaves that to the
-    ranks."""
-    if not args.prepare_only:
-        config = load_config(args.model_name_or_path, args.model_revision)
-        planning.dry_run(config, **plan_arguments(args, data_args, lora_args))
-
-
 def train(args, data_args, lora_args):
     """The run from a published checkpoint to adapters on disk. Raises ValueError for what the user can put right."""
     device = setup_distributed()
@@ -362,14 +343,16 @@ def train(args, data_args, lora_args):
 
     config = load_config(args.model_name_or_path, args.model_revision)
     check_trainer(config, "moe")
-    planned = settle_memory(config, args, data_args, lora_args)
+    args, planned = settle_memory(config, args, data_args, lora_args)
     gemm_flops = measure_gemm() if device.type == "cuda" else None
     directory = find_checkpoint(args.model_name_or_path, args.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     dataset = multipack.prepare(data_args, tokenizer, args.model_name_or_path, seed=args.seed)
-    steps_an_epoch = math.ceil(len(dataset) / args.global_batch_size)
-    total_steps = args.max_steps or steps_an_epoch * args.num_train_epochs
-    micro = print_batch_arithmetic(args, dataset, data_args, steps_an_epoch, total_steps)
+    steps = count_steps(len(dataset), args.global_batch_size, args.num_train_epochs, args.max_steps)
+    steps_an_epoch, total_steps = steps
+    sizes = len(dataset), data_args.max_seq_length, args.global_batch_size, dist.get_world_size(), 1
+    micro, arithmetic = batch_arithmetic(*sizes, *steps)
+    say(arithmetic)
     lock = claim(args.output_dir) if is_main() else None
 
     peft_model, model = build_model(config, args, lora_args)
@@ -381,30 +364,17 @@ def train(args, data_args, lora_args):
     reset_adapter(model.causal_lm, args.seed, ring)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, args)
-    facts = {
-        "seed": args.seed,
-        "data": dataset.fingerprint,
-        "global_batch_size": args.global_batch_size,
-        "total_steps": total_steps,
-        "learning_rate": args.learning_rate,
-        "warmup_steps": args.warmup_steps,
-        "weight_decay": args.weight_decay,
-        "max_grad_norm": args.max_grad_norm,
-        "router_aux_loss_coef": args.router_aux_loss_coef,
-        "r": lora_args.r,
-        "lora_alpha": lora_args.alpha,
-        "expert_r": lora_args.expert_rank(config),
-        "use_dora": lora_args.use_dora,
-        "lora_dropout": lora_args.lora_dropout,
+    arguments = {
+        key: value for group in (args, data_args, lora_args) for key, value in dataclasses.asdict(group).items()
     }
+    facts = run_facts(arguments | {"expert_r": lora_args.expert_rank(config)}, dataset.fingerprint, total_steps)
     checkpoints = Checkpointer(peft_model, model, optimizer, args, lora_args, tokenizer, facts)
     step = checkpoints.load(resume_from) if resume_from else 0
     say(f"training {sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} parameters")
     if resume_from:
         say(f"resuming from {resume_from}")
-    log = Log(
-        args, write_arguments(args, data_args, lora_args, dataset.fingerprint, planned) if is_main() else None, step
-    )
+    record = write_arguments(arguments, facts, planned, dist.get_world_size()) if is_main() else None
+    log = Log(args, record, step, total_steps)
 
     first_step = step + 1
     bar = tqdm(
@@ -430,7 +400,7 @@ def train(args, data_args, lora_args):
         torch.manual_seed(args.seed * 10**9 + step * dist.get_world_size() + dist.get_rank())
         totals = forward_backward(model, batches, supervised.clamp(min=1), args, device, len(indices))
         grad_norm = clip_gradients(parameters, args.max_grad_norm, mesh)
-        lr = learning_rate(step, total_steps, args)
+        lr = args.learning_rate * learning_rate_factor(step, total_steps, args.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -497,7 +467,8 @@ def main(argv=None):
     try:
         args, data_args, lora_args = parse(argv)
         if args.dry_run:
-            dry_run(args, data_args, lora_args)
+            epochs, planned = args.num_train_epochs, plan_arguments(args, data_args, lora_args)
+            dry_run(args.model_name_or_path, args.model_revision, epochs, **planned)
         elif args.prepare_only:
             prepare_only(args, data_args)
         else:

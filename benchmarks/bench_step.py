@@ -95,7 +95,7 @@ class Run:
         for name in ("memory_mode", "gather_base", "frugal_layers"):
             flags += f" --{name} {job[name]}" if job[name] is not None else ""
         self.args, self.data_args, self.lora_args = train_moe.parse(flags.split())
-        self.planned = train_moe.settle_memory(self.config, self.args, self.data_args, self.lora_args)
+        self.args, self.planned = train_moe.settle_memory(self.config, self.args, self.data_args, self.lora_args)
         self.model = slices.build_run(self.config, self.args, self.lora_args, self.device, self.mesh)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = train_moe.make_optimizer(self.model, self.args)

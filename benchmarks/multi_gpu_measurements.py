@@ -176,7 +176,7 @@ def scaling(job):
     flags |= {"max_seq_length": job["tokens"], "global_batch_size": world * job["accumulation"]}
     run, data_args, lora_args = train_moe.parse(words(flags))
     layers = 2 if name == "tiny" else published_config(name).num_hidden_layers
-    planned = train_moe.settle_memory(bench_train_moe.make_config(name, layers), run, data_args, lora_args)
+    run, planned = train_moe.settle_memory(bench_train_moe.make_config(name, layers), run, data_args, lora_args)
     mesh = make_mesh(device, 1)
     chosen = bench_train_moe.Arguments(
         activations=run.activations, memory_mode=run.memory_mode, use_dora=job["use_dora"], r=job["r"]

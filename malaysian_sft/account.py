@@ -25,7 +25,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 
-from malaysian_sft.lora import NOT_ADAPTED
+from malaysian_sft.lora import NOT_ADAPTED, expert_rank
 
 GIB = 2**30
 # Dense bf16 tensor-core TFLOP/s (no sparsity, fp32 accumulation) by a word of the name that CUDA reports; the first
@@ -138,12 +138,6 @@ def _architecture(config_class, config_json):
                 matrices.append(Matrix(name, kind, layer, *parameter.shape, adapted=layer is not None))
     query_key_norm = any("q_norm" in name for name, _ in model.named_modules())
     return Architecture(tuple(matrices), vectors, top_k, query_key_norm)
-
-
-def expert_rank(config, r, expert_r=None):
-    """The LoRA rank of one routed expert: `expert_r`, or r over the active experts (at least 1), as the launchers
-    train."""
-    return expert_r if expert_r is not None else max(r // architecture(config).top_k, 1) if r else 0
 
 
 def count_parameters(config, r=0, expert_r=None, use_dora=False):

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.adapter_state import adapter_state_dict, save_adapter
 from malaysian_sft.base_model import base_faults
-from malaysian_sft.run import is_main
+from malaysian_sft.run import is_main, refuse_another_run
 
 
 class Checkpointer:
@@ -81,10 +81,7 @@ class Checkpointer:
         """Read adapter and optimiser state from checkpoint `directory`, written by any number of ranks; returns its
         step. Collective."""
         position = json.loads((directory / "resume" / "position.json").read_text())
-        for key, value in self.facts.items():
-            if position.get(key, value) != value:  # a checkpoint may be older than a key
-                was = f"{directory} was trained with {position[key]}"
-                raise ValueError(f"--resume: {key} is {value}, but {was}; that is another run, for another --run_name")
+        refuse_another_run(self.facts, position, directory)
         if faults := base_faults(Adapter(directory).manifest, self.args.model_name_or_path, self.args.model_revision):
             raise ValueError(f"--resume: {faults[0]}")
         dcp.load(self.state(), checkpoint_id=directory / "resume", process_group=self.group)

@@ -54,14 +54,20 @@ class LoraArguments:
         return 2 * self.r if self.lora_alpha is None else self.lora_alpha
 
     def expert_rank(self, config) -> int:
-        """Rank of one routed expert of a model with this transformers `config`: a token meets r trained columns, as in
-        a dense layer."""
-        return self.expert_r if self.expert_r is not None else max(1, self.r // config.num_experts_per_tok)
+        """Rank of one routed expert of a model with this transformers `config`."""
+        return expert_rank(config, self.r, self.expert_r)
 
     def expert_alpha(self, config) -> float:
         """alpha of one routed expert: alpha / r is the same everywhere."""
         alpha = self.alpha * self.expert_rank(config) / self.r
         return int(alpha) if alpha == int(alpha) else alpha
+
+
+def expert_rank(config, r, expert_r=None):
+    """The LoRA rank of one routed expert: `expert_r`, else r over the active experts (at least 1), so that a token
+    meets r trained columns, as in a dense layer. 0 without LoRA (r = 0)."""
+    active = getattr(config, "num_experts_per_tok", None) or 1
+    return expert_r if expert_r is not None else max(r // active, 1) if r else 0
 
 
 def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -115,7 +115,7 @@ def gpu_bytes(config, plan):
     fp32 buffers. On a single GPU nothing is gathered.
     """
     arch, counts, kind, dora = architecture(config), plan["parameters"], plan["kind"], plan["use_dora"]
-    r, expert_r, policy = plan["r"], plan["expert_r"], plan["activation_policy"]
+    r, expert_r, policy = plan["r"], plan["expert_r"], plan["activations"]
     base, adapter = counts["total"], counts["trainable"]
     tokens = plan["micro_batch"] * plan["max_seq_length"]
     layers = arch.layers()

@@ -1,6 +1,7 @@
 """The model of train_moe.py: transformers' own on the meta device, experts wrapped, LoRA on the rest, its loss,
 recomputation, FSDP2."""
 
+import functools
 import os
 import sys
 import types
@@ -21,6 +22,7 @@ from malaysian_sft.attention_half import fast_norm, fuse_attention_half, lay_sid
 from malaysian_sft.frozen_ring import FrozenRing
 from malaysian_sft.lora import apply_lora
 from malaysian_sft.norm_rope import Rotary, ScaleColumns
+from malaysian_sft.planning import default_mode
 from malaysian_sft.run import say
 
 
@@ -225,6 +227,7 @@ def build_model(config, args, lora_args):
         raise ValueError(
             f"--router_aux_loss_coef: {config.model_type} balances its experts in another way and defines no such loss"
         )
+    activations = "full" if args.activations == "auto" else args.activations
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, args.dtype), attn_implementation=register_attention()
@@ -234,7 +237,7 @@ def build_model(config, args, lora_args):
             r=lora_args.expert_rank(config),
             lora_alpha=lora_args.expert_alpha(config),
             use_dora=lora_args.use_dora,
-            mode=args.memory_mode or ("frugal" if args.activations == "selective" else "fast"),
+            mode=args.memory_mode or default_mode("moe", activations),
             cache_norms=lora_args.use_dora,
         )
         peft_model = apply_lora(causal_lm, lora_args)
@@ -247,12 +250,12 @@ def build_model(config, args, lora_args):
             module.__class__ = LoraLinear
     if args.fast_parts:
         say(use_fast_parts(causal_lm))
-    set_activation_policy(causal_lm, "full" if args.activations == "auto" else args.activations)
+    set_activations(causal_lm, activations)
     model = ModelWithLoss(causal_lm, args.router_aux_loss_coef, args.fast_parts and torch.cuda.is_available()).train()
     return peft_model, model
 
 
-def set_activation_policy(causal_lm, policy):
+def set_activations(causal_lm, policy):
     """Choose what the backward recomputes (TrainingArguments.activations). The experts' own part was chosen with their
     mode."""
     if policy == "full":
@@ -316,8 +319,15 @@ def use_fast_parts(causal_lm):
 
 
 def fast_rotary(rotary):
-    """`rotary`, transformers' apply_rotary_pos_emb, by our kernel for one row of the usual layout."""
+    """`rotary`, transformers' apply_rotary_pos_emb, by our kernel for one row of the usual layout.
 
+    It stands in for `rotary` in the family's module, so a second model of the family meets it: it keeps the original as
+    __wrapped__, which inspect and `usual_rotary` see through, and is not wrapped again.
+    """
+    if hasattr(rotary, "__wrapped__"):
+        return rotary
+
+    @functools.wraps(rotary)
     def call(q, k, cos, sin, unsqueeze_dim=1):
         if q.shape[0] != 1 or unsqueeze_dim != 1 or cos.dim() != 3:
             return rotary(q, k, cos, sin, unsqueeze_dim)

@@ -1,11 +1,13 @@
 """A plan of one run, every way to run that the trainers offer, and the choice between them."""
 
+import bisect
 import inspect
 import itertools
 import os
 import sys
 
-from malaysian_sft.account import GIB, check_trainer, count_parameters, expert_rank, recompute_flops, train_flops
+from malaysian_sft.account import GIB, check_trainer, count_parameters, recompute_flops, train_flops
+from malaysian_sft.lora import expert_rank
 from malaysian_sft.memory import disk_bytes, gpu_bytes, host_bytes
 
 # What each trainer offers: activation policies, the least recomputation first, each with the memory modes of the
@@ -24,6 +26,11 @@ GPU_MEMORY_GIB = 80.0  # of a GPU, where none is at hand to ask
 FULL_TOKENS = 16384
 
 
+def default_mode(kind, activations):
+    """The memory mode of the experts block that a trainer couples with a choice of activations."""
+    return CHOICES[kind][activations][0]
+
+
 def plan_run(
     config,
     *,
@@ -38,7 +45,7 @@ def plan_run(
     r=256,
     expert_r=None,
     use_dora=False,
-    activation_policy="full",
+    activations="full",
     memory_mode=None,
     reduce_every_micro_batch=False,
     shard_nodes=1,
@@ -49,9 +56,9 @@ def plan_run(
 ):
     """The bytes and FLOPs of one way to run, as a dict that `print_plan` prints and `check_fits` judges.
 
-    kind: "dense" (train_dense.py, DeepSpeed ZeRO-3) or "moe" (train_moe.py, FSDP2). gpus is per node. micro_batch is
+    kind: "dense" (train_dense.py, DeepSpeed ZeRO-3) or "moe" (train_moe.py). gpus is per node. micro_batch is
     packs of max_seq_length tokens per GPU and forward (train_moe.py: 1); global_batch_size packs per optimiser step.
-    activation_policy: none, selective (moe) or full; memory_mode of the experts block: fast or frugal, by default what
+    activations: none, selective (moe) or full; memory_mode of the experts block: fast or frugal, by default what
     the trainer couples with the policy. zero3: False for a dense model without DeepSpeed, whole on every GPU.
     gather_base: layers' frozen weights are sharded and gathered as they are needed, instead of whole on every GPU;
     frugal_layers: the first so many layers have frugal experts whatever memory_mode says.
@@ -67,7 +74,7 @@ def plan_run(
     policies = CHOICES.get(kind, {})
     for name, value, known in (
         ("kind", kind, CHOICES),
-        ("activation_policy", activation_policy, policies),
+        ("activations", activations, policies),
         ("memory_mode", memory_mode, (None, *MODES.get(kind, ()))),
     ):
         if value not in known:
@@ -85,8 +92,8 @@ def plan_run(
         "r": r,
         "expert_r": expert_rank(config, r, expert_r) if kind == "moe" else None,
         "use_dora": use_dora,
-        "activation_policy": activation_policy,
-        "memory_mode": memory_mode or policies[activation_policy][0],
+        "activations": activations,
+        "memory_mode": memory_mode or default_mode(kind, activations),
         "reduce_every_micro_batch": reduce_every_micro_batch,
         "shard_nodes": shard_nodes,
         "zero3": zero3,
@@ -110,14 +117,12 @@ def plan_run(
     plan["host_bytes"], plan["disk_bytes"] = host_bytes(plan), disk_bytes(plan)
     plan["flops_per_token"] = train_flops(config, 1, document_length, r, expert_r, use_dora)
     plan["recompute_per_token"] = recompute_flops(
-        config, activation_policy, plan["memory_mode"], r, plan["expert_r"], document_length, frugal_layers
+        config, activations, plan["memory_mode"], r, plan["expert_r"], document_length, frugal_layers
     )
     return plan
 
 
-def options(
-    config, *, kind, gpus, nodes=1, global_batch_size=32, activation_policy=None, memory_mode=None, **arguments
-):
+def options(config, *, kind, gpus, nodes=1, global_batch_size=32, activations=None, memory_mode=None, **arguments):
     """A plan for every way a trainer can run: activation policy with its memory modes, and micro-batch (dense) or
     whether every micro-batch reduces gradients and how many nodes share a copy (moe); best first. An argument that is
     given (as for plan_run) stays.
@@ -128,9 +133,7 @@ def options(
     """
     per_gpu = max(global_batch_size // (gpus * nodes), 1)
     policies = (
-        CHOICES.get(kind, {})
-        if activation_policy is None
-        else {activation_policy: CHOICES.get(kind, {}).get(activation_policy, ())}
+        CHOICES.get(kind, {}) if activations is None else {activations: CHOICES.get(kind, {}).get(activations, ())}
     )
     pairs = [(p, mode) for p, modes in policies.items() for mode in ([memory_mode] if memory_mode else modes or [None])]
     ways = {
@@ -144,7 +147,7 @@ def options(
     fixed = dict(kind=kind, gpus=gpus, nodes=nodes, global_batch_size=global_batch_size, **arguments)
     fixed["frugal_layers"] = frugal_layers or 0
     plans = [
-        plan_run(config, **fixed, activation_policy=policy, memory_mode=mode, **dict(zip(ways, values, strict=True)))
+        plan_run(config, **fixed, activations=policy, memory_mode=mode, **dict(zip(ways, values, strict=True)))
         for (policy, mode), *values in itertools.product(pairs or [("full", None)], *ways.values())
     ]
     if kind == "moe" and frugal_layers is None:
@@ -172,30 +175,29 @@ def options(
 def with_frugal_layers(config, plan):
     """`plan`, whose experts are fast, with as many frugal layers as leave SPARE of the memory, or None."""
     limit = (1 - SPARE) * plan["limit_bytes"]
-    if plan["memory_mode"] != "fast" or plan["activation_policy"] == "full" or plan["peak_bytes"] <= limit:
+    if plan["memory_mode"] != "fast" or plan["activations"] == "full" or plan["peak_bytes"] <= limit:
         return None
-    layers = config.num_hidden_layers
     names = inspect.signature(plan_run).parameters.keys() - {"config", "frugal_layers"}
     same = {name: plan[name] for name in names}
-    for count in range(1, layers):  # the peak falls with every layer, but not by the same: the one at work is counted
-        found = plan_run(config, **same, frugal_layers=count)
-        if found["peak_bytes"] <= limit:
-            return found
-    return None
+
+    def planned(count):
+        return plan_run(config, **same, frugal_layers=count)
+
+    # the peak falls with every layer
+    counts = range(1, config.num_hidden_layers)
+    found = bisect.bisect_left(counts, True, key=lambda count: planned(count)["peak_bytes"] <= limit)
+    return planned(counts[found]) if found < len(counts) else None
 
 
 def trainer_flags(plan):
     """The trainer's flags that make it run as `plan` says."""
     if plan["kind"] == "dense":
-        return (
-            f"--gradient_checkpointing {plan['activation_policy'] == 'full'} --per_device_train_batch_size"
-            f" {plan['micro_batch']}"
-        )
+        return f"--activations {plan['activations']} --per_device_train_batch_size {plan['micro_batch']}"
     reduce = " --reduce_every_micro_batch True" if plan["reduce_every_micro_batch"] else ""
     share = f" --shard_nodes {plan['shard_nodes']}" if plan["shard_nodes"] > 1 else ""
     gather = f" --gather_base {plan['gather_base']}" if plan["gpus"] * plan["nodes"] > 1 else ""
     frugal = f" --frugal_layers {plan['frugal_layers']}" if plan["frugal_layers"] else ""
-    mode = f"--activations {plan['activation_policy']} --memory_mode {plan['memory_mode']}"
+    mode = f"--activations {plan['activations']} --memory_mode {plan['memory_mode']}"
     return f"{mode}{frugal}{gather}{reduce}{share}"
 
 
@@ -245,30 +247,6 @@ def settle(config, ignore=False, **arguments):
     return plan
 
 
-def dry_run(config, **arguments):
-    """Print, on rank 0, the plan of the run that these flags would start on this machine; `arguments` are `settle`'s.
-
-    Without a GPU it is that of GPUs of 80 GiB, and nothing is refused. Raises ValueError, after printing, for a run
-    that doesn't fit.
-    """
-    machine = this_machine(whole=True)
-    no_gpu = machine["gpu_memory_gib"] is None
-    if no_gpu:
-        machine["gpu_memory_gib"] = GPU_MEMORY_GIB
-    if int(os.environ.get("RANK", 0)):
-        return
-    arguments = {name: value for name, value in {**arguments, **machine}.items() if value is not None}
-    plan = options(config, **arguments)[0]
-    if no_gpu:
-        print(
-            f"No GPU here: planned for {machine['gpus']} of {machine['gpu_memory_gib']:g} GiB; plan.py LAUNCHER plans"
-            " for others.\n"
-        )
-    print_plan(plan)
-    if not no_gpu:
-        check_fits(plan)
-
-
 def check_fits(plan):
     """Raise ValueError, naming the largest terms and what to change, if `plan` needs more memory than a GPU has."""
     if plan["fits"]:
@@ -288,65 +266,9 @@ def _remedy(plan, term):
     if term == "whole adapter gradient while accumulating":
         return "Pass --reduce_every_micro_batch True, take more GPUs, or lower --lora_r."
     if "activations" in term or "temporaries" in term or "loss" in term:
-        recompute = "" if plan["activation_policy"] == "full" else " or recompute more (activation policy full)"
+        recompute = "" if plan["activations"] == "full" else " or recompute more (activation policy full)"
         return f"Lower --max_seq_length{recompute}."
     if "dapter" in term or "Adam" in term:
         return "Lower --lora_r, or take more GPUs."
     spread = " to shard over (--shard_nodes)" if plan["kind"] == "moe" else ""
     return f"Take more GPUs{spread}, GPUs with more memory, or a smaller model."
-
-
-def _table(rows, title, left=(0,)):
-    """Rows of cells under a title; the columns in `left` are aligned left, the others right."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    aligned = [(str.ljust if i in left else str.rjust, width) for i, width in enumerate(widths)]
-    lines = [[align(str(cell), width) for cell, (align, width) in zip(row, aligned, strict=True)] for row in rows]
-    return "\n".join([title, *("  " + "  ".join(line).rstrip() for line in lines)])
-
-
-def print_plan(plan, file=None):
-    """Print a plan of `plan_run`: parameters, memory by term, FLOPs, host memory, disk."""
-    counts = plan["parameters"]
-    p, adapter = plan, "DoRA" if plan["use_dora"] else "LoRA"
-    ranks = f"r {p['r']}" + (f", {p['expert_r']} per routed expert" if p["expert_r"] else "")
-    print(
-        f"{p['model_type']}, {adapter} {ranks}; {p['nodes']} x {p['gpus']} GPUs of {p['gpu_memory_gib']:g} GiB",
-        file=file,
-    )
-    batch = (
-        f"{p['nodes'] * p['gpus']} GPUs x {p['micro_batch']} x {p['accumulation']} micro-batches ="
-        f" {p['global_batch_size']}"
-    )
-    print(f"A step: {batch} packs of {p['max_seq_length']:,} tokens\n", file=file)
-    kinds = sorted(counts["base"], key=counts["base"].get, reverse=True)
-    rows = [
-        ("", "base", "trainable"),
-        *((k, f"{counts['base'][k]:,}", f"{counts['adapter'].get(k, 0):,}") for k in kinds),
-    ]
-    rows += [("total", f"{counts['total']:,}", f"{counts['trainable']:,}")]
-    rows += [("active for a token", f"{counts['active']:,}", f"{counts['active_adapter']:,}")]
-    print(_table(rows, "Parameters"), end="\n\n", file=file)
-
-    rows = [(name, f"{value / GIB:.2f}") for name, value in plan["gpu_bytes"].items()]
-    rows += [
-        ("peak", f"{plan['peak_bytes'] / GIB:.2f}"),
-        (f"limit ({plan['reserve_gib']:g} reserved)", f"{plan['limit_bytes'] / GIB:.2f}"),
-    ]
-    print(_table(rows, f"Memory of one GPU, GiB, with {trainer_flags(plan)}"), end="\n\n", file=file)
-    for title, key in ("Host memory of one node, GiB", "host_bytes"), ("Disk, GiB", "disk_bytes"):
-        print(_table([(name, f"{value / GIB:.1f}") for name, value in plan[key].items()], title), end="\n\n", file=file)
-
-    extra = plan["recompute_per_token"] / plan["flops_per_token"]
-    print(f"FLOPs a token: {plan['flops_per_token'] / 1e9:.2f} G useful, and {extra:.0%} more recomputed", file=file)
-
-
-def print_options(plans, launched=None, file=None):
-    """Print what of `options` fits, with the trainer's flags for each; the best is marked, and the plan `launched`."""
-    rows = [("", "GiB", "fits", "recompute", "flags", "")]
-    for p in plans:
-        extra = f"+{p['recompute_per_token'] / p['flops_per_token']:.0%}"
-        marks = ["best"] * (p is plans[0] and p["fits"]) + ["as launched"] * (p == launched)
-        memory, fits = f"{p['peak_bytes'] / GIB:.1f}", "yes" if p["fits"] else "no"
-        name = p["activation_policy"] + (f", experts {p['memory_mode']}" if p["kind"] == "moe" else "")
-        rows.append((name, memory, fits, extra, trainer_flags(p), f"<- {', '.join(marks)}" if marks else ""))
-    print(_table(rows, "Activation policy, memory mode and micro-batch, best first", left=(0, 4, 5)), file=file)

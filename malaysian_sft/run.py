@@ -1,10 +1,10 @@
 """What is recorded of a run: its arguments, its log, the tracker, the commit; and that one process group has its
 directory."""
 
-import dataclasses
 import fcntl
 import importlib
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -80,39 +80,125 @@ def say(*words):
         tqdm.write(" ".join(map(str, words)))
 
 
-def write_arguments(args, data_args, lora_args, fingerprint, planned):
-    """outputs/<run>/args.json: what another person needs to repeat the run; returns the record."""
-    arguments = {
-        key: value for group in (args, data_args, lora_args) for key, value in dataclasses.asdict(group).items()
-    }
+# What must be the same when a run is resumed; a trainer that has no such argument leaves it out.
+FACTS = (
+    "seed global_batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm"
+    " router_aux_loss_coef r lora_alpha expert_r use_dora lora_dropout"
+).split()
+
+
+def run_facts(arguments, fingerprint, total_steps):
+    """What makes a run this run, by name: {"data", "total_steps"} and the FACTS in `arguments` (a dict by flag)."""
+    facts = {"data": fingerprint, "total_steps": total_steps}
+    facts |= {name: arguments[name] for name in FACTS if name in arguments}
+    return facts | {"lora_alpha": arguments["lora_alpha"] or 2 * arguments["r"]}
+
+
+def refuse_another_run(facts, before, where):
+    """Raise ValueError if `before`, the facts that the file `where` recorded, are not this run's: resumed, it would be
+    another run. A record may be older than a fact."""
+    for name, value in facts.items():
+        if before.get(name, value) != value:
+            raise ValueError(
+                f"--resume: {name} is {value}, but {where} says {before[name]}; that is another run, for another"
+                " --run_name"
+            )
+
+
+def write_arguments(arguments, facts, planned, world_size):
+    """outputs/<run>/args.json: what another person needs to repeat the run; returns the record.
+
+    arguments: every flag by its name, with output_dir; facts: `run_facts`; planned: plan.py's plan or None.
+    """
     record = {
-        "launcher": args.run_name,
-        "model": args.model_name_or_path,
+        "launcher": arguments["run_name"],
+        "model": arguments["model_name_or_path"],
         "commit": git_commit(),
-        "data": fingerprint,
-        "world_size": dist.get_world_size(),
+        "data": facts["data"],
+        "world_size": world_size,
         "planned_gib": planned and round(planned["peak_bytes"] / 2**30, 2),
+        "facts": facts,
         "arguments": arguments,
     }
-    os.makedirs(args.output_dir, exist_ok=True)
-    Path(args.output_dir, "args.json").write_text(json.dumps(record, indent=2) + "\n")
+    os.makedirs(arguments["output_dir"], exist_ok=True)
+    temporary = Path(arguments["output_dir"], "args.json.tmp")  # renamed: another process may be reading the old one
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, temporary.with_suffix(""))
     return record
+
+
+def trim_log(output_dir, last_step):
+    """Drop log.jsonl's records after `last_step`: these steps are trained, and logged, again. A last line may be cut
+    short. Returns the file's path."""
+    path = Path(output_dir, "log.jsonl")
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        path.write_text("".join(kept))
+    return path
+
+
+def count_steps(packs, global_batch_size, num_train_epochs, max_steps=None):
+    """(optimiser steps of an epoch of `packs` packs, steps of the run)."""
+    steps_an_epoch = math.ceil(packs / global_batch_size)
+    return steps_an_epoch, max_steps or math.ceil(steps_an_epoch * num_train_epochs)
+
+
+def batch_arithmetic(packs, max_seq_length, global_batch_size, world_size, micro_batch, steps_an_epoch, total_steps):
+    """(micro-batches of a rank and step, a line that says how packs become optimiser steps). Asserts that they do."""
+    if global_batch_size < 1 or global_batch_size % (world_size * micro_batch):
+        raise ValueError(
+            f"--global_batch_size {global_batch_size} is not a positive multiple of {world_size} ranks x {micro_batch}"
+            " packs"
+        )
+    accumulation = global_batch_size // (world_size * micro_batch)
+    assert world_size * micro_batch * accumulation == global_batch_size
+    assert steps_an_epoch * global_batch_size >= packs
+    return accumulation, (
+        f"{world_size} ranks x {micro_batch} packs x {accumulation} micro-batches = {global_batch_size} packs a step ="
+        f" {global_batch_size * max_seq_length:,} tokens at most; {packs:,} packs = {steps_an_epoch:,} steps an epoch,"
+        f" {total_steps / steps_an_epoch:.4g} epochs = {total_steps:,} steps"
+    )
+
+
+def learning_rate_factor(step, total_steps, warmup_steps):
+    """The learning rate of step `step` (0-based) as a share of its peak: linear warm-up, the first step at
+    1 / warmup_steps, then linear decay that would reach 0 one step after the last."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return max(total_steps - step, 0) / max(1, total_steps - warmup_steps)
+
+
+def step_line(record, total_steps):
+    """A step's record for the terminal, aligned, at most 120 columns."""
+    if "loss" not in record:
+        return f"step {record['step']:,}/{total_steps:,}  validation loss {record['validation_loss']:.4f}"
+    parts = [
+        f"step {record['step']:>{len(f'{total_steps:,}')},}/{total_steps:,}",
+        f"epoch {record['epoch']:5.2f}",
+        f"loss {record['loss']:7.4f}",
+        f"norm {record['grad_norm']:5.2f}",
+        f"lr {record['learning_rate']:.2e}",
+        f"{record['tokens_per_second']:>8,.0f} tok/s",
+    ]
+    if record.get("mfu") is not None:
+        parts.append(f"MFU {record['mfu']:5.1%}")
+    if record.get("peak_gib") is not None:
+        parts.append(f"{record['peak_gib']:5.1f} GiB")
+    if record.get("validation_loss") is not None:
+        parts.append(f"val {record['validation_loss']:.4f}")
+    return "  ".join(parts)
 
 
 class Log:
     """The same record to the terminal, log.jsonl and the tracker. On rank 0; elsewhere it does nothing."""
 
-    def __init__(self, args, config, first_step):
+    def __init__(self, args, config, first_step, total_steps):
         self.tracker = self.file = None
+        self.total_steps = total_steps
         if not is_main():
             return
-        path = Path(args.output_dir, "log.jsonl")
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # steps after the checkpoint that a resumed run goes on from are trained, and logged, again; a last line may be
-        # cut short
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-        path.write_text("".join(kept))
-        self.file = open(path, "a", buffering=1)
+        self.file = open(trim_log(args.output_dir, first_step), "a", buffering=1)
         if args.report_to != "none":
             try:
                 self.tracker = importlib.import_module(args.report_to)
@@ -132,11 +218,7 @@ class Log:
             return
         self.file.write(json.dumps(record) + "\n")
         values = {key: value for key, value in record.items() if value is not None}
-        say(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
-            )
-        )
+        say(step_line(record, self.total_steps))
         if self.tracker is not None:
             # transformers' names, so that the dense runs of the project are drawn in the same charts
             self.tracker.log(
@@ -159,18 +241,3 @@ def router_record(counts):
         "expert_load_worst_layer": round(ratio.max().item(), 3),
         "dead_experts": int((counts == 0).sum()),
     }
-
-
-def print_batch_arithmetic(args, dataset, data_args, steps_an_epoch, total_steps):
-    """Print, and assert, how packs become optimiser steps; returns the micro-batches of a rank and step."""
-    world = dist.get_world_size()
-    if args.global_batch_size % world:
-        raise ValueError(f"--global_batch_size {args.global_batch_size} is not a multiple of {world} ranks")
-    micro = args.global_batch_size // world
-    assert world * micro == args.global_batch_size and steps_an_epoch * args.global_batch_size >= len(dataset)
-    say(
-        f"{world} ranks x {micro} packs, one at a time = {args.global_batch_size} packs a step ="
-        f" {args.global_batch_size * data_args.max_seq_length:,} token places; {len(dataset):,} packs ="
-        f" {steps_an_epoch:,} steps an epoch, {total_steps / steps_an_epoch:.4g} epochs = {total_steps:,} steps"
-    )
-    return micro

@@ -19,6 +19,10 @@ import numpy as np
 from malaysian_sft.chat_format import ChatFormat
 from malaysian_sft.conversations import BadRow, DataArguments, Source, to_conversation
 
+# Part of the cache's key. Raise it with any change in this file, conversations.py or chat_format.py after which some
+# row becomes other tokens or labels; tests/test_multipack.py holds it to a golden sample.
+TOKENISATION_VERSION = 1
+
 
 @dataclass
 class Tokenised:
@@ -100,9 +104,8 @@ def _tokenise_all(chat: ChatFormat, sources: list[Source], loss_on: str, workers
             yield tokenise(chat, chunk, loss_on)
         return
     waiting = deque()
-    fork = multiprocessing.get_context(
-        "fork"
-    )  # hands the tokenizer over without pickling; the children run no kernels and no threads
+    # fork hands the tokenizer over without pickling; the children run no kernels and no threads
+    fork = multiprocessing.get_context("fork")
     try:
         with ProcessPoolExecutor(workers, fork, _start_worker, (chat, loss_on)) as pool:
             for chunk in _chunks(sources, 256):
@@ -118,14 +121,13 @@ def _tokenise_all(chat: ChatFormat, sources: list[Source], loss_on: str, workers
 
 
 def data_fingerprint(data_args: DataArguments, sources: list[Source], chat: ChatFormat) -> str:
-    """Hash of all that changes a token, a label or which rows are kept. max_seq_length and the seed act later and are
-    not in it."""
+    """Hash of all that changes a token, a label or which rows are kept; max_seq_length and the seed act later."""
     import tokenizers
     import transformers
 
     tokenizer = chat.tokenizer
     parts = {
-        "code": hashlib.blake2b(Path(__file__).read_bytes(), digest_size=20).hexdigest(),
+        "tokenisation": TOKENISATION_VERSION,
         "versions": [transformers.__version__, tokenizers.__version__],
         "sources": [[source.name, source.config, source.digest] for source in sources],
         "revision": data_args.dataset_revision,

@@ -4,6 +4,7 @@ templates/ holds chat templates of our own writing that behave like those of Qwe
 """
 
 import functools
+import hashlib
 import json
 import multiprocessing
 import re
@@ -30,7 +31,7 @@ from malaysian_sft.attention import (
 )
 from malaysian_sft.chat_format import ChatFormat
 from malaysian_sft.conversations import DataArguments, _hub_sources
-from malaysian_sft.tokenise import tokenise
+from malaysian_sft.tokenise import TOKENISATION_VERSION, tokenise
 from multipack import pack, prepare
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -609,8 +610,6 @@ def test_cache_is_keyed_by_all_that_matters_and_nothing_else(tmp_path, monkeypat
     def another_eos(tokenizer):
         tokenizer.eos_token = "<|endoftext|>"
 
-    code = tmp_path / "code.py"
-    code.write_text("another version")
     later = path.with_name("e.jsonl")
     write_jsonl(later, [*rows[:-1], {**rows[-1], "answer": "lain"}])
     misses = [
@@ -625,16 +624,40 @@ def test_cache_is_keyed_by_all_that_matters_and_nothing_else(tmp_path, monkeypat
         change(tokenizer)
         misses.append(functools.partial(prepare, base(), tokenizer, "tiny"))
 
-    def new_code():
-        monkeypatch.setattr("malaysian_sft.tokenise.__file__", str(code))
+    def new_version():
+        monkeypatch.setattr("malaysian_sft.tokenise.TOKENISATION_VERSION", TOKENISATION_VERSION + 1)
         prepare(base(), tiny_tokenizer(), "tiny")
 
-    for number, miss in enumerate([*misses, new_code]):
+    for number, miss in enumerate([*misses, new_version]):
         miss()
         assert len(cached(tmp_path)) == number + 2, number
     path.write_text(later.read_text())  # the same name with other content
     prepare(base(), tiny_tokenizer(), "tiny")
     assert len(cached(tmp_path)) == len(misses) + 3
+
+
+# Tokens and labels of the golden sample by TOKENISATION_VERSION; only the newest is kept.
+GOLDEN = {1: "ce79ae22c14c610c01f6623e467dea1a6c021e9a"}
+
+
+def test_another_tokenisation_has_another_version():
+    """Every family's template over single, reasoned and several turns, and a row of every schema of the dataset."""
+    pairs = [("question", "answer"), ("input", "output"), ("input", "answer")]
+    rows = [{"messages": messages} for messages in (SINGLE, REASONED, TURNS)]
+    rows += [{first: "Apa ibu negara Malaysia?", second: "Kuala Lumpur."} for first, second in pairs]
+    rows += [{"system": "Jawab ringkas.", "input": "2 + 2?", "reasoning": "Dua tambah dua.", "answer": "4"}]
+    content = hashlib.blake2b(digest_size=20)
+    for family in FAMILY_NAMES:
+        for loss_on in ("assistant", "all"):
+            chunk = [(0, None, number, row) for number, row in enumerate(rows)]
+            found = tokenise(ChatFormat(family_tokenizer(family)), chunk, loss_on)
+            assert not found.bad and len(found.lengths) >= len(rows)
+            content.update(found.tokens.tobytes() + found.supervised.tobytes())
+    found = content.hexdigest()
+    assert GOLDEN.get(TOKENISATION_VERSION) == found, (
+        f"rows become other tokens or labels than before: raise tokenise.TOKENISATION_VERSION, or cached data of the"
+        f" old code is trained on, and write down {found} in GOLDEN"
+    )
 
 
 def test_a_crash_leaves_no_cache_and_a_damaged_one_is_refused(tmp_path, monkeypatch):

@@ -1,7 +1,11 @@
 """plan.py against transformers, PEFT, torch's FLOP counter, saved files and published totals; `pytest
 tests/test_plan.py`."""
 
+import dataclasses
 import json
+import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 import plan
+import train_dense
+import train_moe
 from conftest import FAMILIES, tiny_config, tiny_model
 from fused_moe_lora import wrap_experts
 from malaysian_sft.account import (
@@ -20,7 +26,6 @@ from malaysian_sft.account import (
     architecture,
     compare_gemm,
     count_parameters,
-    expert_rank,
     measure_gemm,
     mfu,
     peak_flops,
@@ -30,14 +35,21 @@ from malaysian_sft.account import (
 from malaysian_sft.adapter_state import save_adapter
 from malaysian_sft.attention import _import_varlen
 from malaysian_sft.load_base import compute_buffers
-from malaysian_sft.lora import LoraArguments, apply_lora, lora_targets
+from malaysian_sft.lora import LoraArguments, apply_lora, expert_rank, lora_targets
 from malaysian_sft.memory import compare_peak, experts_saved_bytes, layer_saved_bytes, layer_working_bytes
 from malaysian_sft.moe_model import build_model
+from malaysian_sft.plan_page import (
+    PlanArguments,
+    dry_run,
+    expected_time,
+    plan_evaluation,
+    read_results,
+    schedule,
+)
 from malaysian_sft.planning import (
     CHOICES,
     best_policy,
     check_fits,
-    dry_run,
     options,
     plan_run,
     settle,
@@ -376,7 +388,7 @@ def test_sharded_terms_by_hand():
 
 def test_as_few_layers_are_frugal_as_must_be():
     config = real_config("Qwen3-30B-A3B-Instruct-2507")
-    way = dict(kind="moe", gpus=1, global_batch_size=4, activation_policy="none")
+    way = dict(kind="moe", gpus=1, global_batch_size=4, activations="none")
     found = options(config, gpu_memory_gib=139.8, **way)[0]
     assert found["memory_mode"] == "fast" and 0 < found["frugal_layers"] < 24
     limit = 0.96 * found["limit_bytes"]
@@ -403,7 +415,7 @@ def test_shards_over_nodes():
 
 @pytest.mark.parametrize("kind, name", [("dense", "Qwen3-32B"), ("moe", "GLM-4.5-Air")])
 def test_more_recompute_needs_less_memory_and_more_flops(kind, name):
-    plans = [plan_run(real_config(name), kind=kind, gpus=8, activation_policy=policy) for policy in CHOICES[kind]]
+    plans = [plan_run(real_config(name), kind=kind, gpus=8, activations=policy) for policy in CHOICES[kind]]
     peaks, extra = [p["peak_bytes"] for p in plans], [p["recompute_per_token"] for p in plans]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == len(peaks)
     assert extra == sorted(extra) and extra[0] == 0 and len(set(extra)) == len(extra)
@@ -414,7 +426,7 @@ def test_best_policy_recomputes_no_more_than_it_must():
     config = real_config("Qwen3-30B-A3B-Instruct-2507")
     roomy = best_policy(config, kind="moe", gpus=8, gpu_memory_gib=140)
     tight = best_policy(config, kind="moe", gpus=8, gpu_memory_gib=40)
-    assert (roomy["activation_policy"], roomy["memory_mode"], roomy["reduce_every_micro_batch"]) == (
+    assert (roomy["activations"], roomy["memory_mode"], roomy["reduce_every_micro_batch"]) == (
         "none",
         "fast",
         False,
@@ -426,11 +438,11 @@ def test_best_policy_recomputes_no_more_than_it_must():
     assert tight["gather_base"], "40 GiB do not hold the whole base"
     assert all(p["recompute_per_token"] >= tight["recompute_per_token"] for p in comfortable)
     assert not roomy["gather_base"], "what need not be gathered is not"
-    assert any(p["activation_policy"] == "none" and not p["fits"] for p in everything)
+    assert any(p["activations"] == "none" and not p["fits"] for p in everything)
     for given in (
-        {"activation_policy": "full"},
+        {"activations": "full"},
         {"memory_mode": "frugal"},
-        {"activation_policy": "selective", "memory_mode": "fast"},
+        {"activations": "selective", "memory_mode": "fast"},
     ):
         for chosen in options(config, kind="moe", gpus=8, **given):
             assert given.items() <= chosen.items()
@@ -439,11 +451,11 @@ def test_best_policy_recomputes_no_more_than_it_must():
 def test_what_barely_fits_is_the_second_choice():
     config = real_config("Qwen3-30B-A3B-Instruct-2507")
     way = dict(kind="moe", gpus=8, reduce_every_micro_batch=False)
-    fast = plan_run(config, activation_policy="none", **way)
+    fast = plan_run(config, activations="none", **way)
     need = fast["peak_bytes"] / GIB + 4.0
     barely, easily = (options(config, gpu_memory_gib=memory, **way)[0] for memory in (need + 0.01, 1.15 * need))
     assert easily["memory_mode"] == "fast" and barely["recompute_per_token"] > 0
-    assert options(config, gpu_memory_gib=need + 0.01, activation_policy="none", memory_mode="fast", **way)[0]["fits"]
+    assert options(config, gpu_memory_gib=need + 0.01, activations="none", memory_mode="fast", **way)[0]["fits"]
 
 
 def test_without_zero3_every_gpu_holds_all():
@@ -475,13 +487,13 @@ def test_this_machine_is_what_torchrun_started(environment, whole, machine, monk
 
 def test_settle_refuses_or_warns(monkeypatch, capsys):
     config = real_config("Qwen2.5-72B-Instruct")
-    arguments = dict(kind="dense", gpus=2, nodes=1, gpu_memory_gib=79.0, micro_batch=1, activation_policy=None)
+    arguments = dict(kind="dense", gpus=2, nodes=1, gpu_memory_gib=79.0, micro_batch=1, activations=None)
     with pytest.raises(
         ValueError, match="GiB a GPU are needed.*Largest: frozen base, bf16 shard 67.7 GiB.*--ignore_plan True"
     ):
         settle(config, **arguments)
     nearest = settle(config, ignore=True, **arguments)
-    assert nearest["activation_policy"] == "full" and not nearest["fits"]
+    assert nearest["activations"] == "full" and not nearest["fits"]
     assert capsys.readouterr().err.startswith("warning: ")
     monkeypatch.setenv("RANK", "1")
     assert settle(config, ignore=True, **arguments) == nearest and capsys.readouterr().err == ""
@@ -489,13 +501,17 @@ def test_settle_refuses_or_warns(monkeypatch, capsys):
 
 def test_dry_run_refuses_on_a_gpu_after_printing(monkeypatch, capsys):
     machine = {"gpus": 2, "nodes": 1, "gpu_memory_gib": 79.0}
-    monkeypatch.setattr("malaysian_sft.planning.this_machine", lambda whole: dict(machine))
+    monkeypatch.setattr("malaysian_sft.plan_page.this_machine", lambda whole: dict(machine))
+    arguments = dict(kind="dense", micro_batch=1, activations="full")
     with pytest.raises(ValueError, match="Take more GPUs"):
-        dry_run(real_config("Qwen2.5-72B-Instruct"), kind="dense", micro_batch=1, activation_policy="full")
+        dry_run(str(CONFIGS["Qwen2.5-72B-Instruct"]), None, 3, **arguments)
     assert "1 x 2 GPUs of 79 GiB" in capsys.readouterr().out
     machine["gpu_memory_gib"] = None
-    dry_run(real_config("Qwen2.5-72B-Instruct"), kind="dense", micro_batch=1, activation_policy="full")
+    dry_run(str(CONFIGS["Qwen2.5-72B-Instruct"]), None, 3, **arguments)
     assert "No GPU here: planned for 2 of 80 GiB" in capsys.readouterr().out
+    monkeypatch.setenv("NUM_GPUS", "4")  # a launcher's
+    dry_run(str(CONFIGS["Qwen2.5-72B-Instruct"]), None, 3, **arguments)
+    assert "planned for 4 of 80 GiB" in capsys.readouterr().out
 
 
 def test_matrix_products_are_measured_and_compared():
@@ -523,7 +539,7 @@ def test_what_cannot_fit_is_refused_with_its_largest_terms():
     with pytest.raises(ValueError, match=r"Largest: frozen base, bf16 shard 67.7 GiB.*Take more GPUs"):
         best_policy(config, kind="dense", gpus=2, gpu_memory_gib=80)
     with pytest.raises(ValueError, match="Largest: kept activations.*max_seq_length"):
-        check_fits(plan_run(config, kind="dense", gpus=8, activation_policy="none"))
+        check_fits(plan_run(config, kind="dense", gpus=8, activations="none"))
     check_fits(plan_run(config, kind="dense", gpus=8))
 
 
@@ -532,7 +548,7 @@ def test_what_cannot_fit_is_refused_with_its_largest_terms():
     [
         (dict(kind="moe"), "no routed experts"),
         (dict(kind="sparse"), "kind is 'sparse'"),
-        (dict(activation_policy="selective"), "activation_policy is 'selective'; expected one of none, full"),
+        (dict(activations="selective"), "activations is 'selective'; expected one of none, full"),
         (dict(memory_mode="frugal"), "memory_mode is 'frugal'"),
         (dict(gpus=7), "no multiple of 7 GPUs"),
         (dict(nodes=2, shard_nodes=3), "no multiple of --shard_nodes 3"),
@@ -546,15 +562,13 @@ def test_impossible_plans_are_refused(wrong, message):
 def test_evaluation_by_hand():
     """Qwen3-235B over 8 GPUs: 4 key-value heads are replicated, one on each GPU; 94 layers of keys and values of 128 in
     bf16."""
-    vllm = plan.plan_evaluation(real_config("Qwen3-235B-A22B-Instruct-2507"), gpu_partition=8)
+    vllm = plan_evaluation(real_config("Qwen3-235B-A22B-Instruct-2507"), gpu_partition=8)
     assert vllm["kv_bytes_per_token"] == 94 * 2 * 128 * 2
     assert vllm["weights_bytes"] == 235_093_634_560 * 2 // 8
     assert vllm["cache_bytes"] == pytest.approx(0.92 * 80 * 2**30 - 235_093_634_560 * 2 / 8 - 3 * 2**30, abs=2)
-    assert (
-        vllm["fits"] and not plan.plan_evaluation(real_config("Qwen3-235B-A22B-Instruct-2507"), gpu_partition=4)["fits"]
-    )
+    assert vllm["fits"] and not plan_evaluation(real_config("Qwen3-235B-A22B-Instruct-2507"), gpu_partition=4)["fits"]
     with pytest.raises(ValueError, match="64 attention heads"):
-        plan.plan_evaluation(real_config("Qwen3-32B"), gpu_partition=3)
+        plan_evaluation(real_config("Qwen3-32B"), gpu_partition=3)
 
 
 # GiB, of four layers and 16,384 tokens, by the GPU test below on an H100 with PyTorch 2.11's own attention: the peak,
@@ -577,7 +591,7 @@ def test_planned_memory_is_what_was_measured(record):
         max_seq_length=record["tokens"],
         r=record["r"],
         use_dora=record["adapter"] == "dora",
-        activation_policy=record["activations"],
+        activations=record["activations"],
         memory_mode=record["mode"],
         frugal_layers=record["frugal_layers"],
         gather_base=record["gather_base"],
@@ -610,7 +624,7 @@ def test_what_the_experts_block_holds_for_a_moment_is_what_was_measured(name, do
 
 
 def test_schedule_covers_every_token():
-    run = plan.schedule(144e6, 16384, 32, epochs=3)
+    run = schedule(144e6, 16384, 32, epochs=3)
     assert run["packs"] * 16384 * 0.995 >= 144e6 > (run["packs"] - 1) * 16384 * 0.995
     assert run["steps_per_epoch"] * 32 >= run["packs"] and run["steps"] == 3 * run["steps_per_epoch"]
 
@@ -622,7 +636,7 @@ def test_time_comes_from_measured_records_only(tmp_path):
 
     def hours(*records, device=device):
         (tmp_path / "bench.json").write_text(json.dumps(records))
-        return plan.expected_time(planned, config, model, 1e9, device, plan.read_results(tmp_path))
+        return expected_time(planned, config, model, 1e9, device, read_results(tmp_path))
 
     block = dict(
         device=device,
@@ -656,99 +670,79 @@ def test_time_comes_from_measured_records_only(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- command
 
 
-def run_main(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, words)])
-    plan.main()
+TRAINERS = {"ds3": train_dense, "fsdp2": train_moe}
+
+
+@pytest.fixture
+def page(monkeypatch, capsys):
+    """page(launcher, *flags, config=, **PlanArguments): what plan.py's launch would print, without its processes."""
+
+    def call(launcher, *flags, config, **wanted):
+        text = Path(launcher).read_text()
+        array = re.search(r"ARGS=\((.*?)\n\)", text, re.DOTALL)[1].replace('"$(basename "$0" .sh)"', "run")
+        asked = PlanArguments(config=str(CONFIGS[config]), **wanted)
+        monkeypatch.setenv("PLAN_ARGUMENTS", json.dumps(dataclasses.asdict(asked)))
+        monkeypatch.setenv("NUM_GPUS", "8")
+        argv = ["trainer", *shlex.split(array), "--dry_run", "True", *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", argv)
+        TRAINERS[Path(launcher).name.split("-")[0]].main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def rows(printed):
+    """The table of ways to run: lists of words, best first."""
+    return [line.split() for line in printed.split("best first\n")[1].split("\n\n")[0].splitlines()[1:]]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.stem)
-def test_every_launcher_can_be_planned(launcher, monkeypatch, capsys):
-    reading = plan.read_launcher(launcher)
-    flags, name = reading["flags"], reading["flags"]["model_name_or_path"].split("/")[-1]
-    arguments = plan.plan_flags(flags)
-    assert (arguments["r"], arguments["max_seq_length"], arguments["global_batch_size"], reading["gpus"]) == (
-        256,
-        16384,
-        32,
-        8,
-    )
-    assert arguments.get("use_dora", False) == ("dora" in launcher.stem)
-    assert reading["script"] == ("train_dense.py" if launcher.stem.startswith("ds3") else "train_moe.py")
-    run_main(monkeypatch, launcher, "--config", CONFIGS[name], "--gpu_memory", "140")
-    printed = capsys.readouterr().out
+def test_every_launcher_can_be_planned(launcher, page):
+    name = re.search(r"--model_name_or_path \S*?/?([^/\s]+)\n", launcher.read_text())[1]
+    printed = page(launcher, config=name, gpu_memory=140)
     adapter_kind = "DoRA" if "dora" in launcher.stem else "LoRA"
     assert f"{adapter_kind} r 256" in printed and "A step: 8 GPUs x 1 x 4 micro-batches = 32 packs" in printed
-    assert printed.count("<- best") == 1 and printed.count("as launched") == 1
+    assert sum("best" in row for row in rows(printed)) == 1 == printed.count("as launched")
     assert f"{count_parameters(real_config(name))['total']:,}" in printed
 
 
-def test_launchers_are_found():
-    assert len(LAUNCHERS) >= 3
-
-
-def test_command_refuses_what_cannot_fit_and_takes_the_trainers_flags(monkeypatch, capsys):
-    launcher, config = ROOT / "ds3-qwen2.5-72b-lora-256.sh", CONFIGS["Qwen2.5-72B-Instruct"]
+def test_a_page_refuses_what_cannot_fit_and_takes_the_trainers_flags(page):
+    launcher, config = ROOT / "ds3-qwen2.5-72b-lora-256.sh", "Qwen2.5-72B-Instruct"
     with pytest.raises(
         SystemExit, match="Largest: kept activations 19.8 GiB, frozen base, bf16 shard 16.9 GiB.*Lower --max_seq_length"
     ):
-        run_main(monkeypatch, launcher, "--config", config, "--gpu_memory", "24")
-    run_main(
-        monkeypatch,
-        launcher,
-        "--config",
-        config,
-        "--lora_r",
-        "64",
-        "--max_seq_length",
-        "4096",
-        "--per_device_train_batch_size",
-        "2",
-    )
-    printed = capsys.readouterr().out
+        page(launcher, config=config, gpu_memory=24)
+    flags = "--lora_r 64 --max_seq_length 4096 --per_device_train_batch_size 2".split()
+    printed = page(launcher, *flags, config=config)
     assert "LoRA r 64" in printed and "8 GPUs x 2 x 2 micro-batches = 32 packs of 4,096 tokens" in printed
-    for flag, message in (("--gpu_memroy", "--gpu_memroy: neither"), ("--lora_r", "--lora_r 80x: expected an integer")):
-        with pytest.raises(SystemExit, match=message):
-            run_main(monkeypatch, launcher, "--config", config, flag, "80x")
-    with pytest.raises(SystemExit, match="--target_modules"):
-        run_main(monkeypatch, launcher, "--config", config, "--lora_r", "8", "--target_modules", "q_proj")
 
 
-def test_command_plans_the_launch_and_marks_what_is_better(monkeypatch, tmp_path, capsys):
-    launcher = tmp_path / "mine.sh"
-    launcher.write_text('torchrun --nproc_per_node 8 train_moe.py --r 256 --activations full "$@"\n')
-    words = [launcher, "--config", CONFIGS["Qwen3-30B-A3B-Instruct-2507"], "--gpu_memory", "140", "--results", tmp_path]
-    run_main(monkeypatch, *words)
-    table = capsys.readouterr().out.split("best first")[1].splitlines()
-    assert [line.split("<- ")[1] for line in table if "<-" in line] == ["best", "as launched"]
-    assert next(line for line in table if "<- best" in line).split()[0] == "none,"
-    assert next(line for line in table if "as launched" in line).split()[0] == "full,"
+def test_a_page_marks_what_is_better_than_the_launch(page):
+    launcher, config = ROOT / "fsdp2-fused-moe-Qwen3-30B-A3B-lora-256.sh", "Qwen3-30B-A3B-Instruct-2507"
+    table = rows(page(launcher, "--activations", "full", config=config, gpu_memory=140))
+    assert table[0][1] == "none" and "best" in table[0]
+    (launched,) = [row for row in table if "launched" in row]
+    assert launched[1] == "full" and "best" not in launched
 
 
-@pytest.mark.parametrize("memory, policy", [("140", "none"), ("26", "full")])
-def test_command_chooses_what_the_launcher_leaves_open(memory, policy, monkeypatch, tmp_path, capsys):
-    launcher = tmp_path / "mine.sh"
-    launcher.write_text('torchrun --nproc_per_node 8 train_moe.py --r 256 "$@"\n')
-    config = CONFIGS["Qwen3-30B-A3B-Instruct-2507"]
+@pytest.mark.parametrize("memory, activations", [(140, "none"), (26, "full")])
+def test_a_page_chooses_what_the_launcher_leaves_open(memory, activations, page):
+    launcher, config = ROOT / "fsdp2-fused-moe-Qwen3-30B-A3B-lora-256.sh", "Qwen3-30B-A3B-Instruct-2507"
     for flags in ([], ["--activations", "auto"]):
-        run_main(monkeypatch, launcher, "--config", config, "--gpu_memory", memory, "--results", tmp_path, *flags)
-        table = capsys.readouterr().out.split("best first")[1].splitlines()
-        assert next(line for line in table if "<- best, as launched" in line).split()[0] == f"{policy},"
+        table = rows(page(launcher, *flags, config=config, gpu_memory=memory))
+        assert table[0][1] == activations and table[0][-3:] == ["best,", "as", "launched"]
 
 
-def test_command_says_which_flags_would_fit(monkeypatch, capsys):
-    launcher, config = ROOT / "ds3-qwen3-32b-lora-256.sh", CONFIGS["Qwen3-32B"]
+def test_a_page_says_which_flags_would_fit(page, capsys):
+    launcher, config = ROOT / "ds3-qwen3-32b-lora-256.sh", "Qwen3-32B"
     with pytest.raises(SystemExit, match="Largest: kept activations 160.0 GiB"):
-        run_main(
-            monkeypatch, launcher, "--config", config, "--per_device_train_batch_size", "4", "--max_seq_length", "65536"
-        )
-    assert "<- best" not in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="--gradient_checkpointing False"):
-        run_main(monkeypatch, launcher, "--config", config, "--gradient_checkpointing", "False")
+        flags = "--per_device_train_batch_size 4 --max_seq_length 65536 --activations full".split()
+        page(launcher, *flags, config=config)
+    assert not any("best" in row for row in rows(capsys.readouterr().out))
+    with pytest.raises(SystemExit, match="--activations none"):
+        page(launcher, "--activations", "none", config=config)
     printed = capsys.readouterr().out
-    assert (
-        "This launch doesn't fit; with --gradient_checkpointing True --per_device_train_batch_size 1 it does."
-        in printed
-    )
+    assert "This launch doesn't fit; with --activations full --per_device_train_batch_size 1 it does." in printed
 
 
 def test_peak_is_compared_with_the_plan():
@@ -756,47 +750,35 @@ def test_peak_is_compared_with_the_plan():
     assert compare_peak(planned, 21 * 2**30) == "peak memory: measured 21.00 GiB, planned 20.00 GiB (+5.0%)"
 
 
-def test_command_without_a_reachable_config_says_what_to_do(tmp_path, monkeypatch):
+def run_plan(*words):
+    """plan.py as a command."""
+    command = [sys.executable, str(ROOT / "plan.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_is_the_launcher_with_dry_run(tmp_path):
+    words = ["--config", CONFIGS["Qwen3-32B"], "--gpu_memory", 80, "--nodes", 2, "--global_batch_size", 64]
+    done = run_plan(ROOT / "ds3-qwen3-32b-lora-256.sh", *words)
+    assert done.returncode == 0, done.stderr
+    assert "2 x 8 GPUs of 80 GiB" in done.stdout and "= 64 packs of 16,384 tokens" in done.stdout
     launcher = tmp_path / "mine.sh"
-    launcher.write_text("torchrun --nproc_per_node 2 train_dense.py --model_name_or_path nobody/no-such-model\n")
-    with pytest.raises(SystemExit, match=r"error: nobody/no-such-model.*--config FILE"):
-        run_main(monkeypatch, launcher)
-
-
-def test_launchers_are_read_and_not_run(tmp_path):
-    """Variables, arrays and defaults come out as bash makes them, even where the launcher activates an environment of
-    its own."""
-    environment = tmp_path / "activate"
-    environment.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
-    launcher = tmp_path / "mine.sh"
-    launcher.write_text(
-        "set -euo pipefail\n"
-        f"source {environment}\n"
-        f'python3 -c \'open("{tmp_path}/ran", "w")\'\n'
-        'SIZES=(--r 16 --max_seq_length=512)\nMODEL="some model"\n'
-        'python3 train_moe.py --prepare_only True "$@"\n'
-        'torchrun --nproc_per_node "${NUM_GPUS:-4}" --nnodes 2 train_moe.py --model_name_or_path "$MODEL" "${SIZES[@]}"'
-        ' --resume "$@"\n'
-    )
-    reading = plan.read_launcher(launcher, ["--r", "8"])
-    expected = {"model_name_or_path": "some model", "r": "8", "max_seq_length": "512", "resume": "True"}
-    assert reading == {"script": "train_moe.py", "flags": expected, "gpus": 4, "nodes": 2}
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_launcher_that_goes_on_for_ever_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "READING_SECONDS", 0.2)
-    (tmp_path / "mine.sh").write_text("while :; do :; done\n")
-    with pytest.raises(ValueError, match="still busy after 0.2 s"):
-        plan.read_launcher(tmp_path / "mine.sh")
+    launcher.write_text(f'python3 {ROOT}/train_dense.py --model_name_or_path nobody/no-such-model "$@"\n')
+    done = run_plan(launcher)
+    assert done.returncode and re.search(r"error: nobody/no-such-model.*--config FILE", done.stderr), done.stderr
 
 
 @pytest.mark.parametrize(
-    "text, message", [("exit 3\n", "stopped with 3"), ("echo nothing\n", "starts neither"), (None, "no such launcher")]
+    "text, message",
+    [
+        ("touch {folder}/ran\n", "starts neither train_dense.py nor train_moe.py"),
+        ("touch {folder}/ran\npython3 train_moe.py --r 8\n", "does not hand its flags to the trainer"),
+        (None, "no such launcher"),
+    ],
 )
-def test_broken_launchers_are_refused(text, message, tmp_path):
+def test_what_is_no_launcher_is_not_run(text, message, tmp_path):
     launcher = tmp_path / "mine.sh"
     if text is not None:
-        launcher.write_text(text)
+        launcher.write_text(text.format(folder=tmp_path))
     with pytest.raises(ValueError, match=message):
-        plan.read_launcher(launcher)
+        plan.check_launcher(launcher)
+    assert not (tmp_path / "ran").exists()

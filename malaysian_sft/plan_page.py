@@ -1,0 +1,278 @@
+"""A run's plan as a page: parameters, memory, every way to run, time, evaluation. What --dry_run and plan.py print."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from malaysian_sft.account import GIB, architecture, attention_width, count_parameters, peak_flops
+from malaysian_sft.base_model import load_config
+from malaysian_sft.planning import GPU_MEMORY_GIB, check_fits, options, this_machine, trainer_flags
+
+# Scicom-intl/Malaysian-Instructions, all five configs, by the original project's logs: 225,265 conversations in 10,080
+# (GLM-4.5) to 10,316 (Llama-3.1) packs of 16,384 that were 86 % full.
+DATASET_TOKENS = 144e6
+
+
+@dataclass
+class PlanArguments:
+    """What to plan for: plan.py's flags, handed to a trainer's --dry_run in the variable PLAN_ARGUMENTS."""
+
+    gpus: int | None = field(
+        default=None, metadata={"help": "GPUs of one node; default: NUM_GPUS, as the launcher starts"}
+    )
+    nodes: int | None = field(default=None, metadata={"help": "nodes; default: NNODES, as the launcher starts"})
+    gpu_memory: float = field(default=GPU_MEMORY_GIB, metadata={"help": "GiB of one GPU"})
+    reserve: float = field(default=4.0, metadata={"help": "GiB of every GPU left to CUDA, NCCL and fragmentation"})
+    device: str = field(
+        default="NVIDIA H100 80GB HBM3", metadata={"help": "device whose measured rates in results/ give the time"}
+    )
+    config: str | None = field(
+        default=None, metadata={"help": "config.json or directory to read instead of the launcher's model"}
+    )
+    dataset_tokens: float = field(
+        default=DATASET_TOKENS, metadata={"help": "tokens of one epoch; default: Malaysian-Instructions'"}
+    )
+    document_length: float = field(default=1900.0, metadata={"help": "mean length of the document that a token is in"})
+    gpu_partition: int | None = field(
+        default=None, metadata={"help": "evaluation: GPUs of one vLLM engine; default: as few as hold it"}
+    )
+    results: str = field(default="results", metadata={"help": "directory of measured rates"})
+
+
+def dry_run(model, revision, epochs, **arguments):
+    """Print the plan of the run that a trainer's flags would start; `arguments` are `planning.settle`'s.
+
+    Planned for: what plan.py asks for (PlanArguments, in the variable PLAN_ARGUMENTS); else this machine's GPUs; else,
+    without any, the launcher's NUM_GPUS and NNODES with GPUs of 80 GiB, and then nothing is refused. Raises ValueError,
+    after printing, for a run that doesn't fit.
+    """
+    if int(os.environ.get("RANK", 0)):
+        return
+    asked = "PLAN_ARGUMENTS" in os.environ
+    wanted = PlanArguments(**json.loads(os.environ.get("PLAN_ARGUMENTS", "{}")))
+    machine = this_machine(whole=True)
+    no_gpu = machine["gpu_memory_gib"] is None
+    if asked or (no_gpu and "WORLD_SIZE" not in os.environ):
+        machine["gpus"] = wanted.gpus or int(os.environ.get("NUM_GPUS", machine["gpus"]))
+        machine["nodes"] = wanted.nodes or int(os.environ.get("NNODES", 1))
+    if asked or no_gpu:
+        machine["gpu_memory_gib"] = wanted.gpu_memory
+    try:
+        config = load_config(wanted.config or model, None if wanted.config else revision)
+    except ValueError as error:
+        raise ValueError(f"{error}; to plan without it, pass plan.py --config FILE") from None
+    fixed = {name: value for name, value in arguments.items() if value is not None}
+    fixed |= dict(**machine, reserve_gib=wanted.reserve, document_length=wanted.document_length)
+    launched = options(config, **fixed)[0]
+    plans = options(config, **{name: value for name, value in fixed.items() if name not in FREE})
+    if no_gpu and not asked:
+        print(
+            f"No GPU here: planned for {machine['gpus']} of {machine['gpu_memory_gib']:g} GiB; plan.py LAUNCHER plans"
+            " for others.\n"
+        )
+    print_plan(launched)
+    print()
+    print_options(plans, launched)
+    print()
+    print_run(wanted, launched, config, model, epochs)
+    if not launched["fits"] and plans[0]["fits"]:
+        print(f"\nThis launch doesn't fit; with {trainer_flags(plans[0])} it does.")
+    if asked or not no_gpu:
+        check_fits(launched)
+
+
+# What a trainer's flags may decide and print_options varies.
+FREE = ("activations", "memory_mode", "micro_batch", "reduce_every_micro_batch", "shard_nodes", "frugal_layers")
+FREE += ("gather_base",)
+
+
+def _table(title, rows, columns=("",)):
+    """{name of a row: its cells} as text under a title: names on the left, cells right-aligned below `columns`."""
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
+    return f"{title}\n{frame.to_string(header=columns != ('',))}"
+
+
+def _gib(terms, digits):
+    return {name: [f"{value / GIB:.{digits}f}"] for name, value in terms.items()}
+
+
+def print_plan(plan):
+    """Print a plan of `plan_run`: parameters, memory by term, FLOPs, host memory, disk."""
+    counts = plan["parameters"]
+    p, adapter = plan, "DoRA" if plan["use_dora"] else "LoRA"
+    ranks = f"r {p['r']}" + (f", {p['expert_r']} per routed expert" if p["expert_r"] else "")
+    print(f"{p['model_type']}, {adapter} {ranks}; {p['nodes']} x {p['gpus']} GPUs of {p['gpu_memory_gib']:g} GiB")
+    print(
+        f"A step: {p['nodes'] * p['gpus']} GPUs x {p['micro_batch']} x {p['accumulation']} micro-batches ="
+        f" {p['global_batch_size']} packs of {p['max_seq_length']:,} tokens\n"
+    )
+    kinds = sorted(counts["base"], key=counts["base"].get, reverse=True)
+    rows = {kind: (counts["base"][kind], counts["adapter"].get(kind, 0)) for kind in kinds}
+    rows["total"] = counts["total"], counts["trainable"]
+    rows["active for a token"] = counts["active"], counts["active_adapter"]
+    rows = {name: [f"{base:,}", f"{trainable:,}"] for name, (base, trainable) in rows.items()}
+    print(_table("Parameters", rows, ("base", "trainable")), end="\n\n")
+
+    terms = plan["gpu_bytes"] | {"peak": plan["peak_bytes"]}
+    terms[f"limit ({plan['reserve_gib']:g} reserved)"] = plan["limit_bytes"]
+    print(_table(f"Memory of one GPU, GiB, with {trainer_flags(plan)}", _gib(terms, 2)), end="\n\n")
+    for title, key in ("Host memory of one node, GiB", "host_bytes"), ("Disk, GiB", "disk_bytes"):
+        print(_table(title, _gib(plan[key], 1)), end="\n\n")
+
+    extra = plan["recompute_per_token"] / plan["flops_per_token"]
+    print(f"FLOPs a token: {plan['flops_per_token'] / 1e9:.2f} G useful, and {extra:.0%} more recomputed")
+
+
+def print_options(plans, launched):
+    """Print every way to run of `options`, with the trainer's flags for each; the best is marked, and the plan
+    `launched`."""
+    rows = {}
+    for p in plans:
+        marks = ["best"] * (p is plans[0] and p["fits"]) + ["as launched"] * (p == launched)
+        extra = f"+{p['recompute_per_token'] / p['flops_per_token']:.0%}"
+        rows[trainer_flags(p)] = [
+            f"{p['peak_bytes'] / GIB:.1f}", "yes" if p["fits"] else "no", extra, ", ".join(marks)
+        ]  # fmt: skip
+    print(_table("Ways to run, best first", rows, ("GiB", "fits", "recomputed", "")))
+
+
+def plan_evaluation(config, *, gpu_partition, gpu_memory_gib=80.0, gpu_memory_utilization=0.92, max_model_len=8192):
+    """vLLM's memory for one engine over `gpu_partition` GPUs: a dict of bytes per GPU.
+
+    Weights in bf16, split evenly (adapters are merged while loading, so they take nothing); the KV cache's bytes a
+    token (keys and values of every layer, heads split until each GPU has one); what gpu_memory_utilization leaves for
+    the cache after 3 GiB for activations and CUDA graphs; and how many sequences of max_model_len tokens that is.
+    Raises ValueError where the heads don't divide.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % gpu_partition:
+        raise ValueError(
+            f"--gpu_partition {gpu_partition}: {heads} attention heads can't be split over {gpu_partition} GPUs"
+        )
+    head_dim = attention_width(config) // heads
+    weights = 2 * count_parameters(config)["total"] / gpu_partition
+    kv_token = 2 * 2 * config.num_hidden_layers * max(kv_heads // gpu_partition, 1) * head_dim
+    cache = gpu_memory_gib * gpu_memory_utilization * GIB - weights - 3 * GIB
+    return {
+        "gpu_partition": gpu_partition,
+        "weights_bytes": int(weights),
+        "kv_bytes_per_token": kv_token,
+        "cache_bytes": int(cache),
+        "cache_tokens": max(int(cache // kv_token), 0),
+        "sequences": max(cache / kv_token / max_model_len, 0.0),
+        "max_model_len": max_model_len,
+        "fits": cache >= kv_token * max_model_len,
+    }
+
+
+def schedule(tokens, max_seq_length, global_batch_size, epochs, fill=0.995):
+    """Packs and optimiser steps of a run over `tokens` real tokens an epoch, packs being filled to `fill` (multipack's
+    goal)."""
+    packs = math.ceil(tokens / (max_seq_length * fill))
+    steps = math.ceil(packs / global_batch_size)
+    return {
+        "tokens_per_epoch": int(tokens),
+        "packs": packs,
+        "steps_per_epoch": steps,
+        "steps": math.ceil(steps * epochs),
+        "epochs": epochs,
+    }
+
+
+def read_results(directory):
+    """Every record of results/*.json (each a list of flat objects), with its file's name under "source"."""
+    records = []
+    for path in sorted(Path(directory).glob("*.json")):
+        content = json.loads(path.read_text())
+        if isinstance(content, list):
+            records += [{**record, "source": path.name} for record in content if isinstance(record, dict)]
+    return records
+
+
+def expected_time(plan, config, model, tokens, device, records):
+    """Hours for `tokens` real tokens from measured rates: {"low", "high", "source"}, or None where nothing fitting was
+    measured.
+
+    First choice: training-step records (`mfu`) of this model, adapter and activation policy on this kind of device; the
+    time is the run's useful FLOPs over mfu x peak x GPUs, from the best to the worst such record. Records of a few
+    layers count too, and the source then says so: on fewer GPUs than planned, what gathering the weights costs is not
+    in them. Else records of the experts block alone (`total_ms`, `tokens`): a lower bound, with "high" None. `model` is
+    the hub id; a record's `model` must be part of it.
+    """
+    peak, gpus = peak_flops(device), plan["gpus"] * plan["nodes"]
+    wanted = {
+        "adapter": "dora" if plan["use_dora"] else "lora",
+        "activations": plan["activations"],
+        "mode": plan["memory_mode"],
+    }
+    fitting = [
+        r
+        for r in records
+        if str(r.get("model", "-")).lower().split("/")[-1] in model.lower()
+        and all(r.get(key, value) == value for key, value in wanted.items())
+        and peak is not None
+        and peak_flops(str(r.get("device", ""))) == peak
+    ]
+    steps = [r for r in fitting if r.get("mfu")]
+    if steps:
+        hours = [plan["flops_per_token"] * tokens / (r["mfu"] * peak * gpus) / 3600 for r in steps]
+        return {"low": min(hours), "high": max(hours), "source": _sources(steps, config.num_hidden_layers)}
+    blocks = [r for r in fitting if r.get("implementation") == "fused_moe_lora" and r.get("total_ms")]
+    if blocks:
+        layers = sum(1 for layer in architecture(config).layers() if any(m.kind == "expert" for m in layer))
+        low = min(r["total_ms"] / r["tokens"] for r in blocks) * layers * tokens / gpus / 3.6e6
+        return {"low": low, "high": None, "source": _sources(blocks, 0)}
+    return None
+
+
+def _sources(records, layers):
+    """The files of `records`, and on what they were measured where that is less than all `layers`."""
+    names = {f"results/{r['source']}" for r in records}
+    slices = {
+        f"{r['layers']} of {layers} layers on {r.get('gpus', 1)} GPUs"
+        for r in records
+        if r.get("layers", layers) < layers
+    }
+    return ", ".join([*sorted(names), *sorted(slices)])
+
+
+def print_run(arguments, plan, config, model, epochs):
+    """Print tokens, steps, time and the evaluation of a plan."""
+    run = schedule(arguments.dataset_tokens, plan["max_seq_length"], plan["global_batch_size"], epochs)
+    print(
+        f"Run: {run['tokens_per_epoch']:,} tokens an epoch = {run['packs']:,} packs = {run['steps_per_epoch']:,} steps;"
+        f" {epochs:g} epochs = {run['steps']:,} steps, {plan['flops_per_token'] * run['tokens_per_epoch'] * epochs:.3g}"
+        " useful FLOPs"
+    )
+    hours = expected_time(
+        plan, config, model, run["tokens_per_epoch"] * epochs, arguments.device, read_results(arguments.results)
+    )
+    if hours is None:
+        print(f"Time: nothing measured yet in {arguments.results}/ for this model on {arguments.device}")
+    elif hours["high"] is None:
+        print(f"Time: more than {hours['low']:.1f} hours, the experts blocks alone ({hours['source']})")
+    else:
+        print(f"Time: {hours['low']:.1f} to {hours['high']:.1f} hours ({hours['source']})")
+    partitions = (
+        [arguments.gpu_partition]
+        if arguments.gpu_partition
+        else [n for n in (1, 2, 4, 8) if config.num_attention_heads % n == 0]
+    )
+    engines = [plan_evaluation(config, gpu_partition=n, gpu_memory_gib=arguments.gpu_memory) for n in partitions]
+    print_evaluation(next((vllm for vllm in engines if vllm["fits"]), engines[-1]))
+
+
+def print_evaluation(vllm):
+    """Print a plan of `plan_evaluation`."""
+    answers = f"{vllm['sequences']:.0f} answers of {vllm['max_model_len']:,} at once"
+    cache = f"KV cache {vllm['cache_bytes'] / GIB:.1f} GiB = {vllm['cache_tokens']:,} tokens, {answers}"
+    if not vllm["fits"]:
+        cache = "no room for a KV cache: raise --gpu_partition"
+    print(
+        f"Evaluation, vLLM, GPUs an engine: {vllm['gpu_partition']}; weights {vllm['weights_bytes'] / GIB:.1f} GiB a"
+        f" GPU; {cache}"
+    )
