@@ -27,41 +27,24 @@ launches below keep these numbers' order.
 """
 
 import inspect
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from malaysian_sft.lora import local_part, local_tensor
-from malaysian_sft.moe_autograd import moe_lora
+from malaysian_sft.lora import start_lora
+from malaysian_sft.moe_autograd import Projection, moe_lora
 
 
-def moe_lora_reference(
-    hidden_states,
-    top_k_index,
-    top_k_weights,
-    gate_up_proj,
-    down_proj,
-    gate_proj_lora_A,
-    gate_proj_lora_B,
-    up_proj_lora_A,
-    up_proj_lora_B,
-    down_proj_lora_A,
-    down_proj_lora_B,
-    scaling,
-    gate_scale=None,
-    up_scale=None,
-    down_scale=None,
-):
+def moe_lora_reference(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate, up, down, scaling):
     """The experts block in plain PyTorch; autograd gives every gradient. One pair of matrix products per expert that
     has rows.
 
     hidden_states (T, H); top_k_index (T, top_k) integers in [0, E); top_k_weights (T, top_k); gate_up_proj (E, 2I, H),
-    gate rows first; down_proj (E, H, I); lora_A (E, r, in), lora_B (E, out, r); scaling a float. DoRA: gate_scale and
-    up_scale (E, I), down_scale (E, H), each magnitude / ||W + scaling B A|| (see `dora_scale`). Computes in
-    hidden_states' dtype, whatever the dtype of the rest; returns (T, H) in that dtype.
+    gate rows first; down_proj (E, H, I); gate, up and down each a Projection: lora_A (E, r, in), lora_B (E, out, r)
+    and for DoRA scale (E, out), magnitude / ||W + scaling B A||; scaling a float. Computes in hidden_states' dtype,
+    whatever the dtype of the rest; returns (T, H) in that dtype.
     """
     tokens, top_k = top_k_index.shape
     dtype = hidden_states.dtype
@@ -69,28 +52,18 @@ def moe_lora_reference(
     rows_per_expert = torch.bincount(top_k_index.reshape(-1), minlength=gate_up_proj.shape[0]).tolist()
     x_sorted = hidden_states[order // top_k]  # (S, H)
 
-    def project(x, weight, lora_A, lora_B, scale):
-        y = F.linear(x, weight.to(dtype)) + scaling * F.linear(F.linear(x, lora_A.to(dtype)), lora_B.to(dtype))
-        return y if scale is None else y * scale.to(dtype)
+    def project(x, weight, adapter, e):
+        inner = F.linear(x, adapter.lora_A[e].to(dtype))
+        y = F.linear(x, weight.to(dtype)) + scaling * F.linear(inner, adapter.lora_B[e].to(dtype))
+        return y if adapter.scale is None else y * adapter.scale[e].to(dtype)
 
     outputs = []
     for e, x in enumerate(x_sorted.split(rows_per_expert)):
         if x.shape[0] == 0:
             continue
         gate_weight, up_weight = gate_up_proj[e].chunk(2)
-        gate = project(
-            x, gate_weight, gate_proj_lora_A[e], gate_proj_lora_B[e], None if gate_scale is None else gate_scale[e]
-        )
-        up = project(x, up_weight, up_proj_lora_A[e], up_proj_lora_B[e], None if up_scale is None else up_scale[e])
-        activation = F.silu(gate) * up  # (rows, I)
-        y = project(
-            activation,
-            down_proj[e],
-            down_proj_lora_A[e],
-            down_proj_lora_B[e],
-            None if down_scale is None else down_scale[e],
-        )
-        outputs.append(y)  # (rows, H)
+        activation = F.silu(project(x, gate_weight, gate, e)) * project(x, up_weight, up, e)  # (rows, I)
+        outputs.append(project(activation, down_proj[e], down, e))  # (rows, H)
     y_sorted = torch.cat(outputs) if outputs else hidden_states.new_zeros(0, hidden_states.shape[1])
     y = torch.empty_like(y_sorted).index_copy(0, order, y_sorted).view(tokens, top_k, -1)  # back in token order
     return (y * top_k_weights.to(dtype).unsqueeze(-1)).sum(dim=1)  # (T, H)
@@ -187,23 +160,14 @@ class FusedMoELoRA(nn.Module):
 
     @torch.no_grad()
     def reset_lora_parameters(self):
-        """Start values: A Kaiming-uniform per expert over its own fan-in, B zero, magnitude the fp32 row norm of W.
-
-        Works on plain tensors and on FSDP2's sharded ones, where every rank draws the whole A and keeps its part: with
-        equal random states the start does not depend on the number of ranks. Call it once the base weights are loaded.
-        """
-        for name, _, in_features in self.projections():
-            lora_A = getattr(self, f"{name}_lora_A")
-            bound = 1 / math.sqrt(in_features)  # Kaiming-uniform with a = sqrt(5)
-            whole = torch.empty(lora_A.shape, dtype=lora_A.dtype, device=lora_A.device).uniform_(-bound, bound)
-            local_tensor(lora_A).copy_(local_part(whole, lora_A))
-            local_tensor(getattr(self, f"{name}_lora_B")).zero_()
+        """Start values (`start_lora`) of every expert. Call it once the base weights are loaded."""
+        norms = [None] * 3
         if self.use_dora:
             gate, up = squared_row_norms(self.gate_up_proj).sqrt().chunk(2, dim=1)
-            norms = {"gate_proj": gate, "up_proj": up, "down_proj": squared_row_norms(self.down_proj).sqrt()}
-            for name, whole in norms.items():
-                magnitude = getattr(self, f"{name}_lora_magnitude")
-                local_tensor(magnitude).copy_(local_part(whole.contiguous(), magnitude))
+            norms = gate, up, squared_row_norms(self.down_proj).sqrt()
+        for (name, *_), row_norms in zip(self.projections(), norms, strict=True):
+            parts = [getattr(self, f"{name}_lora_{part}", None) for part in ("A", "B", "magnitude")]
+            start_lora(f"experts' {name}", *parts, row_norms)
         self._after_load()
 
     def _after_load(self, *_):
@@ -221,37 +185,28 @@ class FusedMoELoRA(nn.Module):
         if self._weight_norms is None:
             self._weight_norms = squared_row_norms(self.gate_up_proj), squared_row_norms(self.down_proj)
         if self._norms is None or not self.cache_norms:
-            gate_weight, up_weight = self.gate_up_proj.chunk(2, dim=1)
-            gate_squares, up_squares = self._weight_norms[0].chunk(2, dim=1)
-            self._norms = (
-                dora_norm(gate_weight, gate_squares, self.gate_proj_lora_A, self.gate_proj_lora_B, self.scaling),
-                dora_norm(up_weight, up_squares, self.up_proj_lora_A, self.up_proj_lora_B, self.scaling),
-                dora_norm(
-                    self.down_proj, self._weight_norms[1], self.down_proj_lora_A, self.down_proj_lora_B, self.scaling
-                ),
-            )
-        magnitudes = self.gate_proj_lora_magnitude, self.up_proj_lora_magnitude, self.down_proj_lora_magnitude
+            (gate, up), down = self.gate_up_proj.chunk(2, dim=1), self.down_proj
+            (gate_squares, up_squares), down_squares = self._weight_norms[0].chunk(2, dim=1), self._weight_norms[1]
+            frozen = (gate, gate_squares), (up, up_squares), (down, down_squares)
+            self._norms = [
+                dora_norm(*pair, getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B"), self.scaling)
+                for pair, (name, *_) in zip(frozen, self.projections(), strict=True)
+            ]
+        magnitudes = [getattr(self, f"{name}_lora_magnitude") for name, *_ in self.projections()]
         return tuple(magnitude.float() / norm for magnitude, norm in zip(magnitudes, self._norms, strict=True))
+
+    def adapters(self):
+        """Projections of gate, up and down, with DoRA's scales as they are now."""
+        return [
+            Projection(getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B"), scale)
+            for (name, *_), scale in zip(self.projections(), self._dora_scales(), strict=True)
+        ]
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """hidden_states (T, H), top_k_index (T, top_k), top_k_weights (T, top_k) -> (T, H) in hidden_states' dtype."""
+        base, adapters = (self.gate_up_proj, self.down_proj), self.adapters()
         block, options = (moe_lora, {"mode": self.mode}) if hidden_states.is_cuda else (moe_lora_reference, {})
-        return block(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            self.gate_up_proj,
-            self.down_proj,
-            self.gate_proj_lora_A,
-            self.gate_proj_lora_B,
-            self.up_proj_lora_A,
-            self.up_proj_lora_B,
-            self.down_proj_lora_A,
-            self.down_proj_lora_B,
-            self.scaling,
-            *self._dora_scales(),
-            **options,
-        )
+        return block(hidden_states, top_k_index, top_k_weights, *base, *adapters, self.scaling, **options)
 
 
 def why_not_conforming(experts):
@@ -315,13 +270,9 @@ def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", cache_norms=
             num_experts, hidden_size, intermediate_size, r, lora_alpha, use_dora, mode, cache_norms, **base
         ).train(module.training)
         if not module.gate_up_proj.is_meta:
-            # to_empty would also allocate the base: materialise the adapters alone, then take the base over without a
-            # copy
-            lora = {
-                n: torch.empty_like(p, device=module.gate_up_proj.device)
-                for n, p in fused.named_parameters()
-                if "lora" in n
-            }
+            # to_empty would also allocate the base: make the adapters alone, and take the base over without a copy
+            device = module.gate_up_proj.device
+            lora = {n: torch.empty_like(p, device=device) for n, p in fused.named_parameters() if "lora" in n}
             base_weights = {"gate_up_proj": module.gate_up_proj, "down_proj": module.down_proj}
             fused.load_state_dict({**base_weights, **lora}, assign=True)
             fused.gate_up_proj.requires_grad_(False)

@@ -24,12 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 
 from malaysian_sft.chat_format import ChatFormat
 from malaysian_sft.conversations import DataArguments, find_sources
-from malaysian_sft.tokenise import data_fingerprint, locked, write_cache
+from malaysian_sft.run import hold
+from malaysian_sft.tokenise import data_fingerprint, write_cache
 
 IGNORE = -100  # the label that the loss skips
 
@@ -212,7 +214,7 @@ def prepare(
     root.mkdir(parents=True, exist_ok=True)
     directory = root / key
     if not (directory / "meta.json").exists():
-        with locked(root / f"{key}.lock"):
+        with hold(root / f"{key}.lock"):
             if not (directory / "meta.json").exists():
                 write_cache(directory, data_args, sources, chat, sys.stderr.isatty() if progress is None else progress)
     return _load(directory, data_args, model_name, seed)
@@ -337,24 +339,13 @@ class CommandArguments:
 def format_report(report: dict) -> str:
     """The report as aligned text."""
     lines = [f"{report['dataset']} for {report['model']}", ""]
-    header = ("config", "rows", "skipped", "too long", "documents", "tokens", "supervised")
-    table = [header]
-    total = {
-        key: sum(config[key] for config in report["configs"].values())
-        for key in ("rows", "skipped", "too_long", "documents", "tokens")
-    }
-    total["supervised_tokens"] = report["supervised_tokens"]
-    for name, row in [*report["configs"].items(), ("all", total)]:
-        share = row["supervised_tokens"] / row["tokens"] if row["tokens"] else 0.0
-        counts = [f"{row[key]:,}" for key in ("rows", "skipped", "too_long", "documents", "tokens")]
-        table.append((name, *counts, f"{share:.1%}"))
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    lines += [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
-    ]
+    configs = report["configs"]
+    counts = ("rows", "skipped", "too_long", "documents", "tokens")
+    total = {key: sum(config[key] for config in configs.values()) for key in (*counts, "supervised_tokens")}
+    frame = pd.DataFrame.from_dict({**configs, "all": total}, orient="index")
+    share = (frame["supervised_tokens"] / frame["tokens"].where(frame["tokens"] > 0)).fillna(0)
+    frame = frame[list(counts)].map("{:,}".format).assign(supervised=share.map("{:.1%}".format))
+    lines.append(frame.rename(columns={"too_long": "too long"}).rename_axis(columns="config").to_string())
     lines += ["", "document length (tokens)"]
     most = max(count for _, _, count in report["histogram"]) or 1
     lines += [

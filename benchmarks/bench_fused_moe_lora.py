@@ -34,18 +34,14 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+import pandas
 import torch
 from moe_lora_peers import NEEDS, PEERS, SHARED_A
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fused_moe_lora import moe_lora_reference  # noqa: E402
-from malaysian_sft.moe_autograd import (
-    DX_SLICES,  # noqa: E402
-    Y_SLICES,  # noqa: E402
-    column_slices,  # noqa: E402
-    moe_lora,  # noqa: E402
-)
+from fused_moe_lora import Projection, moe_lora_reference  # noqa: E402
+from malaysian_sft.moe_autograd import DX_SLICES, Y_SLICES, column_slices, moe_lora  # noqa: E402
 from malaysian_sft.run import git_commit  # noqa: E402
 
 # hidden, intermediate, experts, experts per token
@@ -80,6 +76,9 @@ class Arguments:
 # ----------------------------------------------------------------------------------------------------------------------
 # Inputs and truth
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+NAMES = "gate", "up", "down"
 
 
 def make_inputs(model, adapter, routing, tokens, seed, shared_A, device="cuda"):
@@ -119,19 +118,9 @@ def make_inputs(model, adapter, routing, tokens, seed, shared_A, device="cuda"):
 
 
 def call(block, leaves, fixed, **options):
-    adapters = [leaves[f"{name}_{part}"] for name in ("gate", "up", "down") for part in "AB"]
-    scales = [leaves.get(f"{name}_scale") for name in ("gate", "up", "down")]
-    return block(
-        leaves["x"],
-        fixed["index"],
-        leaves["top_k_weights"],
-        fixed["gate_up"],
-        fixed["down"],
-        *adapters,
-        SCALING,
-        *scales,
-        **options,
-    )
+    routed = leaves["x"], fixed["index"], leaves["top_k_weights"]
+    adapters = [Projection(*(leaves.get(f"{name}_{part}") for part in ("A", "B", "scale"))) for name in NAMES]
+    return block(*routed, fixed["gate_up"], fixed["down"], *adapters, SCALING, **options)
 
 
 def reference(leaves, fixed, dtype):
@@ -495,13 +484,10 @@ def store(record, output):
 
 def print_table(records):
     columns = (
-        "model tokens adapter routing mode implementation fwd_ms bwd_ms total_ms back_to_back_ms idle_start_ms".split()
-    )
-    columns += ["sustained_ms", "tflops", "saved_mib", "peak_mib", "max_error"]
-    rows = [[str(r.get(c, r.get("failed", "")[:14] if c == "total_ms" else "")) for c in columns] for r in records]
-    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-    for row in [columns, *rows]:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+        "model tokens adapter routing mode implementation fwd_ms bwd_ms total_ms back_to_back_ms idle_start_ms"
+        " sustained_ms tflops saved_mib peak_mib max_error failed"
+    ).split()
+    print(pandas.DataFrame(records).reindex(columns=columns).to_string(index=False, na_rep=""))
 
 
 def main():

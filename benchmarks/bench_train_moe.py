@@ -210,9 +210,8 @@ def loss_and_backward(model, batch):
 
 def reference_forward(self, hidden_states, top_k_index, top_k_weights):
     """FusedMoELoRA.forward by moe_lora_reference, on any device."""
-    parts = [getattr(self, f"{name}_lora_{part}") for name in ("gate_proj", "up_proj", "down_proj") for part in "AB"]
-    weights = (self.gate_up_proj, self.down_proj, *parts, self.scaling)
-    return fused_moe_lora.moe_lora_reference(hidden_states, top_k_index, top_k_weights, *weights, *self._dora_scales())
+    routed = hidden_states, top_k_index, top_k_weights
+    return fused_moe_lora.moe_lora_reference(*routed, self.gate_up_proj, self.down_proj, *self.adapters(), self.scaling)
 
 
 def gradients(model, batch, reference):

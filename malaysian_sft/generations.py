@@ -1,7 +1,6 @@
 """Generation directories: what malaymmlu.py writes (append-only, never a sample twice) and what calculate_malaymmlu.py
 reads."""
 
-import fcntl
 import fnmatch
 import json
 import os
@@ -14,6 +13,7 @@ import numpy as np
 
 from malaysian_sft.extraction import extract
 from malaysian_sft.questions import LETTERS
+from malaysian_sft.run import hold
 
 # What became of a response. Letters are 0..5 in the arrays below, these are the rest.
 NONE, AMBIGUOUS, TRUNCATED, MISSING = -1, -2, -3, -4
@@ -168,19 +168,8 @@ class Output:
         self.job, self.directory, self.wanted = job, job.directory, wanted
         self.path = self.directory / "generations.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.directory / ".lock", "a+")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.lock.seek(0)
-            owner = self.lock.read().strip() or "unknown"
-            self.lock.close()
-            raise ValueError(
-                f"{self.directory} is being written by another run (process {owner}); wait for it or stop it"
-            ) from error
-        self.lock.truncate(0)
-        self.lock.write(str(os.getpid()))
-        self.lock.flush()
+        busy = f"{self.directory} is being written by another run; wait for it or stop it"
+        self.lock = hold(self.directory / ".lock", busy)
         self.check_settings()
         self.done = self.repair()
         wanted = [(question["index"], sample) for question in questions for sample in range(samples)]

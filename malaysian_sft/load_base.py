@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from fused_moe_lora import FusedMoELoRA, squared_row_norms
-from malaysian_sft.lora import LAYER, local_part, local_tensor
+from malaysian_sft.lora import LAYER, start_lora
 from malaysian_sft.moe_model import LoraLinear, allocate
 from malaysian_sft.run import is_main, say
 from malaysian_sft.safetensors_files import read_sources
@@ -182,8 +182,7 @@ def compute_buffers(causal_lm):
 
 @torch.no_grad()
 def reset_adapter(causal_lm, seed, ring=None):
-    """Start values of the adapter: A Kaiming-uniform, B zero, magnitudes the row norms of W; the same for any number of
-    ranks."""
+    """Start values of the adapter (`start_lora`), the same for any number of ranks."""
     torch.manual_seed(seed)
     for path, module in causal_lm.named_modules():
         if ring is not None and (layer := LAYER.search(path)):
@@ -191,16 +190,8 @@ def reset_adapter(causal_lm, seed, ring=None):
         if isinstance(module, FusedMoELoRA):
             module.reset_lora_parameters()
         elif isinstance(module, LoraLinear):
-            lora_A = module.lora_A["default"].weight
-            bound = 1 / math.sqrt(lora_A.shape[1])  # Kaiming-uniform with a = sqrt(5)
-            whole = torch.empty(lora_A.shape, dtype=lora_A.dtype, device=lora_A.device).uniform_(-bound, bound)
-            local_tensor(lora_A).copy_(local_part(whole, lora_A))
-            local_tensor(module.lora_B["default"].weight).zero_()
+            A, B, magnitude, norms = module.lora_A["default"].weight, module.lora_B["default"].weight, None, None
             if module.use_dora["default"]:
-                norms = squared_row_norms(module.base_layer.weight.unsqueeze(0))[0].sqrt()
-                if (norms == 0).any():
-                    raise ValueError(
-                        f"--use_dora: {path} has rows of zeros, and DoRA divides by their norm; train it with LoRA"
-                    )
                 magnitude = module.lora_magnitude_vector["default"].weight
-                local_tensor(magnitude).copy_(local_part(norms, magnitude))
+                norms = squared_row_norms(module.base_layer.weight.unsqueeze(0))[0].sqrt()
+            start_lora(path, A, B, magnitude, norms)

@@ -5,6 +5,7 @@ expert and projection.
 """
 
 import contextlib
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -176,25 +177,42 @@ def apply_lora(model: nn.Module, lora_args: LoraArguments):
 
 
 @torch.no_grad()
+def start_lora(name, lora_A, lora_B, magnitude=None, row_norms=None):
+    """Start values of one adapter, or of a stack of them along dimension 0: A Kaiming-uniform over its own fan-in, B
+    zero, DoRA's magnitude the fp32 row norms of W.
+
+    Plain tensors, or FSDP2's sharded ones, where every rank draws the whole A and keeps its part: with equal random
+    states the start does not depend on the number of ranks. Raises ValueError, with `name`, for rows of zeros under
+    DoRA, which divides by their norm.
+    """
+    bound = 1 / math.sqrt(lora_A.shape[-1])  # Kaiming-uniform with a = sqrt(5)
+    whole = torch.empty(lora_A.shape, dtype=lora_A.dtype, device=lora_A.device).uniform_(-bound, bound)
+    local_tensor(lora_A).copy_(local_part(whole, lora_A))
+    local_tensor(lora_B).zero_()
+    if magnitude is not None:
+        if (row_norms == 0).any():
+            raise ValueError(
+                f"--use_dora: {name} has rows of zeros, and DoRA divides by their norm; train it with LoRA"
+            )
+        local_tensor(magnitude).copy_(local_part(row_norms.contiguous(), magnitude))
+
+
+@torch.no_grad()
 def reset_lora_parameters(model: nn.Module) -> None:
-    """Initialise PEFT's layers in fp32: A Kaiming-uniform, B zero, DoRA's magnitude the row norm of W (PEFT's own is in
-    the base's dtype).
+    """Start values of PEFT's layers, in fp32 (PEFT's own magnitude is in the base's dtype).
 
     Call it after loading weights into a model that was built on the meta device. ZeRO-3 gathers one layer's base weight
     at a time.
     """
-    for module in model.modules():
+    for name, module in model.named_modules():
         if "default" not in getattr(module, "lora_A", {}) or not hasattr(module, "get_base_layer"):
             continue
         A, B, weight = module.lora_A["default"].weight, module.lora_B["default"].weight, module.get_base_layer().weight
-        magnitude = (
-            module.lora_magnitude_vector["default"].weight if "default" in module.lora_magnitude_vector else None
-        )
-        with gathered([A, B, *([] if magnitude is None else [weight, magnitude])], write=True):
-            nn.init.kaiming_uniform_(A, a=5**0.5)
-            nn.init.zeros_(B)
-            if magnitude is not None:
-                magnitude.copy_(torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32))
+        dora = "default" in module.lora_magnitude_vector
+        magnitude = module.lora_magnitude_vector["default"].weight if dora else None
+        with gathered([A, B, *([weight, magnitude] if dora else [])], write=True):
+            norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32) if dora else None
+            start_lora(name, A, B, magnitude, norms)
 
 
 def gathered(parameters, write=False):

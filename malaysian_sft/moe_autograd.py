@@ -1,5 +1,6 @@
 """The experts block as one autograd function over the kernels."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,8 @@ from malaysian_sft.moe_routing import Routing, columns_beside, precision_of, ran
 from malaysian_sft.moe_swiglu import swiglu_backward_kernel, swiglu_kernel
 from malaysian_sft.moe_triton import combine, dora_down, grouped_gemm, lora_grad, router_grad_kernel
 
-Y_SLICES, DX_SLICES = (
-    2,
-    4,
-)  # an (S, H) temporary exists one part of its columns at a time; beside dx's are the adapters' gradients
+# An (S, H) temporary exists one part of its columns at a time; beside dx's are the adapters' gradients.
+Y_SLICES, DX_SLICES = 2, 4
 
 
 def column_slices(width, wanted):
@@ -24,63 +23,91 @@ def column_slices(width, wanted):
     return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
 
+class Projection(NamedTuple):
+    """The adapter of one projection (gate, up or down) of all experts."""
+
+    lora_A: torch.Tensor  # (E, r, in)
+    lora_B: torch.Tensor  # (E, out, r)
+    scale: torch.Tensor | None = None  # DoRA: (E, out), magnitude / ||W + scaling B A||
+
+    def cast(self, dtype):
+        """As the kernels take it: A and B in `dtype`, the scale in fp32, all contiguous."""
+        scale = None if self.scale is None else self.scale.float().contiguous()
+        return Projection(self.lora_A.to(dtype).contiguous(), self.lora_B.to(dtype).contiguous(), scale)
+
+    def empty(self):
+        """Room for its gradients: A's and B's in their own dtypes, the scale's in fp32."""
+        dtypes = self.lora_A.dtype, self.lora_B.dtype, torch.float32
+        return Projection(
+            *(
+                None if t is None else torch.empty(t.shape, dtype=dtype, device=t.device)
+                for t, dtype in zip(self, dtypes, strict=True)
+            )
+        )
+
+
 class Block(NamedTuple):
     """The operands of one call, adapters in the compute dtype."""
 
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    gate_A: torch.Tensor
-    gate_B: torch.Tensor
-    up_A: torch.Tensor
-    up_B: torch.Tensor
-    down_A: torch.Tensor
-    down_B: torch.Tensor
-    gate_scale: torch.Tensor | None
-    up_scale: torch.Tensor | None
-    down_scale: torch.Tensor | None
+    gate_up_proj: torch.Tensor
+    down_proj: torch.Tensor
+    gate: Projection
+    up: Projection
+    down: Projection
     scaling: float
 
 
-def compute_up(x, p, routing, tiles, launch):
+def compute_up(x, p, routing, tiles, launches):
     """1 to 3: u (2, S, r); gate_a (S, 2I), that is gate, DoRA's scale not yet applied, and silu(gate) up, applied; v
     (S, r)."""
-    S, r, I = routing.row_token.numel(), p.gate_A.shape[1], p.down.shape[2]  # noqa: E741
-    u = grouped_gemm(x, [p.gate_A, p.up_A], x.new_empty(2, S, r), routing, tiles, gather=True, alpha=p.scaling)
-    gate_a, lora = x.new_empty(S, 2 * I), (u, [p.gate_B, p.up_B])
+    S, r, I = routing.row_token.numel(), p.gate.lora_A.shape[1], p.down_proj.shape[2]  # noqa: E741
+    u = grouped_gemm(
+        x, [p.gate.lora_A, p.up.lora_A], x.new_empty(2, S, r), routing, tiles, gather=True, alpha=p.scaling
+    )
+    gate_a, lora = x.new_empty(S, 2 * I), (u, [p.gate.lora_B, p.up.lora_B])
     if on_hopper(x, p, tiles):
-        scales = None if p.gate_scale is None else (p.gate_scale, p.up_scale)
+        scales = None if p.gate.scale is None else (p.gate.scale, p.up.scale)
         hopper_gemm(
-            x, p.gate_up, gate_a, routing, tiles, launch=launch, gather=True, lora=lora, swiglu=True, scales=scales
+            x,
+            p.gate_up_proj,
+            gate_a,
+            routing,
+            tiles,
+            launch=next(launches),
+            gather=True,
+            lora=lora,
+            swiglu=True,
+            scales=scales,
         )
     else:
-        grouped_gemm(x, [p.gate_up[:, :I], p.gate_up[:, I:]], gate_a, routing, tiles, gather=True, lora=lora)
-        dora, (block_i, warps) = p.gate_scale is not None, tiles.swiglu
+        grouped_gemm(x, [p.gate_up_proj[:, :I], p.gate_up_proj[:, I:]], gate_a, routing, tiles, gather=True, lora=lora)
+        dora, (block_i, warps) = p.gate.scale is not None, tiles.swiglu
         swiglu_kernel[(routing.tile_expert.numel(), triton.cdiv(I, block_i))](
-            gate_a, p.gate_scale if dora else gate_a, p.up_scale if dora else gate_a,
+            gate_a, p.gate.scale if dora else gate_a, p.up.scale if dora else gate_a,
             routing.tile_expert, routing.tile_row, routing.num_tiles, routing.offsets, I,
             DORA=dora, BLOCK_M=tiles.block_m, BLOCK_I=block_i, num_warps=warps,
         )  # fmt: skip
-    return u, gate_a, grouped_gemm(gate_a[:, I:], [p.down_A], x.new_empty(S, r), routing, tiles, alpha=p.scaling)
+    return u, gate_a, grouped_gemm(gate_a[:, I:], [p.down.lora_A], x.new_empty(S, r), routing, tiles, alpha=p.scaling)
 
 
-def compute_down(gate_a, v, p, routing, tiles, launch, columns=slice(None)):
+def compute_down(gate_a, v, p, routing, tiles, launches, columns=slice(None)):
     """4: y (S, columns of H), DoRA's scale not yet applied."""
-    a = gate_a[:, p.down.shape[2] :]
-    weight, lora = p.down[:, columns], (v.unsqueeze(0), [p.down_B[:, columns]])
+    a = gate_a[:, p.down_proj.shape[2] :]
+    weight, lora = p.down_proj[:, columns], (v.unsqueeze(0), [p.down.lora_B[:, columns]])
     y = a.new_empty(a.shape[0], weight.shape[1])
     if on_hopper(a, p, tiles):
-        return hopper_gemm(a, weight, y, routing, tiles, launch=launch, lora=lora)
+        return hopper_gemm(a, weight, y, routing, tiles, launch=next(launches), lora=lora)
     return grouped_gemm(a, [weight], y, routing, tiles, lora=lora)
 
 
 def swiglu_backward(da, gate_a, u, dv, p, routing, grads, tiles):
     """gate_a (S, 2I) becomes the gradient of gate and up, from da (S, I) and dv (S, r) per unit of router weight; fills
-    grads: of gate's and up's B, of down's A, of gate's and up's DoRA scale (or None, None). Returns d(router weight) in
+    of `grads` (Projections of gate, up, down) gate's and up's B and scale and down's A. Returns d(router weight) in
     parts, (column blocks, S) fp32, to be added up."""
-    dB_gate, dB_up, dA_down, *dscales = grads
-    dora = p.gate_scale is not None
-    scales, dscales = ((p.gate_scale, p.up_scale), dscales) if dora else ((da, da), (da, da))
-    (S, I), E, r = da.shape, p.down.shape[0], dv.shape[1]  # noqa: E741
+    dgate, dup, ddown = grads
+    dora = p.gate.scale is not None
+    scales, dscales = ((p.gate.scale, p.up.scale), (dgate.scale, dup.scale)) if dora else ((da, da), (da, da))
+    (S, I), E, r = da.shape, p.down_proj.shape[0], dv.shape[1]  # noqa: E741
     on_tensor_cores = on_hopper(da, p, tiles) and r <= 64
     if on_tensor_cores:
         block_s, block_i, warps, stages = tiles.hopper_swiglu_backward[dora or r > 32]
@@ -88,7 +115,17 @@ def swiglu_backward(da, gate_a, u, dv, p, routing, grads, tiles):
         block_s, block_i, warps, stages = tiles.swiglu_backward
         block_i = columns_beside(r, block_i)
     dw_parts = torch.empty(triton.cdiv(I, block_i), S, dtype=torch.float32, device=da.device)
-    after = routing.row_weight, routing.offsets, routing.order, dB_gate, dB_up, dA_down, dw_parts, *dscales, S, I, r
+    after = (
+        routing.row_weight,
+        routing.offsets,
+        routing.order,
+        dgate.lora_B,
+        dup.lora_B,
+        ddown.lora_A,
+        dw_parts,
+        *dscales,
+    )
+    after += S, I, r
     grid = (dw_parts.shape[0], E)
     if on_tensor_cores:
         tile, rank = [block_s, block_i], [block_s, rank_block(r)]
@@ -111,39 +148,28 @@ class FusedExperts(torch.autograd.Function):
     rows go, no more."""
 
     @staticmethod
-    def forward(
-        ctx, x, top_k_weights, gate_A, gate_B, up_A, up_B, down_A, down_B, gate_scale, up_scale, down_scale, frozen
-    ):
+    def forward(ctx, x, top_k_weights, *adapters_and_frozen):
+        *adapters, frozen = adapters_and_frozen  # lora_A, lora_B, scale of gate, of up, of down
         top_k_index, gate_up_proj, down_proj, scaling, mode = frozen
         x = x.contiguous()
         tiles = tiles_for(x.device, x.dtype)
-        adapters = [t.to(x.dtype).contiguous() for t in (gate_A, gate_B, up_A, up_B, down_A, down_B)]
-        scales = [None if t is None else t.float().contiguous() for t in (gate_scale, up_scale, down_scale)]
-        p = Block(gate_up_proj, down_proj, *adapters, *scales, scaling)
+        p = Block(gate_up_proj, down_proj, *(given.cast(x.dtype) for given in projections(adapters)), scaling)
         routing = route(top_k_index, top_k_weights, gate_up_proj.shape[0], tiles)
-        u, gate_a, v = compute_up(x, p, routing, tiles, launch=0)
+        ctx.launches = itertools.count()  # of kernels that share the routing's work counters; goes on in the backward
+        u, gate_a, v = compute_up(x, p, routing, tiles, ctx.launches)
         out, y = torch.empty_like(x), None
-        if p.down_scale is None:
-            for i, columns in enumerate(column_slices(x.shape[1], Y_SLICES)):
-                combine(
-                    compute_down(gate_a, v, p, routing, tiles, 1 + i, columns),
-                    routing,
-                    out[:, columns],
-                    tiles,
-                    weighted=True,
-                )
+        if p.down.scale is None:
+            for columns in column_slices(x.shape[1], Y_SLICES):
+                part = compute_down(gate_a, v, p, routing, tiles, ctx.launches, columns)
+                combine(part, routing, out[:, columns], tiles, weighted=True)
+                del part  # before the next one is allocated
         else:
-            y = compute_down(gate_a, v, p, routing, tiles, launch=1)
-            combine(y, routing, out, tiles, weighted=True, scale=p.down_scale)
+            y = compute_down(gate_a, v, p, routing, tiles, ctx.launches)
+            combine(y, routing, out, tiles, weighted=True, scale=p.down.scale)
         kept = (u, v, gate_a, y) if mode == "fast" else (None, None, None, None)
         # the adapters as they came: cast again in the backward, which is cheaper than a second copy of them all
-        given = (gate_A, gate_B, up_A, up_B, down_A, down_B)
-        ctx.save_for_backward(x, *kept, *routing, gate_up_proj, down_proj, *given, *scales)
-        ctx.scaling, ctx.dtypes, ctx.spent = (
-            scaling,
-            [t.dtype for t in given],
-            False,
-        )
+        ctx.save_for_backward(x, *kept, *routing, gate_up_proj, down_proj, *adapters)
+        ctx.scaling, ctx.spent = scaling, False
         return out
 
     @staticmethod
@@ -154,44 +180,45 @@ class FusedExperts(torch.autograd.Function):
             )
         ctx.spent = True
         x, u, v, gate_a, y, *rest = ctx.saved_tensors
-        adapters = [t.to(x.dtype).contiguous() for t in rest[13:19]]
-        routing, p = Routing(*rest[:11]), Block(*rest[11:13], *adapters, *rest[19:], ctx.scaling)
+        routing, (gate_up_proj, down_proj, *adapters) = (
+            Routing(*rest[: len(Routing._fields)]),
+            rest[len(Routing._fields) :],
+        )
+        given = projections(adapters)
+        p = Block(gate_up_proj, down_proj, *(projection.cast(x.dtype) for projection in given), ctx.scaling)
+        dgate, dup, ddown = (projection.empty() for projection in given)
         tiles, dout = tiles_for(x.device, x.dtype), dout.contiguous()
-        E, H, I = p.down.shape  # noqa: E741
-        S, r = routing.row_token.numel(), p.gate_A.shape[1]
-        dora = p.gate_scale is not None
-        grads = [
-            torch.empty(t.shape, dtype=dtype, device=x.device) for t, dtype in zip(p[2:8], ctx.dtypes, strict=True)
-        ]
-        dgate_A, dgate_B, dup_A, dup_B, ddown_A, ddown_B = grads
-        dscales = [torch.empty_like(scale) for scale in p[8:11]] if dora else [None, None, None]
-
+        _, H, I = p.down_proj.shape  # noqa: E741
+        S, r = routing.row_token.numel(), p.gate.lora_A.shape[1]
+        dora = p.gate.scale is not None
         if gate_a is None:
-            u, gate_a, v = compute_up(x, p, routing, tiles, launch=10)
-            y = compute_down(gate_a, v, p, routing, tiles, launch=11) if dora else None
+            u, gate_a, v = compute_up(x, p, routing, tiles, ctx.launches)
+            y = compute_down(gate_a, v, p, routing, tiles, ctx.launches) if dora else None
 
         # 6 to 8, dout read through row_token
         if dora:
-            dora_down(dout, v, y, p.down_scale, ddown_B, dscales[2], routing, tiles)
+            dora_down(dout, v, y, p.down.scale, ddown.lora_B, ddown.scale, routing, tiles)
             dy, gather = y, False
             # for 7 the scale is put on the small B2 instead: the same product, but of dout, which is top_k times
             # smaller than dy
-            B2 = torch.mul(p.down_B, p.down_scale.unsqueeze(-1), out=torch.empty_like(p.down_B))
+            B2 = torch.mul(p.down.lora_B, p.down.scale.unsqueeze(-1), out=torch.empty_like(p.down.lora_B))
         else:
-            lora_grad(dout, v.unsqueeze(0), [ddown_B], routing, tiles, weighted=True)
-            dy, gather, B2 = dout, True, p.down_B
+            lora_grad(dout, v.unsqueeze(0), [ddown.lora_B], routing, tiles, weighted=True)
+            dy, gather, B2 = dout, True, p.down.lora_B
         dv = grouped_gemm(dout, [B2.transpose(1, 2)], x.new_empty(S, r), routing, tiles, gather=True, alpha=p.scaling)
         del B2
-        lora = (dv.unsqueeze(0), [p.down_A.transpose(1, 2)])
+        lora = (dv.unsqueeze(0), [p.down.lora_A.transpose(1, 2)])
         da = x.new_empty(S, I)
         if on_hopper(x, p, tiles):
-            hopper_gemm(dy, p.down.transpose(1, 2), da, routing, tiles, launch=12, gather=gather, lora=lora)
+            hopper_gemm(
+                dy, p.down_proj.transpose(1, 2), da, routing, tiles, launch=next(ctx.launches), gather=gather, lora=lora
+            )
         else:
-            grouped_gemm(dy, [p.down.transpose(1, 2)], da, routing, tiles, gather=gather, lora=lora)
+            grouped_gemm(dy, [p.down_proj.transpose(1, 2)], da, routing, tiles, gather=gather, lora=lora)
         del dy, y
 
         # 9 and 10 with SwiGLU's backward
-        dw_parts = swiglu_backward(da, gate_a, u, dv, p, routing, (dgate_B, dup_B, ddown_A, *dscales[:2]), tiles)
+        dw_parts = swiglu_backward(da, gate_a, u, dv, p, routing, (dgate, dup, ddown), tiles)
         del da, dv
         dweights = torch.empty_like(routing.weight)
         router_grad_kernel[(triton.cdiv(S, 1024),)](
@@ -201,41 +228,29 @@ class FusedExperts(torch.autograd.Function):
 
         # 11 to 13
         dgate_up = gate_a  # which it has become
-        lora_B = [p.gate_B.transpose(1, 2), p.up_B.transpose(1, 2)]
+        lora_B = [p.gate.lora_B.transpose(1, 2), p.up.lora_B.transpose(1, 2)]
         du = grouped_gemm(dgate_up, lora_B, x.new_empty(2, S, r), routing, tiles, alpha=p.scaling)
-        lora_grad(x, du, [dgate_A.transpose(1, 2), dup_A.transpose(1, 2)], routing, tiles)
+        lora_grad(x, du, [dgate.lora_A.transpose(1, 2), dup.lora_A.transpose(1, 2)], routing, tiles)
         dx = torch.empty_like(x)
-        for i, columns in enumerate(column_slices(H, DX_SLICES)):
-            lora = (du, [p.gate_A[:, :, columns].transpose(1, 2), p.up_A[:, :, columns].transpose(1, 2)])
-            weight = p.gate_up[:, :, columns].transpose(1, 2)
+        for columns in column_slices(H, DX_SLICES):
+            lora = (du, [p.gate.lora_A[:, :, columns].transpose(1, 2), p.up.lora_A[:, :, columns].transpose(1, 2)])
+            weight = p.gate_up_proj[:, :, columns].transpose(1, 2)
             part = x.new_empty(S, weight.shape[1])
             if on_hopper(x, p, tiles):
-                hopper_gemm(dgate_up, weight, part, routing, tiles, launch=13 + i, lora=lora)
+                hopper_gemm(dgate_up, weight, part, routing, tiles, launch=next(ctx.launches), lora=lora)
             else:
                 grouped_gemm(dgate_up, [weight], part, routing, tiles, lora=lora, both=True)
             combine(part, routing, dx[:, columns], tiles, weighted=False)
             del part  # before the next one is allocated
-        return dx, dweights, *grads, *dscales, None
+        return dx, dweights, *dgate, *dup, *ddown, None
 
 
-def moe_lora(
-    hidden_states,
-    top_k_index,
-    top_k_weights,
-    gate_up_proj,
-    down_proj,
-    gate_proj_lora_A,
-    gate_proj_lora_B,
-    up_proj_lora_A,
-    up_proj_lora_B,
-    down_proj_lora_A,
-    down_proj_lora_B,
-    scaling,
-    gate_scale=None,
-    up_scale=None,
-    down_scale=None,
-    mode="fast",
-):
+def projections(tensors):
+    """Nine tensors as three Projections: gate, up, down."""
+    return [Projection(*tensors[i : i + 3]) for i in (0, 3, 6)]
+
+
+def moe_lora(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate, up, down, scaling, mode="fast"):
     """The experts block by the kernels: `moe_lora_reference`'s signature and result. Base weights must have
     hidden_states' dtype.
 
@@ -253,5 +268,4 @@ def moe_lora(
             f"hidden_states are {hidden_states.dtype}; the kernels compute in torch.bfloat16 or torch.float32"
         )
     frozen = (top_k_index, gate_up_proj.detach().contiguous(), down_proj.detach().contiguous(), scaling, mode)
-    adapters = gate_proj_lora_A, gate_proj_lora_B, up_proj_lora_A, up_proj_lora_B, down_proj_lora_A, down_proj_lora_B
-    return FusedExperts.apply(hidden_states, top_k_weights, *adapters, gate_scale, up_scale, down_scale, frozen)
+    return FusedExperts.apply(hidden_states, top_k_weights, *gate, *up, *down, frozen)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -38,22 +39,38 @@ def wandb_mode():
     return os.environ.get("WANDB_MODE", "online" if has_key else "offline")
 
 
+def hold(path, busy=None):
+    """Keep other processes out while the file that is returned is open; the kernel closes it when the process dies.
+
+    busy: what to say, as ValueError, if another process (its number is appended) is there; None: wait for it, and say
+    so on stderr.
+    """
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        if busy is not None:
+            file.close()
+            raise ValueError(f"{busy} (process {owner})") from None
+        print(f"waiting for process {owner}, which holds {path}", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
 def claim(output_dir):
-    """Keep other runs out of output_dir while the file that is returned is open; the kernel closes it when the process
-    dies.
+    """Keep other runs out of output_dir (see `hold`).
 
     torchrun that dies by kill -9 leaves its workers training: a run that is resumed beside them would write over
     theirs, and they over its. Raises ValueError if another process is there.
     """
     os.makedirs(output_dir, exist_ok=True)
-    lock = open(os.path.join(output_dir, ".lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"{output_dir}: another process is training there; end it, or take another --run_name"
-        ) from None
-    return lock
+    busy = f"{output_dir}: another process is training there; end it, or take another --run_name"
+    return hold(os.path.join(output_dir, ".lock"), busy)
 
 
 def setup_distributed():

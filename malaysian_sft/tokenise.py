@@ -218,12 +218,3 @@ def _report_bad_rows(
     with open(directory / "bad_rows.jsonl", "w") as file:
         for source, number, reason in bad:
             file.write(json.dumps({"source": sources[source].name, "row": number, "reason": reason}) + "\n")
-
-
-def locked(path: Path):
-    """An open file that holds an exclusive lock until it is closed; the kernel frees it when a process dies."""
-    import fcntl
-
-    file = open(path, "w")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    return file

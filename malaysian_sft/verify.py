@@ -5,7 +5,9 @@ import os
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 
+import pandas as pd
 import torch
 
 from malaysian_sft.adapter_files import Adapter, expert_faults, manifest_faults, read_adapter_config
@@ -160,15 +162,12 @@ def norm_table(directory) -> str:
         columns[column] = None
         B = adapter.factor(name, "lora_B")
         cells[int(layer[1]) if layer else -1][column].append(B.square().mean().sqrt().item() * 1e4)
-    rows = [["layer", *columns]]
+    spreads = {}
     for layer in sorted(cells):
-        row = [str(layer)]
-        for column in columns:
-            values = cells[layer].get(column)
-            spread = (
-                [min(values), sum(values) / len(values), max(values)] if values and len(values) > 1 else values or []
-            )
-            row.append("/".join(f"{value:.2f}" for value in spread) or "-")
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        values = {column: cells[layer].get(column, []) for column in columns}
+        spreads[layer] = {
+            column: "/".join(f"{v:.2f}" for v in (found if len(found) < 2 else (min(found), mean(found), max(found))))
+            for column, found in values.items()
+        }
+    frame = pd.DataFrame.from_dict(spreads, orient="index", columns=list(columns)).replace("", "-")
+    return frame.rename_axis(columns="layer").to_string()

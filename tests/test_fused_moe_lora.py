@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from conftest import tiny_config, tiny_model
-from fused_moe_lora import FusedMoELoRA, dora_norm, moe_lora_reference, squared_row_norms, wrap_experts
+from fused_moe_lora import FusedMoELoRA, Projection, dora_norm, moe_lora_reference, squared_row_norms, wrap_experts
 from malaysian_sft import moe_autograd, moe_hopper, moe_routing
 from malaysian_sft.moe_autograd import moe_lora
 from malaysian_sft.moe_routing import AMPERE, INTERPRETER, route, tiles_for
@@ -163,6 +163,15 @@ def make_case(T, H, I, E, top_k, r, dora, routing, device="cpu", dtype=torch.flo
     return leaves, fixed, normal(T, H)
 
 
+def by_name(block, tensors, **options):
+    """`block` of the tensors of `make_case`, whose names are flat."""
+    tensors = dict(tensors)
+    for name in ("gate", "up", "down"):
+        A, B = tensors.pop(f"{name}_proj_lora_A"), tensors.pop(f"{name}_proj_lora_B")
+        tensors[name] = Projection(A, B, tensors.pop(f"{name}_scale", None))
+    return block(**tensors, scaling=0.7, **options)
+
+
 def run(block, leaves, fixed, upstream, dtype=None, **options):
     """Output and every gradient of `block`, in `dtype` if given."""
 
@@ -170,7 +179,7 @@ def run(block, leaves, fixed, upstream, dtype=None, **options):
         return t if dtype is None or not t.is_floating_point() else t.to(dtype)
 
     leaves = {name: cast(t).detach().clone().requires_grad_() for name, t in leaves.items()}
-    out = block(**leaves, **{name: cast(t) for name, t in fixed.items()}, scaling=0.7, **options)
+    out = by_name(block, leaves | {name: cast(t) for name, t in fixed.items()}, **options)
     out.backward(cast(upstream))
     return {"out": out.detach(), **{name: t.grad for name, t in leaves.items()}}
 
@@ -211,7 +220,7 @@ def saved_bytes(case, dora, mode):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = moe_lora(**{name: t.requires_grad_() for name, t in leaves.items()}, **fixed, scaling=0.7, mode=mode)
+        out = by_name(moe_lora, {name: t.requires_grad_() for name, t in leaves.items()} | fixed, mode=mode)
     del out
     return sum(kept.values())
 
@@ -408,7 +417,7 @@ def test_reference_gradcheck(dora):
     names = list(leaves)
     values = [t.double().requires_grad_() for t in leaves.values()]
     assert torch.autograd.gradcheck(
-        lambda *v: moe_lora_reference(**dict(zip(names, v, strict=True)), **fixed, scaling=0.7), values
+        lambda *v: by_name(moe_lora_reference, dict(zip(names, v, strict=True)) | fixed), values
     )
 
 
@@ -596,7 +605,8 @@ def test_cached_norms_are_used_until_forgotten():
     experts.forget_norms()
     fresh = experts(*inputs)
     gate_up, down = merge(experts)
-    zeros = [torch.zeros(3, *s) for s in ((2, 16), (8, 2), (2, 16), (8, 2), (2, 8), (16, 2))]
+    shapes = ((2, 16), (8, 2)), ((2, 16), (8, 2)), ((2, 8), (16, 2))
+    zeros = [Projection(torch.zeros(3, *A), torch.zeros(3, *B)) for A, B in shapes]
     merged = moe_lora_reference(*inputs, gate_up, down, *zeros, 1.0)
     torch.testing.assert_close(fresh, merged, atol=1e-4, rtol=1e-3)
     assert (stale - fresh).abs().max() > 1e-2
@@ -605,9 +615,9 @@ def test_cached_norms_are_used_until_forgotten():
 def test_dtypes_that_the_kernels_cannot_compute_in_are_refused():
     leaves, fixed, _ = make_case(3, 16, 8, 2, 1, 4, False, "random", dtype=torch.float16)
     with pytest.raises(ValueError, match="float16; the kernels compute in torch.bfloat16 or torch.float32"):
-        moe_lora(**leaves, **fixed, scaling=0.7)
+        by_name(moe_lora, leaves | fixed)
     with pytest.raises(ValueError, match="expected one dtype"):
-        moe_lora(**{**leaves, "hidden_states": leaves["hidden_states"].float()}, **fixed, scaling=0.7)
+        by_name(moe_lora, leaves | fixed | {"hidden_states": leaves["hidden_states"].float()})
 
 
 def test_refusals_say_what_differs():
@@ -706,7 +716,7 @@ def gpu_step(cuda, dora=False, mode="fast", seed=0):
     def step():
         for leaf in leaves.values():
             leaf.grad = None
-        out = moe_lora(**leaves, **fixed, scaling=0.7, mode=mode)
+        out = by_name(moe_lora, leaves | fixed, mode=mode)
         out.backward(upstream)
         return out
 
@@ -755,7 +765,7 @@ def test_replays_in_a_cuda_graph_with_other_inputs_and_other_routing(cuda):
 @pytest.mark.gpu
 def test_a_second_backward_is_refused(cuda):
     leaves, fixed, upstream = make_case(16, 128, 128, 4, 2, 16, False, "random", cuda, torch.bfloat16)
-    out = moe_lora(**{name: t.requires_grad_() for name, t in leaves.items()}, **fixed, scaling=0.7)
+    out = by_name(moe_lora, {name: t.requires_grad_() for name, t in leaves.items()} | fixed)
     out.backward(upstream, retain_graph=True)
     with pytest.raises(RuntimeError, match="backward twice"):
         out.backward(upstream)
