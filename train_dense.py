@@ -52,6 +52,7 @@ from malaysian_sft.attention import register_attention
 from malaysian_sft.base_model import base_faults, load_config
 from malaysian_sft.checkpoints import newest_checkpoint
 from malaysian_sft.conversations import DataArguments
+from malaysian_sft.documents_apart import check_documents_apart, takes_document_numbers, with_document_numbers
 from malaysian_sft.lora import WEIGHTS, LoraArguments, apply_lora
 from malaysian_sft.memory import compare_peak, need
 from malaysian_sft.plan_page import dry_run
@@ -181,6 +182,7 @@ class DenseTrainer(Trainer):
             self.remove_callback(printing)
         self.add_callback(PrinterCallback if self.args.disable_tqdm else Progress)
         self.lora_args, self.base_model = lora_args, base_model
+        self.documents_apart = False  # until the first step has looked
         # plan.py's plan and the measured rate, until they have been printed
         self.planned, self.gemm_flops = planned, gemm_flops
 
@@ -229,6 +231,17 @@ class DenseTrainer(Trainer):
         if not self.is_deepspeed_enabled:  # DeepSpeed restores the parameters together with its optimiser
             load_adapter(model or self.model, resume_from_checkpoint)
 
+    def training_step(self, model, inputs, *args, **kwargs):
+        if not self.documents_apart:
+            model.eval()
+            skip = {"skip_logits": False} if self.args.use_liger_kernel else {}
+            check_documents_apart(
+                self.model.get_base_model(), lambda batch: model(**batch, **skip, logits_to_keep=1), self.args.device
+            )
+            model.train()
+            self.documents_apart = True
+        return super().training_step(model, inputs, *args, **kwargs)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """On a GPU Liger's fused linear cross entropy; on a CPU the head and the loss on supervised positions only.
 
@@ -255,7 +268,7 @@ class DenseTrainer(Trainer):
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         packs = EvenPacks(self.eval_dataset, world)  # every rank takes part in every forward
         for i in range(self.accelerator.process_index, len(packs), world):
-            batch = self._prepare_inputs(multipack.collate([packs[i]]))
+            batch = self._prepare_inputs(self.data_collator([packs[i]]))
             if self.args.use_liger_kernel:
                 batch["skip_logits"] = True  # Liger's own default is to make them all outside of training
             count = (batch["labels"] != multipack.IGNORE).sum()
@@ -382,6 +395,13 @@ def adapt(model, lora_args, training_args):
     return model
 
 
+def collator(model):
+    """multipack.collate, with the numbers of documents for a model whose layers ask for them."""
+    if takes_document_numbers(model.get_base_model()):
+        return lambda packs: with_document_numbers(multipack.collate(packs))
+    return multipack.collate
+
+
 def plan_arguments(data_args, lora_args, training_args):
     """plan.py's arguments that these flags stand for."""
     return dict(
@@ -491,12 +511,13 @@ def main():
     gemm_flops = measure_gemm() if torch.cuda.is_available() else None
     if packs.validation is not None:
         training_args.eval_strategy = IntervalStrategy.EPOCH
+    model = build_model(model_args, lora_args, training_args)
     trainer = DenseTrainer(
-        model=build_model(model_args, lora_args, training_args),
+        model=model,
         args=training_args,
         train_dataset=EvenPacks(packs, training_args.world_size * training_args.per_device_train_batch_size),
         eval_dataset=packs.validation,
-        data_collator=multipack.collate,
+        data_collator=collator(model),
         processing_class=tokenizer,
         callbacks=[StopOnSignal()],
         lora_args=lora_args,

@@ -41,6 +41,7 @@ from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu
 from malaysian_sft.base_model import find_checkpoint, load_config
 from malaysian_sft.checkpoints import Checkpointer, newest_checkpoint, resume_fault
 from malaysian_sft.conversations import DataArguments
+from malaysian_sft.documents_apart import check_documents_apart
 from malaysian_sft.load_base import load_weights, reset_adapter
 from malaysian_sft.lora import LoraArguments, local_tensor
 from malaysian_sft.memory import compare_peak, need
@@ -306,6 +307,14 @@ def clip_gradients(parameters, max_norm, mesh):
     return norm
 
 
+def refuse_leaks(model, device):
+    """Raise ValueError if documents in a pack see each other. Collective."""
+    no_loss = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in ("predicting", "targets")}
+    model.eval()
+    check_documents_apart(model.causal_lm, lambda batch: model(batch | no_loss), device)
+    model.train()
+
+
 @torch.no_grad()
 def validate(model, dataset, device):
     """Mean loss per supervised token of the held-out packs. Collective."""
@@ -362,6 +371,7 @@ def train(args, data_args, lora_args):
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     reset_adapter(model.causal_lm, args.seed, ring)
+    refuse_leaks(model, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, args)
     arguments = {

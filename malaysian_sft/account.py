@@ -25,6 +25,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 
+from fused_moe_lora import why_not_conforming
 from malaysian_sft.lora import NOT_ADAPTED, expert_rank
 
 GIB = 2**30
@@ -74,6 +75,8 @@ class Architecture:
     vectors: dict  # layer (None outside the layers) -> parameters in norms and biases
     top_k: int  # routed experts a token passes; 1 for a dense model
     query_key_norm: bool  # queries and keys are normalised per head
+    refused: str | None  # why wrap_experts would not take the experts
+    stateful: tuple[str, ...]  # classes of layers that carry a state along the sequence, from document to document
 
     def layers(self):
         """The decoder layers in order: for each, its matrices."""
@@ -82,8 +85,9 @@ class Architecture:
 
 
 def architecture(config):
-    """Read a transformers causal LM config into an `Architecture`. Raises ValueError for a config no causal LM class
-    takes."""
+    """Read a transformers causal LM config, or the text part of a composite one, into an `Architecture`. Raises
+    ValueError for a config no causal LM class takes."""
+    config = config.get_text_config()
     return _architecture(type(config), json.dumps(config.to_dict(), sort_keys=True, default=str))
 
 
@@ -106,7 +110,7 @@ def _architecture(config_class, config_json):
             name = f"{module_name}.{leaf}"
             parts = name.split(".")
             layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 or isinstance(module, torch.nn.Conv1d):
                 vectors[layer] = vectors.get(layer, 0) + parameter.numel()
                 continue
             shared = id(parameter) in seen  # a tied head holds no memory of its own
@@ -137,7 +141,26 @@ def _architecture(config_class, config_json):
                 kind = "attention" if "attn" in name else "shared_expert" if "shared_expert" in name else "mlp"
                 matrices.append(Matrix(name, kind, layer, *parameter.shape, adapted=layer is not None))
     query_key_norm = any("q_norm" in name for name, _ in model.named_modules())
-    return Architecture(tuple(matrices), vectors, top_k, query_key_norm)
+    experts = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
+    reasons = {name: reason for name, module in experts.items() if (reason := why_not_conforming(module))}
+    refused = next((f"{name} ({type(experts[name]).__name__}): {reason}" for name, reason in reasons.items()), None)
+    return Architecture(tuple(matrices), vectors, top_k, query_key_norm, refused, stateful_layers(model))
+
+
+def stateful_layers(model):
+    """Names of the classes, in decoder layers, of mixers with a state: those that convolve, or decay what came before.
+
+    A hint, by what such layers are made of; documents_apart.py decides, on the model itself.
+    """
+    import torch
+
+    found = {}
+    for name, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        convolves = any(isinstance(child, torch.nn.Conv1d) for child in module.children())
+        if ".layers." in f".{name}" and (convolves or parameters.keys() & {"A_log", "slope_rate", "query_decay"}):
+            found[type(module).__name__] = None
+    return tuple(found)
 
 
 def count_parameters(config, r=0, expert_r=None, use_dora=False):
@@ -147,6 +170,7 @@ def count_parameters(config, r=0, expert_r=None, use_dora=False):
     (the adapter), `base` and `adapter` (dicts by kind, which add up to total and trainable), `active_adapter` (what of
     the adapter a token passes). `r` is the rank (0: no adapter); `expert_r` the routed experts' (default r // top_k).
     """
+    config = config.get_text_config()
     arch = architecture(config)
     expert_r = expert_rank(config, r, expert_r)
     base = {"norms and biases": sum(arch.vectors.values())}
@@ -179,6 +203,7 @@ def train_flops(config, tokens, sum_squared_lengths, r, expert_r=None, use_dora=
     is elementwise. `config` is a transformers config, `r` the LoRA rank (0: no adapter), `expert_r` the routed experts'
     (default r // top_k). A sliding window, where the config uses one, caps the pairs a token scores.
     """
+    config = config.get_text_config()
     arch = architecture(config)
     expert_r = expert_rank(config, r, expert_r)
     per_token = 0
@@ -278,3 +303,5 @@ def check_trainer(config, kind):
     if (kind == "moe") != any(m.kind == "expert" for m in architecture(config).matrices):
         other = "train_dense.py" if kind == "moe" else "train_moe.py"
         raise ValueError(f"{config.model_type} has {'no ' * (kind == 'moe')}routed experts: train it with {other}")
+    if kind == "moe" and architecture(config).refused:
+        raise ValueError(f"{config.model_type} cannot be trained: {architecture(config).refused}")

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from fused_moe_lora import FusedMoELoRA, dora_norm, squared_row_norms, wrap_experts
 from malaysian_sft.attention import register_attention
 from malaysian_sft.attention_half import fast_norm, fuse_attention_half, lay_side_by_side, usual_rotary
+from malaysian_sft.documents_apart import takes_document_numbers, with_document_numbers
 from malaysian_sft.frozen_ring import FrozenRing
 from malaysian_sft.lora import apply_lora
 from malaysian_sft.norm_rope import Rotary, ScaleColumns
@@ -195,6 +196,7 @@ class ModelWithLoss(nn.Module):
         self.router_aux_loss_coef = router_aux_loss_coef
         self.chunk_loss = compiled_for_any_length(nll_and_gradient, [0, 0]) if compiled else nll_and_gradient
         self.router_load = RouterLoad(module for module in causal_lm.modules() if isinstance(module, FusedMoELoRA))
+        self.document_numbers = takes_document_numbers(causal_lm)
         self.with_norms = [module for module in causal_lm.modules() if isinstance(module, (FusedMoELoRA, LoraLinear))]
 
     def forget_norms(self):
@@ -207,6 +209,7 @@ class ModelWithLoss(nn.Module):
         both 0."""
         batch = dict(batch)
         predicting, targets = batch.pop("predicting"), batch.pop("targets")
+        batch = with_document_numbers(batch) if self.document_numbers else batch
         empty = len(targets) == 0
         self.router_load.enabled = self.training and not empty
         outputs = self.causal_lm.base_model(

@@ -125,6 +125,11 @@ def print_plan(plan):
 
     extra = plan["recompute_per_token"] / plan["flops_per_token"]
     print(f"FLOPs a token: {plan['flops_per_token'] / 1e9:.2f} G useful, and {extra:.0%} more recomputed")
+    if plan["stateful"]:
+        print(
+            f"Note: {', '.join(plan['stateful'])} carry a state along the sequence. Training is refused unless their"
+            " kernels are installed and keep packed documents apart, which is checked when a run starts."
+        )
 
 
 def print_options(plans, launched):
@@ -148,6 +153,7 @@ def plan_evaluation(config, *, gpu_partition, gpu_memory_gib=80.0, gpu_memory_ut
     the cache after 3 GiB for activations and CUDA graphs; and how many sequences of max_model_len tokens that is.
     Raises ValueError where the heads don't divide.
     """
+    config = config.get_text_config()
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % gpu_partition:
         raise ValueError(

@@ -6,7 +6,7 @@ import itertools
 import os
 import sys
 
-from malaysian_sft.account import GIB, check_trainer, count_parameters, recompute_flops, train_flops
+from malaysian_sft.account import GIB, architecture, check_trainer, count_parameters, recompute_flops, train_flops
 from malaysian_sft.lora import expert_rank
 from malaysian_sft.memory import disk_bytes, gpu_bytes, host_bytes
 
@@ -71,7 +71,7 @@ def plan_run(
     Raises ValueError for a batch that the GPUs don't divide, an unknown kind, policy or mode, or a config without the
     kind's layers.
     """
-    policies = CHOICES.get(kind, {})
+    config, policies = config.get_text_config(), CHOICES.get(kind, {})
     for name, value, known in (
         ("kind", kind, CHOICES),
         ("activations", activations, policies),
@@ -79,6 +79,7 @@ def plan_run(
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; expected one of {', '.join(filter(None, known))}")
+    check_trainer(config, kind)
     plan = {
         "model_type": config.model_type,
         "kind": kind,
@@ -101,8 +102,8 @@ def plan_run(
         "frugal_layers": frugal_layers,
         "document_length": document_length,
         "parameters": count_parameters(config, r, expert_r, use_dora),
+        "stateful": architecture(config).stateful,
     }
-    check_trainer(config, kind)
     if nodes % shard_nodes:
         raise ValueError(f"{nodes} nodes are no multiple of --shard_nodes {shard_nodes}")
     if global_batch_size % (gpus * nodes * micro_batch):
@@ -174,6 +175,7 @@ def options(config, *, kind, gpus, nodes=1, global_batch_size=32, activations=No
 
 def with_frugal_layers(config, plan):
     """`plan`, whose experts are fast, with as many frugal layers as leave SPARE of the memory, or None."""
+    config = config.get_text_config()
     limit = (1 - SPARE) * plan["limit_bytes"]
     if plan["memory_mode"] != "fast" or plan["activations"] == "full" or plan["peak_bytes"] <= limit:
         return None
