@@ -243,9 +243,8 @@ def to_batch(pack):
     is supervised, and `targets` (n,), those tokens. Found here, on the CPU, so that only these reach the head and
     nothing waits."""
     batch = multipack.collate([pack])
-    labels = batch.pop("labels")[
-        0
-    ]  # (T,); a document's first label is always ignored, so none is predicted across a border
+    # (T,); a document's first label is always ignored, so none is predicted across a border
+    labels = batch.pop("labels")[0]
     predicting = (labels[1:] != multipack.IGNORE).nonzero()[:, 0]
     batch["predicting"], batch["targets"] = predicting, labels[predicting + 1]
     return batch

@@ -118,9 +118,8 @@ class Host:
                 raise ValueError("was not killed")
             return None
         if code:
-            lines = (
-                log.read_text(errors="replace").partition("failed (exitcode")[0].splitlines()
-            )  # the rest is torchrun's
+            # the rest is torchrun's
+            lines = log.read_text(errors="replace").partition("failed (exitcode")[0].splitlines()
             own = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             raise ValueError(own[0] if own else f"exit code {code}\n" + "\n".join(lines[-25:]))
         return json.loads(Path(job["record"]).read_text())

@@ -177,9 +177,8 @@ def axolotl_scattermoe(leaves, fixed, scaling, autotune):
 def unsloth_zoo(leaves, fixed, scaling, autotune):
     """unsloth_zoo's experts forward on torch's grouped_mm with separate LoRA products; eager, as unsloth runs the MoE
     block in training."""
-    os.environ.setdefault(
-        "UNSLOTH_COMPILE_LOCATION", os.path.join(tempfile.gettempdir(), "unsloth_compiled_cache")
-    )  # not the working folder
+    # not the working folder
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", os.path.join(tempfile.gettempdir(), "unsloth_compiled_cache"))
     without_init("unsloth_zoo")
     without_init("unsloth_zoo.temporary_patches")
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -213,9 +212,8 @@ def sonic_moe(leaves, fixed, scaling, autotune):
     def forward():
         gate_up_B = torch.cat([leaves["gate_B"], leaves["up_B"]], dim=1)
         w1 = torch.baddbmm(fixed["gate_up"], gate_up_B, leaves["gate_A"], alpha=scaling).permute(1, 2, 0)  # (2I, H, E)
-        w2 = torch.baddbmm(fixed["down"], leaves["down_B"], leaves["down_A"], alpha=scaling).permute(
-            1, 2, 0
-        )  # (H, I, E)
+        # (H, I, E)
+        w2 = torch.baddbmm(fixed["down"], leaves["down_B"], leaves["down_A"], alpha=scaling).permute(1, 2, 0)
         # the body of sonicmoe's moe_TC_softmax_topk_layer behind its router
         frequency, offsets = (torch.empty(n, dtype=torch.int32, device=index.device) for n in (E, E + 1))
         gather, scatter, reverse = (

@@ -213,9 +213,8 @@ def scaling(job):
 
     drawn = [draw() for _ in range(job["steps"] + 2)]
     (warm, (*_, supervised)), *timed, (profiled, (*_, profiled_supervised)) = drawn
-    step(
-        warm[:2], supervised
-    )  # compiles and allocates; with one micro-batch that is followed by another, and a last one
+    # compiles and allocates; with one micro-batch that is followed by another, and a last one
+    step(warm[:2], supervised)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times, losses = [], []
@@ -316,9 +315,8 @@ def dense(job):
         planned=planned,
     )
     trainer.train()
-    log = [line for line in trainer.state.log_history if "tokens_per_second" in line][
-        1:
-    ]  # the first step allocates and compiles
+    # the first step allocates and compiles
+    log = [line for line in trainer.state.log_history if "tokens_per_second" in line][1:]
     seconds = [line["tokens"] / line["tokens_per_second"] for line in log]
     tokens, utilisation = sum(line["tokens"] for line in log), [line["mfu"] for line in log if line.get("mfu")]
     mean = statistics.mean(utilisation) if utilisation else None
@@ -412,9 +410,8 @@ MEASUREMENTS = {"scaling": scaling, "dense": dense, "load": load, "slice": write
 
 def work(job):
     """One process of a measurement; rank 0 writes the record."""
-    faulthandler.dump_traceback_later(
-        job["seconds"], exit=True
-    )  # works in a process that waits for one that is no more
+    # works in a process that waits for one that is no more
+    faulthandler.dump_traceback_later(job["seconds"], exit=True)
     try:
         record = MEASUREMENTS[job["kind"]](job)
     except (ValueError, OSError) as error:

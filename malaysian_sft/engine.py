@@ -77,9 +77,8 @@ def engine_environment(gpus, config):
             "OMP_NUM_THREADS": str(threads),
         }
         defaults |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    os.environ["VLLM_BATCH_INVARIANT"] = str(
-        int(config["batch_invariant"])
-    )  # never what a shell left behind: args.json has the flag
+    # never what a shell left behind: args.json has the flag
+    os.environ["VLLM_BATCH_INVARIANT"] = str(int(config["batch_invariant"]))
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

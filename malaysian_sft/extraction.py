@@ -242,9 +242,8 @@ def grouped(lower, found):
     for index, group in enumerate(groups):
         stop = groups[index + 1][0] if index + 1 < len(groups) else group[1] + 120
         match = REJECTED.match(lower[group[1] : stop])
-        if match and (
-            index + 1 == len(groups) or lower[group[1] + match.end() : stop].strip(" *")
-        ):  # not the next one's "bukan"
+        # not the next one's "bukan"
+        if match and (index + 1 == len(groups) or lower[group[1] + match.end() : stop].strip(" *")):
             group[3] = "negated"
     return groups
 
@@ -435,9 +434,8 @@ def by_rules(text, question, finish_reason="stop", thinking=False):
     options = options_of(question)
     text, boxes = find_boxes(text.replace(BOX, ""))
     start = text.find("\n", max(0, len(text) - 300)) + 1
-    if (
-        len(text) > 600 and start and not after_heading(text, start)
-    ):  # a final statement at the end is the last one: it decides
+    # a final statement at the end is the last one: it decides
+    if len(text) > 600 and start and not after_heading(text, start):
         tail = text[start:]
         said = read_statements(plain(tail), options, boxes[len(boxes) - tail.count(BOX) :])
         final = [letter for kind, letter in said if kind == FINAL]

@@ -77,9 +77,8 @@ def read_args(directory):
 def read_generations(path):
     """Yield the records of a generations.jsonl. A half-written last line is passed over with a note; another bad line
     raises ValueError."""
-    decode = (
-        json.JSONDecoder().raw_decode
-    )  # json.loads guesses the encoding of every line, which costs as much as the rest
+    # json.loads guesses the encoding of every line, which costs as much as the rest
+    decode = json.JSONDecoder().raw_decode
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:

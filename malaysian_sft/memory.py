@@ -149,9 +149,8 @@ def gpu_bytes(config, plan):
     moments.append({"kept activations": kept, "head and loss": loss_bytes(config, kind, tokens)})
     if kind == "dense":
         shard = plan["gpus"] * plan["nodes"] if plan["zero3"] else 1
-        live = min(
-            max(10**9, layer_base + layer_adapter) + config.hidden_size**2, base + adapter
-        )  # ds3.json's prefetch
+        # ds3.json's prefetch
+        live = min(max(10**9, layer_base + layer_adapter) + config.hidden_size**2, base + adapter)
         terms = {
             "frozen base, bf16 shard": 2 * base / shard,
             "adapter, bf16 and fp32 master": 6 * adapter / shard,

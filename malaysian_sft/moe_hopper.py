@@ -156,9 +156,8 @@ def hopper_producer(
                 mbarrier.expect(bar, (128 + 256) * BLOCK_R * 2)
                 for half in gl.static_range(2):
                     u = a_smem.index(slot * 2 + half)._reinterpret(gl.bfloat16, [64, BLOCK_R], u_desc.layout)
-                    tma.async_copy_global_to_shared(
-                        u_desc, [i * S + row + 64 * half, r], bar, u
-                    )  # U_1's rows follow U_0's
+                    # U_1's rows follow U_0's
+                    tma.async_copy_global_to_shared(u_desc, [i * S + row + 64 * half, r], bar, u)
                 desc = l0_desc if i == 0 else l1_desc
                 lora = w_smem.index(slot)._reinterpret(
                     gl.bfloat16, [256, BLOCK_R] if K_MAJOR else [BLOCK_R, 256], desc.layout
@@ -358,9 +357,8 @@ def hopper_gemm_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(
-            full.index(i), count=129 if GATHER else 1
-        )  # every producer thread reports its own cp.async copies
+        # every producer thread reports its own cp.async copies
+        mbarrier.init(full.index(i), count=129 if GATHER else 1)
         mbarrier.init(empty.index(i), count=2)
     work = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     announced = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())

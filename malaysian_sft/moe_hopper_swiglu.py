@@ -123,9 +123,8 @@ def hopper_swiglu_backward_kernel(
             dup *= gl.expand_dims(up_scale, 0)
         dgate = dgate.to(gl.bfloat16)
         dup = dup.to(gl.bfloat16)
-        dB_gate, dB_up, dA_down = warpgroup_mma_wait(
-            num_outstanding=0, deps=(dB_gate, dB_up, dA_down)
-        )  # of the step before
+        # of the step before
+        dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=0, deps=(dB_gate, dB_up, dA_down))
         gate_smem.index(slot).store(dgate)
         a_smem.index(slot).store(dup)
         da_smem.index(slot).store(a.to(gl.bfloat16))
@@ -151,9 +150,8 @@ def hopper_swiglu_backward_kernel(
             ahead % STAGES, ahead < steps,
             full, gate_smem, a_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
         )  # fmt: skip
-        gl.store(
-            dw_ptr + block.to(gl.int64) * S + rows, dw, mask=rows < last
-        )  # last, because the fences wait for writes under way
+        # last, because the fences wait for writes under way
+        gl.store(dw_ptr + block.to(gl.int64) * S + rows, dw, mask=rows < last)
     dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=0, deps=(dB_gate, dB_up, dA_down))
 
     out_columns = column + gl.arange(0, WIDTH, layout=gl.SliceLayout(1, acc_layout))

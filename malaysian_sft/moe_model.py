@@ -96,9 +96,8 @@ class LoraLinear(PeftLinear):
             return y
         if self.norm is None:
             squares = squared_row_norms(weight.unsqueeze(0))
-            self.norm = dora_norm(weight.unsqueeze(0), squares, lora_A.unsqueeze(0), lora_B.unsqueeze(0), scaling)[
-                0
-            ]  # detached
+            # detached
+            self.norm = dora_norm(weight.unsqueeze(0), squares, lora_A.unsqueeze(0), lora_B.unsqueeze(0), scaling)[0]
         scale = self.lora_magnitude_vector["default"].weight.float() / self.norm
         y = ScaleColumns.apply(y.view(-1, y.shape[-1]), scale).view(y.shape)
         return y if bias is None else y + bias

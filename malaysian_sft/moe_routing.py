@@ -41,17 +41,17 @@ class Tiles:
     combine: int = 512
     sort: int = 128
     hopper: tuple | None = None  # stages, row tiles that share weights
+    # the same; and where DoRA or a rank over 32 takes more registers
     hopper_swiglu_backward: tuple = (
         (64, 64, 4, 3),
         (32, 64, 4, 4),
-    )  # the same; and where DoRA or a rank over 32 takes more registers
+    )
 
 
 AMPERE = Tiles()
 HOPPER = Tiles(hopper=(4, 8))
-FULL_PRECISION = Tiles(
-    64, (64, 32, 4, 3), (32, 4, 3), (64, 8), (16, 32, 4, 2), (32, 64, 4, 3), (16, 64, 4)
-)  # fp32: twice the bytes
+# fp32: twice the bytes
+FULL_PRECISION = Tiles(64, (64, 32, 4, 3), (32, 4, 3), (64, 8), (16, 32, 4, 2), (32, 64, 4, 3), (16, 64, 4))
 INTERPRETER = Tiles(16, (16, 16, 4, 1), (16, 4, 1), (16, 4), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4), 32, 32)
 
 
@@ -138,9 +138,8 @@ def tile_kernel(
     tile_ends = tl.cumsum(tiles, 0)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     owner = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)
-    first_row = (
-        starts - (tile_ends - tiles) * BLOCK_M
-    )  # of the expert, less the rows that its first tile's number stands for
+    # of the expert, less the rows that its first tile's number stands for
+    first_row = starts - (tile_ends - tiles) * BLOCK_M
     row = tl.sum(tl.where(owner[:, None] == experts[None, :], first_row[None, :], 0), 1) + tile * BLOCK_M
     used = (tile < max_tiles) & (owner < E)
     tl.store(tile_expert_ptr + tile, owner, mask=used)

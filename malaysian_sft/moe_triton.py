@@ -69,9 +69,8 @@ def grouped_gemm_kernel(
         w += BLOCK_K * stride_wk
 
     if LORA != "no":
-        for r in tl.range(
-            0, R, BLOCK_R, num_stages=1
-        ):  # a ring for these too would not fit beside the first one on small GPUs
+        # a ring for these too would not fit beside the first one on small GPUs
+        for r in tl.range(0, R, BLOCK_R, num_stages=1):
             rs = r + tl.arange(0, BLOCK_R)
             u_mask = row_mask[:, None] & (rs < R)[None, :]
             l_mask = column_mask[None, :] & (rs < R)[:, None]

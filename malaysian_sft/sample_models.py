@@ -52,9 +52,8 @@ def upcycle(dense_directory, out, num_experts=4, top_k=2, seed=0):
             value.copy_(weights[name])
         elif name.endswith("experts.gate_up_proj"):
             mlp = name.removesuffix("experts.gate_up_proj")
-            value.copy_(
-                torch.cat([weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]])
-            )  # to every expert
+            # to every expert
+            value.copy_(torch.cat([weights[f"{mlp}gate_proj.weight"], weights[f"{mlp}up_proj.weight"]]))
         elif name.endswith("experts.down_proj"):
             value.copy_(weights[f"{name.removesuffix('experts.down_proj')}down_proj.weight"])
         elif name.endswith("shared_expert.down_proj.weight"):  # not zeros: DoRA divides by the norm of a row

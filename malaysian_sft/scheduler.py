@@ -36,9 +36,8 @@ class Engine:
         after `release`."""
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        life, self.life = context.Pipe(
-            duplex=False
-        )  # nothing is ever sent: its end of file tells the engine that the driver died
+        # nothing is ever sent: its end of file tells the engine that the driver died
+        life, self.life = context.Pipe(duplex=False)
         self.log = output.directory / f"engine-{self.slot}.log"
         self.process = context.Process(target=engine_main, args=(theirs, life, str(self.log), self.gpus, config, held))
         self.process.start()

@@ -440,9 +440,8 @@ class async_copy:
     def mbarrier_arrive(bar, increment_count):
         assert not increment_count
         threads = 32 * MACHINE.current.warps
-        MACHINE.issue(
-            MACHINE.current.copies, lambda: only(bar).arrive(threads)
-        )  # behind the copies that this task issued
+        # behind the copies that this task issued
+        MACHINE.issue(MACHINE.current.copies, lambda: only(bar).arrive(threads))
         MACHINE.switch()
 
 

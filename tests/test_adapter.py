@@ -167,9 +167,8 @@ def test_apply_lora_trains_the_adapter_in_fp32_and_nothing_else(family, kind):
     assert sum("experts.down_proj_lora_B" in name for name in trainable) == (1 if family == "glm4_moe" else 2)
     name = f"{PREFIX}model.layers.1.self_attn.q_proj"
     assert parameters[f"{name}.base_layer.weight"].dtype == torch.bfloat16
-    assert (
-        parameters[f"{name}.lora_A.default.weight"].abs().max() <= 64**-0.5
-    )  # Kaiming-uniform with a = sqrt 5 over a fan-in of 64
+    # Kaiming-uniform with a = sqrt 5 over a fan-in of 64
+    assert parameters[f"{name}.lora_A.default.weight"].abs().max() <= 64**-0.5
     assert parameters[f"{name}.lora_A.default.weight"].std().item() == pytest.approx((1 / 3 / 64) ** 0.5, rel=0.1)
     assert not parameters[f"{name}.lora_B.default.weight"].any()
     if kind == "dora":
@@ -482,10 +481,11 @@ def test_vllm_accepts_unmerged_experts(trained, vllm_results, family):
     assert loras["model.layers.1.self_attn.q_proj"] == [[8, 64], [128, 8], 2.0]
 
 
+# an engine of two processes takes 40 s to start and stop on two cores
 IN_CI = [
     ("llama", "lora"),
     ("qwen3_moe", "dora"),
-]  # an engine of two processes takes 40 s to start and stop on two cores
+]
 
 
 @pytest.mark.parametrize(
@@ -886,9 +886,8 @@ def test_stacked_bf16_base_is_merged_in_fp32_and_rounded_once(trained, tmp_path,
         else:
             weight, got = stacked[f"{module}.weight"], merged[f"{module}.weight"]
         expected = truth(module, weight)
-        step = (
-            torch.finfo(torch.bfloat16).eps * expected.abs()
-        )  # half of it, and fp32's own error, is what one rounding may cost
+        # half of it, and fp32's own error, is what one rounding may cost
+        step = torch.finfo(torch.bfloat16).eps * expected.abs()
         assert ((got.double() - expected).abs() <= 0.51 * step + 1e-6).all(), module
 
 
@@ -969,9 +968,8 @@ def zero3(source, out):
     assert layer.base_layer.weight.numel() == 0  # partitioned: nothing here but the shard
     with deepspeed.zero.GatheredParameters([layer.base_layer.weight]):
         assert torch.allclose(layer.lora_magnitude_vector["default"].weight, layer.base_layer.weight.norm(dim=1))
-    deepspeed.zero.Init(
-        module=model, config_dict_or_path=config
-    )  # partitions what was created since, as deepspeed.initialize does
+    # partitions what was created since, as deepspeed.initialize does
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
     assert layer.lora_A["default"].weight.numel() == 0
     load_adapter(model, source)
     save_adapter(model, out, "tiny")

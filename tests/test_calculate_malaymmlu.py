@@ -560,15 +560,17 @@ def test_contamination_finds_shared_runs_of_words_and_whole_short_questions(tmp_
         ),
     ]
     rows = [
+        # 13 words of question 0
         {
             "question": "x",
             "answer": "awal, " + " ".join(f"KATA{i}," for i in range(5, 18)) + " akhir",
-        },  # 13 words of question 0
+        },
         {"messages": [{"role": "user", "content": "Soalan: apakah ibu negeri  Perak"}]},
+        # 12 at most
         {
             "question": " ".join(f"hampir{i}" for i in range(12)),
             "answer": " ".join(f"sama{i}" for i in range(12)),
-        },  # 12 at most
+        },
     ]
     (tmp_path / "train").mkdir()
     (tmp_path / "train/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

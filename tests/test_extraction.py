@@ -151,10 +151,11 @@ def test_one_normalisation():
     assert key("II dan I") == key(r"\text{I, II}") and key("I") != key("II")
     assert key("10 m/s") == key(r"10\,\text{m s}^{-1}") and key("x^2 + 3") != key("2x + 3")
     assert number("rm18") == (18, "rm") and number("1/0") is None and number("ipoh") is None
+    # another unit is another answer
     assert extract(r"\boxed{2000 kg}", question(["1000 N", "2000 N"])) == (
         "none",
         None,
-    )  # another unit is another answer
+    )
 
 
 BUILDERS = {

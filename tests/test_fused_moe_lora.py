@@ -240,12 +240,10 @@ def run_interpreted():
     for dora in (False, True):
         T, H, I, E, top_k, r = case = 20, 24, 16, 4, 2, 4  # noqa: E741
         kept = {mode: saved_bytes(case, dora, mode) for mode in ("fast", "frugal")}
-        assert kept["fast"] - kept["frugal"] == 4 * T * top_k * (2 * I + 3 * r + H * dora), (
-            kept
-        )  # frugal: nothing that has a row's values
-    for T in range(
-        1, 12
-    ):  # an array that is aligned for one T and not for another would have Triton compile anew for every pack
+        # frugal: nothing that has a row's values
+        assert kept["fast"] - kept["frugal"] == 4 * T * top_k * (2 * I + 3 * r + H * dora), kept
+    # an array that is aligned for one T and not for another would have Triton compile anew for every pack
+    for T in range(1, 12):
         routing = route(torch.zeros(T, 3, dtype=torch.int64), torch.ones(T, 3), 5, INTERPRETER)
         pointers = {name: getattr(routing, name).data_ptr() % 16 for name in routing._fields}
         assert not any(pointers.values()), (T, pointers)
@@ -293,6 +291,7 @@ def run_mistakes():
         print("ok", function, flush=True)
 
 
+# KiB that one program may have, by compute capability
 SHARED_MEMORY = {
     80: 163,
     86: 99,
@@ -300,7 +299,7 @@ SHARED_MEMORY = {
     90: 227,
     100: 227,
     120: 99,
-}  # KiB that one program may have, by compute capability
+}
 COMPILED = [  # capability, dtype, rank, DoRA
     *[(90, torch.bfloat16, r, dora) for r, dora in ((32, False), (32, True), (64, True))],
     *[(86, torch.bfloat16, r, dora) for r, dora in ((64, False), (256, True))],

@@ -612,9 +612,8 @@ def test_a_template_that_opens_the_reasoning_is_noted_and_its_marker_kept_in_the
     )
     records, _, engine = serve_scripted(tmp_path, lambda name: ("Mungkin A", "length"), [(0, 0)], template=template)
     assert records[0, 0]["thinking"] is True
-    assert (
-        engine.asked[0][1].skip_special_tokens is False
-    )  # <think> is special in this tokenizer, and reasoning ends at </think>
+    # <think> is special in this tokenizer, and reasoning ends at </think>
+    assert engine.asked[0][1].skip_special_tokens is False
     records, _, _ = serve_scripted(tmp_path, lambda name: ("A", "stop"), [(0, 0)])
     assert "thinking" not in records[0, 0]
 
@@ -807,9 +806,8 @@ def test_killed_and_hung_engines_a_killed_driver_and_a_full_disk_lose_and_repeat
     flags[flags.index("--num_gpus") + 1] = 1  # how many engines there are changes no answer
     if no_disk is None:
         space = os.statvfs(root)
-        resize(
-            (space.f_blocks - space.f_bfree) * space.f_frsize + (32 << 10)
-        )  # room for the engine's log and some answers
+        # room for the engine's log and some answers
+        resize((space.f_blocks - space.f_bfree) * space.f_frsize + (32 << 10))
         full = subprocess.run(
             command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
         )

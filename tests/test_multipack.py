@@ -1102,9 +1102,8 @@ def assert_as_near_as_pytorch(
     for name, t, p, k in zip(("out", "dq", "dk", "dv"), truth, plain, packed, strict=True):
         error, bound = ((x.float() - t).norm() / t.norm() for x in (k, p))
         assert error <= 1.2 * bound + 1e-3, f"{name}: {error:.1e}, PyTorch {bound:.1e}"
-        one = slice(
-            0, 1
-        )  # the document of a single token: its output is its value, and it says nothing about queries and keys
+        # the document of a single token: its output is its value, and it says nothing about queries and keys
+        one = slice(0, 1)
         where = (slice(None), one) if name == "out" else (slice(None), slice(None), one)
         torch.testing.assert_close(
             k.float()[where], t[where], rtol=2e-2, atol=2e-2, msg=lambda m, n=name: f"{n} of one token: {m}"

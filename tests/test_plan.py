@@ -207,9 +207,8 @@ def test_flops_are_those_torch_counts(family):
     config = model.config
     width, layers = config.num_attention_heads * config.head_dim, config.num_hidden_layers
     masked_half = tokens * tokens - tokens * (tokens + 1) // 2  # pairs that eager attention computes and then masks
-    rotary = (
-        tokens * 2 * model.get_base_model().model.rotary_emb.inv_freq.numel()
-    )  # positions times frequencies, as a matrix product
+    # positions times frequencies, as a matrix product
+    rotary = tokens * 2 * model.get_base_model().model.rotary_emb.inv_freq.numel()
     ours = train_flops(config, tokens, tokens * tokens, r)
     counted = count_flops(model, tokens)
     assert counted == ours + 12 * layers * width * masked_half + rotary

@@ -159,9 +159,8 @@ def adapted_weights(base, tensors, scaling):
         if f"{prefix}{name}.lora_A.weight" not in tensors:
             return W
         W = W + scaling * tensors[f"{prefix}{name}.lora_B.weight"] @ tensors[f"{prefix}{name}.lora_A.weight"]
-        if (
-            f"{prefix}{name}.lora_magnitude_vector" in tensors
-        ):  # the norm is a constant to the gradient (DoRA, section 4.3)
+        # the norm is a constant to the gradient (DoRA, section 4.3)
+        if f"{prefix}{name}.lora_magnitude_vector" in tensors:
             W = W * (tensors[f"{prefix}{name}.lora_magnitude_vector"] / W.norm(dim=1).detach())[:, None]
         return W
 
