@@ -5,5 +5,5 @@ cd "$(dirname "$0")"
 bash setup.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-# Two threads at most: the tests start several processes, which would otherwise fight over the cores.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} .venv/bin/python -m pytest --durations 15 "$@"
+# Two workers of one thread: the tests start several processes, which would otherwise fight over the cores.
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -n 2 --dist worksteal --durations 15 "$@"
