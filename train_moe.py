@@ -1,5 +1,4 @@
-"""Low-rank fine-tuning of a mixture of experts: a written-out FSDP2 loop, LoRA or DoRA on every linear layer and every
-expert.
+"""Low-rank fine-tuning of a mixture of experts: a written-out loop, LoRA or DoRA on every linear layer and expert.
 
 Run it through a launcher, `bash fsdp2-fused-moe-Qwen3-30B-A3B-lora-256.sh`, on several GPUs, or alone on one device or
 CPU:
@@ -13,11 +12,12 @@ Output, under outputs/<run_name>/:
     checkpoint-<step>/  once an epoch: a verified PEFT adapter; the newest also holds resume/, for `--resume`
 
 How a step works. The model is transformers' own; the experts of every layer are one FusedMoELoRA (fused_moe_lora.py),
-the other linear layers PEFT's, with a faster forward (LoraLinear). FSDP2 shards dimension 0 of every weight, so a rank
-holds whole experts and reads only those from the checkpoint. Each rank takes every world_size-th pack of the step; the
-loss is the sum over all supervised tokens of the step, divided by their number, whatever the number of ranks and
-micro-batches. Random numbers are seeded anew for every step, and the order of the data follows from (seed, epoch), so a
-position in the run is all that a resumed run must know of either.
+the other linear layers PEFT's, with a faster forward (LoraLinear). Adapters are sharded by FSDP2. Frozen weights are
+whole on every GPU, or spread by experts and rows, read from the checkpoint by the rank that holds them, and gathered a
+layer at a time (FrozenRing). Each rank takes every world_size-th pack of the step; the loss is the sum over all
+supervised tokens of the step, divided by their number, whatever the number of ranks and micro-batches. Random numbers
+are seeded anew for every step, and the order of the data follows from (seed, epoch), so a position in the run is all
+that a resumed run must know of either.
 """
 
 import dataclasses
@@ -341,6 +341,132 @@ def prepare_only(args, data_args):
     print(multipack.format_report(dataset.report))
 
 
+@dataclass
+class Run:
+    """What an optimiser step works with."""
+
+    args: TrainingArguments
+    lora_args: LoraArguments
+    config: object
+    device: torch.device
+    mesh: object
+    dataset: multipack.PackedDataset
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    steps_an_epoch: int
+    total_steps: int
+    micro_batches: int  # of a rank in a step
+    told_to_stop: list  # filled by SIGTERM
+
+    @property
+    def parameters(self):
+        """Those that are trained."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def load_model(config, args, lora_args, directory, mesh, device):
+    """(PeftModel, ModelWithLoss) with the base's weights and the adapter's start values, sharded. Collective."""
+    peft_model, model = build_model(config, args, lora_args)
+    ring = shard(model, mesh, args, lora_args.use_dora)
+    load_weights(model.causal_lm, directory, device, ring)
+    for module in model.modules():  # FSDP brings parameters to the device when they are needed, not buffers
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    reset_adapter(model.causal_lm, args.seed, ring)
+    refuse_leaks(model, device)
+    return peft_model, model
+
+
+def optimizer_step(run, step):
+    """Optimiser step `step` (0-based): (its record, the step's SIGTERMs over all ranks). Collective."""
+    args, dataset, world = run.args, run.dataset, dist.get_world_size()
+    started = time.perf_counter()  # a step's speed is without the validation and the saving that follow it
+    # data: this rank's packs, and the sizes of the whole step
+    indices = packs_of_step(dataset, step, run.steps_an_epoch, args.global_batch_size)
+    lengths = np.concatenate([dataset.lengths[dataset.packs[i]] for i in indices])
+    batches = micro_batches(dataset, indices, run.micro_batches)
+    supervised = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)), dtype=torch.float64)
+    supervised = supervised.to(run.device)
+    dist.all_reduce(supervised)
+    data_wait = time.perf_counter() - started
+
+    # random numbers depend on the position alone
+    torch.manual_seed(args.seed * 10**9 + step * world + dist.get_rank())
+    totals = forward_backward(run.model, batches, supervised.clamp(min=1), args, run.device, len(indices))
+    grad_norm = clip_gradients(run.parameters, args.max_grad_norm, run.mesh)
+    learning_rate = args.learning_rate * learning_rate_factor(step, run.total_steps, args.warmup_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.model.forget_norms()
+
+    # what happened: the step's only wait for the GPU
+    totals = torch.cat([totals, totals.new_tensor([len(run.told_to_stop)])])
+    dist.all_reduce(totals)
+    loss, auxiliary, stop = totals.tolist()
+    record = {
+        "step": step + 1,
+        "epoch": round((step + 1) / run.steps_an_epoch, 4),
+        "loss": loss / max(supervised.item(), 1),
+        "grad_norm": grad_norm.item(),
+        "learning_rate": learning_rate,
+        **speed(run, lengths, int(supervised), time.perf_counter() - started),
+        "data_wait": round(data_wait, 4),
+        **router_record(run.model.router_load.take()),
+    }
+    if args.router_aux_loss_coef > 0:
+        record["router_aux_loss"] = auxiliary / len(indices)
+    return record, stop
+
+
+def speed(run, lengths, supervised_tokens, seconds):
+    """What a record says of a step's sizes and speed; lengths: of the documents of the whole step, (documents,)."""
+    tokens, squares = int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
+    lora, cuda = run.lora_args, run.device.type == "cuda"
+    flops = train_flops(run.config, tokens, squares, lora.r, lora.expert_r, lora.use_dora)
+    device_name = torch.cuda.get_device_name() if cuda else "cpu"
+    return {
+        "tokens": tokens,
+        "supervised_tokens": supervised_tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "mfu": mfu(flops, seconds, dist.get_world_size(), device_name),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+    }
+
+
+def train_steps(run, step, checkpoints, log, planned):
+    """Train from `step` to the last, or until SIGTERM; returns the step after which it stopped."""
+    args, first, cuda = run.args, step, run.device.type == "cuda"
+    gemm_flops = measure_gemm() if cuda else None
+    quiet = not (is_main() and sys.stderr.isatty())
+    with tqdm(total=run.total_steps, initial=step, desc=args.run_name, unit="step", disable=quiet) as bar:
+        while step < run.total_steps:
+            record, stop = optimizer_step(run, step)
+            step += 1
+            end_of_epoch, last = step % run.steps_an_epoch == 0, step == run.total_steps
+            if run.dataset.validation is not None and (end_of_epoch or last):
+                record["validation_loss"] = validate(run.model, run.dataset.validation, run.device)
+            log.write(record)
+            bar.update()
+            if step == first + 1 and gemm_flops:
+                say(compare_gemm(torch.cuda.get_device_name(), gemm_flops))
+            if step == first + 1 and planned:
+                say(compare_peak(planned, torch.cuda.max_memory_allocated()))
+            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
+                raise ValueError(
+                    f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; nothing was saved from"
+                    " this step"
+                )
+            if end_of_epoch or last or stop or (args.save_steps and step % args.save_steps == 0):
+                checkpoints.save(step)
+            if stop:
+                break
+    checkpoints.wait()
+    return step
+
+
 def train(args, data_args, lora_args):
     """The run from a published checkpoint to adapters on disk. Raises ValueError for what the user can put right."""
     device = setup_distributed()
@@ -352,122 +478,36 @@ def train(args, data_args, lora_args):
     config = load_config(args.model_name_or_path, args.model_revision)
     check_trainer(config, "moe")
     args, planned = settle_memory(config, args, data_args, lora_args)
-    gemm_flops = measure_gemm() if device.type == "cuda" else None
     directory = find_checkpoint(args.model_name_or_path, args.model_revision)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     dataset = multipack.prepare(data_args, tokenizer, args.model_name_or_path, seed=args.seed)
     steps = count_steps(len(dataset), args.global_batch_size, args.num_train_epochs, args.max_steps)
-    steps_an_epoch, total_steps = steps
     sizes = len(dataset), data_args.max_seq_length, args.global_batch_size, dist.get_world_size(), 1
     micro, arithmetic = batch_arithmetic(*sizes, *steps)
     say(arithmetic)
     lock = claim(args.output_dir) if is_main() else None
 
-    peft_model, model = build_model(config, args, lora_args)
-    ring = shard(model, mesh, args, lora_args.use_dora)
-    load_weights(model.causal_lm, directory, device, ring)
-    for module in model.modules():  # FSDP brings parameters to the device when they are needed, not buffers
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
-    reset_adapter(model.causal_lm, args.seed, ring)
-    refuse_leaks(model, device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    peft_model, model = load_model(config, args, lora_args, directory, mesh, device)
     optimizer = make_optimizer(model, args)
     arguments = {
         key: value for group in (args, data_args, lora_args) for key, value in dataclasses.asdict(group).items()
     }
-    facts = run_facts(arguments | {"expert_r": lora_args.expert_rank(config)}, dataset.fingerprint, total_steps)
+    facts = run_facts(arguments | {"expert_r": lora_args.expert_rank(config)}, dataset.fingerprint, steps[1])
     checkpoints = Checkpointer(peft_model, model, optimizer, args, lora_args, tokenizer, facts)
     step = checkpoints.load(resume_from) if resume_from else 0
-    say(f"training {sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} parameters")
+    run = Run(args, lora_args, config, device, mesh, dataset, model, optimizer, *steps, micro, told_to_stop)
+    trained, everything = (sum(p.numel() for p in ps) for ps in (run.parameters, model.parameters()))
+    say(f"training {trained:,} of {everything:,} parameters")
     if resume_from:
         say(f"resuming from {resume_from}")
     record = write_arguments(arguments, facts, planned, dist.get_world_size()) if is_main() else None
-    log = Log(args, record, step, total_steps)
-
-    first_step = step + 1
-    bar = tqdm(
-        total=total_steps,
-        initial=step,
-        desc=args.run_name,
-        unit="step",
-        disable=not (is_main() and sys.stderr.isatty()),
-    )
-    while step < total_steps:
-        started = time.perf_counter()  # a step's speed is without the validation and the saving that follow it
-        # data: this rank's packs, and the sizes of the whole step
-        indices = packs_of_step(dataset, step, steps_an_epoch, args.global_batch_size)
-        lengths = np.concatenate([dataset.lengths[dataset.packs[i]] for i in indices])
-        batches = micro_batches(dataset, indices, micro)
-        supervised = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)), dtype=torch.float64).to(
-            device
-        )
-        dist.all_reduce(supervised)
-        data_wait = time.perf_counter() - started
-
-        # one optimiser step; random numbers depend on the position alone
-        torch.manual_seed(args.seed * 10**9 + step * dist.get_world_size() + dist.get_rank())
-        totals = forward_backward(model, batches, supervised.clamp(min=1), args, device, len(indices))
-        grad_norm = clip_gradients(parameters, args.max_grad_norm, mesh)
-        lr = args.learning_rate * learning_rate_factor(step, total_steps, args.warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
-        model.forget_norms()
-        step += 1
-
-        # what happened: the step's only wait for the GPU
-        totals = torch.cat([totals, totals.new_tensor([len(told_to_stop)])])
-        dist.all_reduce(totals)
-        loss, auxiliary, stop = totals.tolist()
-        seconds = time.perf_counter() - started
-        tokens, squares = int(lengths.sum()), int((lengths.astype(np.int64) ** 2).sum())
-        flops = train_flops(config, tokens, squares, lora_args.r, lora_args.expert_r, lora_args.use_dora)
-        device_name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        record = {
-            "step": step,
-            "epoch": round(step / steps_an_epoch, 4),
-            "loss": loss / max(supervised.item(), 1),
-            "grad_norm": grad_norm.item(),
-            "learning_rate": lr,
-            "tokens": tokens,
-            "supervised_tokens": int(supervised),
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "mfu": mfu(flops, seconds, dist.get_world_size(), device_name),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
-            "data_wait": round(data_wait, 4),
-            **router_record(model.router_load.take()),
-        }
-        if args.router_aux_loss_coef > 0:
-            record["router_aux_loss"] = auxiliary / len(indices)
-        end_of_epoch = step % steps_an_epoch == 0
-        if dataset.validation is not None and (end_of_epoch or step == total_steps):
-            record["validation_loss"] = validate(model, dataset.validation, device)
-        log.write(record)
-        bar.update()
-        if step == first_step and gemm_flops:
-            say(compare_gemm(device_name, gemm_flops))
-        if step == first_step and planned:
-            say(compare_peak(planned, torch.cuda.max_memory_allocated()))
-        if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-            raise ValueError(
-                f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; nothing was saved from this"
-                " step"
-            )
-        if end_of_epoch or step == total_steps or stop or (args.save_steps and step % args.save_steps == 0):
-            checkpoints.save(step)
-        if stop:
-            break
-
-    checkpoints.wait()
-    bar.close()
+    log = Log(args, record, step, run.total_steps)
+    step = train_steps(run, step, checkpoints, log, planned)
     log.close()
     if lock:
         lock.close()
     dist.barrier()
-    if step < total_steps:
+    if step < run.total_steps:
         say(f"stopped by SIGTERM after step {step}; go on with --resume")
     say(f"done: {args.output_dir}")
 
