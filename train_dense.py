@@ -234,13 +234,17 @@ class DenseTrainer(Trainer):
     def training_step(self, model, inputs, *args, **kwargs):
         if not self.documents_apart:
             model.eval()
-            skip = {"skip_logits": False} if self.args.use_liger_kernel else {}
-            check_documents_apart(
-                self.model.get_base_model(), lambda batch: model(**batch, **skip, logits_to_keep=1), self.args.device
-            )
+            check_documents_apart(self.model.get_base_model(), self.without_logits, self.args.device)
             model.train()
             self.documents_apart = True
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def without_logits(self, batch):
+        """The model's forward, for what happens inside it."""
+        if self.args.use_liger_kernel:
+            labels = torch.full_like(batch["input_ids"], multipack.IGNORE)
+            return self.model_wrapped(**batch, labels=labels, skip_logits=True)
+        return self.model_wrapped(**batch, logits_to_keep=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """On a GPU Liger's fused linear cross entropy; on a CPU the head and the loss on supervised positions only.

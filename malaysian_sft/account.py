@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fused_moe_lora import why_not_conforming
-from malaysian_sft.lora import NOT_ADAPTED, expert_rank
+from malaysian_sft.lora import NOT_ADAPTED, active_experts, expert_rank
 
 GIB = 2**30
 # Dense bf16 tensor-core TFLOP/s (no sparsity, fp32 accumulation) by a word of the name that CUDA reports; the first
@@ -102,7 +102,7 @@ def _architecture(config_class, config_json):
     # Constructed directly: from_config would enter DeepSpeed's zero.Init when a ZeRO-3 trainer asks.
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config)
-    top_k = getattr(config, "num_experts_per_tok", None) or 1
+    top_k = active_experts(config)
     head = model.get_output_embeddings()
     matrices, vectors, seen = [], {}, set()
     for module_name, module in model.named_modules():

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from malaysian_sft.base_model import base_faults
+from malaysian_sft.disk_names import by_role
 from malaysian_sft.lora import CONFIG, DISK_NAME, EXPERT, MANIFEST, PREFIX, PROJECTIONS, WEIGHTS, disk_name
 from malaysian_sft.safetensors_files import DTYPES, read_header, tensor_checksum
 
@@ -71,7 +72,7 @@ class Adapter:
                 )
             if info["dtype"] not in DTYPES:
                 raise ValueError(f"{self.path}: {key} is {info['dtype']}; expected one of {', '.join(DTYPES)}")
-            modules[match["module"]][match["part"]] = key
+            modules[by_role(match["module"])][match["part"]] = key
         if not modules:
             raise ValueError(f"{self.path}: holds no tensors")
         for module, parts in sorted(modules.items()):
@@ -89,7 +90,7 @@ class Adapter:
         a, b = self.header[A]["shape"], self.header[B]["shape"]
         if module.endswith((".experts", ".experts.base_layer")):
             return self._add_stack(module, A, B, a, b)
-        rank, scaling = self.rank_and_scaling(module)
+        rank, scaling = self.rank_and_scaling(DISK_NAME.match(A)["module"])
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
             raise ValueError(
                 f"{self.path}: {module}: lora_A {a} and lora_B {b} do not have the rank {rank} that {CONFIG} gives"
@@ -205,7 +206,7 @@ class Adapter:
 
         A stack of experts (E, out, in) counts as E * out rows. Raises ValueError if the shapes do not fit.
         """
-        plain, shape = name.removesuffix(".weight"), tuple(shape)
+        plain, shape = by_role(name.removesuffix(".weight")), tuple(shape)
         found = []
         if plain in self.slots:
             found = [(plain, 0, shape[0])]

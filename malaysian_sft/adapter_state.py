@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -11,16 +11,18 @@ from torch import nn
 
 from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.base_model import base_fingerprint, shape_fields
+from malaysian_sft.disk_names import by_role, disk_names
 from malaysian_sft.lora import (
     CONFIG,
-    EXPERT,
     EXPERT_PARAMETER,
+    LAYER,
     MANIFEST,
     PEFT_PARAMETER,
     PREFIX,
     PROJECTIONS,
     WEIGHTS,
     WRAPPERS,
+    adaptable,
     base_shapes,
     disk_name,
     expert_patterns,
@@ -43,8 +45,7 @@ def _rank() -> int:
 def _adapter_parameters(model):
     """Every adapter parameter as (module, part, projection or None, parameter): the base's module name, the part as
     named on disk."""
-    # not deduplicated: gate and up of an expert may share one lora_A, which is on disk under both names
-    for path, parameter in model.named_parameters(remove_duplicate=False):
+    for path, parameter in model.named_parameters():
         name = WRAPPERS.sub("", path).removeprefix("module.").removeprefix(PREFIX)
         if match := PEFT_PARAMETER.match(name):
             yield match["module"], match["part"], None, parameter
@@ -80,17 +81,17 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     Only adapter parameters are gathered, one at a time, so the frozen base is never touched and a device needs room for
     one of them.
     """
-    tensors = {}
+    tensors, names = {}, disk_names(model)
     for module, part, projection, parameter in _adapter_parameters(model):
         value = _whole(parameter).detach()
         if _rank() != 0:
             continue
         value = value.to("cpu", torch.float32, copy=True)
         if projection is None:
-            tensors[disk_name(module, part)] = value
+            tensors[disk_name(names.module(module), part)] = value
         else:  # (E, ...): one tensor per expert, each with its own storage, as safetensors wants
             for e, one in enumerate(value):
-                tensors[disk_name(f"{module}.{e}.{projection}", part)] = one.clone()
+                tensors[disk_name(names.module(module, e, projection), part)] = one.clone()
     return tensors
 
 
@@ -102,9 +103,8 @@ def load_adapter(model: nn.Module, directory) -> None:
     Works on plain, FSDP2 and zero.Init-partitioned models (before deepspeed.initialize). Raises ValueError naming the
     first key that has no counterpart on the other side, and when rank or scaling differ.
     """
-    adapter = Adapter(directory).check()
-    missing, shared = set(adapter.slots), {}
-    uses = Counter(id(parameter) for *_, parameter in _adapter_parameters(model))
+    adapter, disk = Adapter(directory).check(), disk_names(model)
+    missing = set(adapter.slots)
     scalings = _model_scalings(model)
     for module, part, projection, parameter in _adapter_parameters(model):
         if hasattr(parameter, "_z3_optimizer"):
@@ -113,7 +113,8 @@ def load_adapter(model: nn.Module, directory) -> None:
                 " optimizer"
             )
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        names = [module] if projection is None else [f"{module}.{e}.{projection}" for e in range(shape[0])]
+        places = [(module,)] if projection is None else [(module, e, projection) for e in range(shape[0])]
+        names = [by_role(disk.module(*place)) for place in places]
         for name in names:
             if name not in adapter.slots:
                 raise ValueError(f"{adapter.path}: no {disk_name(name, part)}, which the model has")
@@ -133,10 +134,6 @@ def load_adapter(model: nn.Module, directory) -> None:
         if tuple(value.shape) != tuple(shape):
             raise ValueError(
                 f"{adapter.path}: {disk_name(names[0], part)} is {tuple(value.shape)}, the model's is {tuple(shape)}"
-            )
-        if uses[id(parameter)] > 1 and not torch.equal(shared.setdefault(id(parameter), value), value):
-            raise ValueError(
-                f"{adapter.path}: {disk_name(names[0], part)} differs from the projection that the model shares it with"
             )
         _assign(parameter, value)
     if missing:
@@ -274,8 +271,8 @@ def _adapter_config(model, base_model) -> dict:
             " expected"
         )
     r, alpha, dora = next(iter(linear_shapes or expert_shapes))
-    present = set(base_shapes(model))
-    if not any(EXPERT.match(name) for name in present):
+    present = {place[0] for place in adaptable(model) if len(place) == 1}
+    if len(present) == len(adaptable(model)):  # no routed experts
         settings = {"target_modules": short_names(linears, present)}
     else:
         settings = {
@@ -287,7 +284,8 @@ def _adapter_config(model, base_model) -> dict:
         if expert_dora != dora:
             raise ValueError("experts and the other layers must agree on use_dora")
         settings["target_parameters"] += ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        settings |= expert_patterns({projection: (expert_r, expert_alpha / expert_r) for projection in PROJECTIONS})
+        shapes = {projection: (expert_r, expert_alpha / expert_r) for projection in PROJECTIONS}
+        settings |= expert_patterns(shapes, names=_expert_patterns_on_disk(model, next(iter(experts))))
     dropout = (
         0.0
         if experts
@@ -304,6 +302,13 @@ def _adapter_config(model, base_model) -> dict:
         **settings,
     )
     return _config_dict(config)
+
+
+def _expert_patterns_on_disk(model, stack) -> dict:
+    """{projection: a pattern of its names on disk, from below the layer}, by those of the first expert of a stack."""
+    names = disk_names(model)
+    tails = {role: LAYER.split(names.module(stack, 0, role), maxsplit=1)[-1] for role in PROJECTIONS}
+    return {role: re.escape(tail).replace(r"experts\.0\.", r"experts\.\d+\.") for role, tail in tails.items()}
 
 
 def _config_dict(config) -> dict:

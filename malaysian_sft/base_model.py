@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from malaysian_sft.disk_names import attach, by_role, disk_names
 from malaysian_sft.lora import DISK_NAME, EXPERT, base_shapes
-from malaysian_sft.safetensors_files import tensor_checksum
+from malaysian_sft.safetensors_files import read_sources, tensor_checksum
 
 # What two configs must share for an adapter to fit; read from the base's config when saving and compared when
 # verifying.
@@ -27,11 +28,21 @@ def shape_fields(config) -> dict:
 
 
 def shapes_of_base(name) -> dict[str, tuple[int, int]]:
-    """base_shapes of a model from its config alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """base_shapes of a model from its config, and its checkpoint's names if that is on this machine."""
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return base_shapes(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)))
+        model = AutoModelForCausalLM.from_config(load_config(name).get_text_config())
+    name_as_on_disk(model, name)
+    return base_shapes(model)
+
+
+def name_as_on_disk(model, base):
+    """Note on `model`, not adapted yet, its weights' names in the checkpoint of `base` (a directory or hub id)."""
+    attach(model)
+    directory = local_base(base)
+    if directory is not None and any(directory.glob("*.safetensors")):
+        disk_names(model).use(read_sources(directory))
 
 
 def base_faults(manifest, base, revision=None) -> list[str]:
@@ -76,7 +87,7 @@ def base_fingerprint(base_model, keys) -> dict[str, str]:
     base is not here."""
     directory = local_base(base_model)
     modules = sorted({DISK_NAME.match(key)["module"] for key in keys})
-    modules = [module for module in modules if not EXPERT.match(module)]
+    modules = [module for module in modules if not EXPERT.match(by_role(module))]
     chosen = [modules[i * len(modules) // 16] for i in range(16)] if len(modules) > 16 else modules
     return _row_checksums(directory, [f"{module}.weight" for module in dict.fromkeys(chosen)]) if directory else {}
 
@@ -94,20 +105,26 @@ def _row_checksums(directory, names) -> dict[str, str]:
     return checksums
 
 
-def download_base(base) -> Path:
-    """The directory of a base given as one or as a hub id, downloaded if it is not on this machine."""
-    if os.path.isfile(os.path.join(base, "config.json")):
-        return Path(base)
+# What a base model's directory is made of; other formats of the same weights stay on the hub.
+BASE_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+
+
+def find_base(name, revision=None) -> Path:
+    """The directory of a base model given as a directory or a hub id, downloaded if it is not on this machine yet.
+
+    Launchers call this in one process (--prepare_only) before the ranks do, which then only find it. Raises ValueError
+    if there is none.
+    """
+    if os.path.isfile(os.path.join(name, "config.json")):
+        return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(str(base), ignore_patterns=["*.bin", "*.pth", "*.gguf", "original/*", "consolidated*"])
-        )
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=BASE_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
-            f"base {base}: neither a model directory nor on the hub ({str(error).splitlines()[0]})"
+            f"{name}: neither a directory with a config.json nor on the hub ({str(error).splitlines()[0]})"
         ) from None
 
 
@@ -119,27 +136,6 @@ def refuse_quantised(name, config: dict) -> None:
         )
 
 
-def find_checkpoint(name, revision=None):
-    """The directory of a model given as a directory or a hub id, downloaded if it is not in the cache yet.
-
-    Launchers call this in one process (--prepare_only) before the ranks do, which then only find it. Raises ValueError
-    if there is none.
-    """
-    if os.path.isdir(name):
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        fault = str(error).splitlines()[0]
-        raise ValueError(
-            f"--model_name_or_path {name}: no such directory, and the hub does not give it ({fault})"
-        ) from None
-
-
 def load_config(name, revision=None):
     """The transformers config of a hub id, a directory or a config.json file. Raises ValueError, in one line, if there
     is none."""
@@ -149,19 +145,3 @@ def load_config(name, revision=None):
         return AutoConfig.from_pretrained(name, revision=revision)
     except OSError as error:
         raise ValueError(f"{name}: no config.json found there ({str(error).splitlines()[0]})") from error
-
-
-def local_model(base):
-    """A directory for a model: itself, or the hub's snapshot (fetched once, before engines start). Raises ValueError if
-    there is none."""
-    if (Path(base) / "config.json").exists():
-        return str(Path(base))
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return snapshot_download(base, ignore_patterns=["*.pth", "*.pt", "original/*", "*.gguf"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"base model {base!r} is neither a model directory nor on the hub ({str(error).splitlines()[0]})"
-        ) from error

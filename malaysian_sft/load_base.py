@@ -11,6 +11,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from fused_moe_lora import FusedMoELoRA, squared_row_norms
+from malaysian_sft.disk_names import Place, disk_names
 from malaysian_sft.lora import LAYER, start_lora
 from malaysian_sft.moe_model import LoraLinear, allocate
 from malaysian_sft.run import is_main, say
@@ -37,11 +38,11 @@ def frozen_tensors(causal_lm):
     return {name.replace(".base_layer.", "."): tensor for name, tensor in found.items()}
 
 
-def plan_reading(tensors, sources, ring=None):
+def plan_reading(tensors, names, ring=None):
     """What this rank reads: ([Piece], {every checkpoint tensor that the model needs: its shape}).
 
     A parameter sharded on dimension 0 needs a range of rows. A stack of experts is found either as such or as one
-    two-dimensional tensor per expert and projection; then a range of rows is a set of whole experts.
+    two-dimensional tensor per expert and projection; then a range of rows is a set of whole experts. names: DiskNames.
     """
     pieces, expected = [], {}
     for name, tensor in tensors.items():
@@ -49,37 +50,40 @@ def plan_reading(tensors, sources, ring=None):
         if ring is not None and (held := ring.pieces.get(id(tensor))) is not None:
             local, first = held.shard[: held.rows], held.first
         local = local.detach()
-        stack, _, kind = name.rpartition(".")
-        if not stack.endswith(".experts") or name in sources:
-            expected[name] = shape
+        whole = names.names.get(Place(name))
+        if whole is not None or Place(name, 0) not in names.names:
+            expected[whole or name] = shape
             if local.numel():
-                pieces.append(Piece(name, first, local))
+                pieces.append(Piece(whole or name, first, local))
             continue
-        projections = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
-        rows = shape[1] // len(projections)
+        parts = 2 if name.endswith(".gate_up_proj") else 1
+        rows = shape[1] // parts
         for e in range(shape[0]):
-            for i, projection in enumerate(projections):
-                expert = f"{stack}.{e}.{projection}.weight"
+            for part in range(parts):
+                expert = names.names.get(Place(name, e, part), f"{name} of expert {e}")
                 expected[expert] = (rows, shape[2])
                 if first <= e < first + len(local):
-                    pieces.append(Piece(expert, 0, local[e - first, i * rows : (i + 1) * rows]))
+                    pieces.append(Piece(expert, 0, local[e - first, part * rows : (part + 1) * rows]))
     return pieces, expected
 
 
-def check_complete(expected, sources, config, directory):
+def check_complete(expected, sources, causal_lm, directory):
     """Raise ValueError naming tensors that are missing, unexpected or of another shape; returns those that are ignored
     on purpose.
 
     Ignored: layers after the last that predict several tokens ahead (GLM-4.5 publishes one), the head of a model that
-    ties it to the embedding, rotary frequencies that old checkpoints carry.
+    ties it to the embedding, rotary frequencies that old checkpoints carry, what transformers' class ignores.
     """
+    config, patterns = causal_lm.config, disk_names(causal_lm).ignored
     ahead = getattr(config, "num_mtp_layers", getattr(config, "num_nextn_predict_layers", 0)) or 0
     extra_layers = range(config.num_hidden_layers, config.num_hidden_layers + ahead)
     prefixes = tuple(f"model.layers.{layer}." for layer in extra_layers)
     ignored, extra = [], []
     for name in sources.keys() - expected.keys():
         tied = name == "lm_head.weight" and config.tie_word_embeddings
-        (ignored if name.startswith(prefixes) or tied or name.endswith("rotary_emb.inv_freq") else extra).append(name)
+        unused = name.startswith(prefixes) or name.endswith("rotary_emb.inv_freq")
+        unused = unused or any(pattern.search(name) for pattern in patterns)
+        (ignored if tied or unused else extra).append(name)
     missing = expected.keys() - sources.keys()
     wrong = [
         f"{n} is {sources[n].shape}, not {s}" for n, s in expected.items() if n in sources and sources[n].shape != s
@@ -137,15 +141,16 @@ def load_weights(causal_lm, directory, device, ring=None):
     first. Adapter parameters are left for `reset_adapter`.
     Raises ValueError, before anything is read, naming tensors that are missing, unexpected or of another shape.
     """
-    sources = read_sources(directory)
-    _, expected = plan_reading(frozen_tensors(causal_lm), sources)
-    ignored = check_complete(expected, sources, causal_lm.config, directory)
+    sources, names = read_sources(directory), disk_names(causal_lm)
+    names.use(sources)
+    _, expected = plan_reading(frozen_tensors(causal_lm), names)
+    ignored = check_complete(expected, sources, causal_lm, directory)
     if ignored:
         say(f"loading: ignored {len(ignored)} tensors that this model does not use, such as {ignored[0]}")
     allocate(causal_lm, ring, device)
     causal_lm.tie_weights()
     compute_buffers(causal_lm)
-    pieces, _ = plan_reading(frozen_tensors(causal_lm), sources, ring)
+    pieces, _ = plan_reading(frozen_tensors(causal_lm), names, ring)
     total = sum(piece.target.numel() * sources[piece.name].dtype.itemsize for piece in pieces)
     started = time.perf_counter()
     with (

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from malaysian_sft.disk_names import ROLES as PROJECTIONS
+from malaysian_sft.disk_names import STACK_OF, attach, by_role, disk_names
+
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "adapter_manifest.json"
 PREFIX = "base_model.model."  # PEFT puts it before every name of the base model
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 NOT_ADAPTED = {"gate", "router", "shared_expert_gate", "lm_head"}  # linear layers that route or read out stay frozen
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 EXPERT = re.compile(r"^(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<projection>gate_proj|up_proj|down_proj)$")
@@ -64,20 +66,25 @@ class LoraArguments:
         return int(alpha) if alpha == int(alpha) else alpha
 
 
+def active_experts(config) -> int:
+    """Routed experts that a token passes, by whichever name the family has for it; 1 for a dense model."""
+    names = ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts")
+    found = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), 1)
+    return max(found) if isinstance(found, list) else found
+
+
 def expert_rank(config, r, expert_r=None):
     """The LoRA rank of one routed expert: `expert_r`, else r over the active experts (at least 1), so that a token
     meets r trained columns, as in a dense layer. 0 without LoRA (r = 0)."""
-    active = getattr(config, "num_experts_per_tok", None) or 1
-    return expert_r if expert_r is not None else max(r // active, 1) if r else 0
+    return expert_r if expert_r is not None else max(r // active_experts(config), 1) if r else 0
 
 
-def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every weight of the decoder layers that an adapter may change, by its name in the base checkpoint
-    without ".weight".
+def adaptable(model: nn.Module) -> dict[tuple, tuple[int, int]]:
+    """(out, in) of every weight of the decoder layers that an adapter may change, by the model's own names: (linear
+    layer,) or (stack of experts, expert, role).
 
     Works on the plain model (also on the meta device) and on one already wrapped by PEFT, wrap_experts, FSDP2 or
-    ZeRO-3: shapes are the whole weight's. Stacked experts appear per expert and projection. Experts in another
-    arrangement (transposed, biased) are left out.
+    ZeRO-3: shapes are the whole weight's. Experts in another arrangement (transposed, biased) are left out.
     """
     shapes = {}
     for path, module in model.named_modules():
@@ -85,7 +92,7 @@ def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         if not LAYER.search(name) or ".lora_" in name:
             continue
         if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] not in NOT_ADAPTED:
-            shapes[name] = (module.out_features, module.in_features)
+            shapes[(name,)] = (module.out_features, module.in_features)
         elif (
             name.endswith(".experts")
             and hasattr(module, "gate_up_proj")
@@ -96,15 +103,21 @@ def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
                 continue
             experts, hidden, inner = getattr(down, "ds_shape", down.shape)
             for e in range(experts):
-                shapes |= {f"{name}.{e}.gate_proj": (inner, hidden), f"{name}.{e}.up_proj": (inner, hidden)}
-                shapes[f"{name}.{e}.down_proj"] = (hidden, inner)
+                shapes |= {(name, e, "gate_proj"): (inner, hidden), (name, e, "up_proj"): (inner, hidden)}
+                shapes[name, e, "down_proj"] = (hidden, inner)
     return shapes
+
+
+def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """`adaptable` by names in the base checkpoint without ".weight", an expert's projection by its role (by_role)."""
+    names = disk_names(model)
+    return {by_role(names.module(*place)): shape for place, shape in adaptable(model).items()}
 
 
 def lora_targets(model: nn.Module) -> list[str]:
     """Full names of the linear layers that get LoRA: attention, dense MLP, shared experts; no router, routed expert,
     lm_head, embedding."""
-    return [name for name in base_shapes(model) if not EXPERT.match(name)]
+    return [place[0] for place in adaptable(model) if len(place) == 1]
 
 
 @contextlib.contextmanager
@@ -134,6 +147,7 @@ def apply_lora(model: nn.Module, lora_args: LoraArguments):
     """
     from peft import LoraConfig, get_peft_model
 
+    attach(model)
     targets = lora_targets(model)
     if lora_args.target_modules:
         wanted = [name.strip() for name in lora_args.target_modules.split(",") if name.strip()]
@@ -228,14 +242,14 @@ def disk_name(module: str, part: str) -> str:
     return f"{PREFIX}{module}.{part}" + ("" if part == "lora_magnitude_vector" else ".weight")
 
 
-def expert_patterns(shapes: dict, rslora=False) -> dict:
-    """rank_pattern and alpha_pattern for experts of {projection: (rank, scaling)}: for our and vLLM's names and for
-    PEFT's stacks."""
+def expert_patterns(shapes: dict, rslora=False, names=None) -> dict:
+    """rank_pattern and alpha_pattern for experts of {projection: (rank, scaling)}: for the names on disk, which vLLM
+    takes too, and for PEFT's stacks. names: {projection: pattern of the names on disk}, by default the common ones."""
     ranks, alphas = {}, {}
     for projection, (rank, scaling) in shapes.items():
         fused = 1 if projection == "down_proj" else 2  # PEFT puts gate and up together
-        stack = "down_proj" if projection == "down_proj" else "gate_up_proj"
-        for pattern, r in ((rf"mlp\.experts\.\d+\.{projection}", rank), (rf"mlp\.experts\.{stack}", fused * rank)):
+        on_disk = names[projection] if names else rf"mlp\.experts\.\d+\.{projection}"
+        for pattern, r in ((on_disk, rank), (rf"mlp\.experts\.{STACK_OF[projection][0]}", fused * rank)):
             ranks[pattern], alphas[pattern] = r, plain_number(scaling * (r**0.5 if rslora else r))
     return {"rank_pattern": ranks, "alpha_pattern": alphas}
 

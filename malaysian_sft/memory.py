@@ -104,81 +104,91 @@ def gpu_bytes(config, plan):
     That moment is in the backward of one of the layers, when it and all before it still keep their activations and the
     gradients of the one after it are being reduced, or in the loss. Which one is found by trying all; the terms are
     those of that moment alone.
-
-    dense: DeepSpeed ZeRO-3 over all ranks; without it, as on one. bf16 base and adapter, fp32 master adapter, gradient
-    and two Adam moments are all sharded; whole parameters live up to DeepSpeed's stage3_max_live_parameters (1e9) or
-    one layer, whichever is more, and its prefetch. moe: the layers' frozen weights are sharded over the GPUs of
-    shard_nodes nodes, copies beyond, and two layers are whole at a time; embedding and head are whole on every GPU.
-    Adapter and Adam moments, fp32, are sharded by FSDP2, which gathers three layers' adapters in bf16 (DoRA: fp32).
-    Without gather_base the frozen weights are whole too. Over several micro-batches the adapter's fp32 gradient stays
-    whole until the last one, unless every micro-batch reduces it. Reducing takes a layer's gradient in bf16 and two
-    fp32 buffers. On a single GPU nothing is gathered.
     """
-    arch, counts, kind, dora = architecture(config), plan["parameters"], plan["kind"], plan["use_dora"]
-    r, expert_r, policy = plan["r"], plan["expert_r"], plan["activations"]
-    base, adapter = counts["total"], counts["trainable"]
-    tokens = plan["micro_batch"] * plan["max_seq_length"]
-    layers = arch.layers()
+    layers = architecture(config).layers()
     layer_base = max(sum(m.copies * m.out_features * m.in_features for m in layer) for layer in layers)
-    layer_adapter = max(
-        sum(
-            m.copies * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features)
-            for m in layer
-            if m.adapted
-        )
-        for layer in layers
-    )
-    reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else 10 * layer_adapter  # ds3.json's "auto" bucket
+    layer_adapter = max(sum(adapter_size(m, plan) for m in layer) for layer in layers)
+    terms = (dense_terms if plan["kind"] == "dense" else moe_terms)(config, plan, layer_base, layer_adapter)
+    terms |= max(moments(config, plan, layers, layer_adapter), key=lambda moment: sum(moment.values()))
+    return {name: int(value) for name, value in terms.items() if value}
+
+
+def adapter_size(matrix, plan):
+    """Parameters of A and B of one Matrix, all its copies."""
+    rank = plan["expert_r"] if matrix.kind == "expert" else plan["r"]
+    return matrix.copies * rank * (matrix.out_features + matrix.in_features) * matrix.adapted
+
+
+def moments(config, plan, layers, layer_adapter):
+    """The terms of each layer's backward, and of the loss.
+
+    Reducing takes, in dense models, DeepSpeed's bucket twice (ds3.json's "auto", H x H); in mixtures a layer's gradient
+    in bf16 and two fp32 buffers, on a single GPU a layer's gradient in bf16 and in fp32, before it is added.
+    """
+    kind, policy, dora = plan["kind"], plan["activations"], plan["use_dora"]
+    tokens = plan["micro_batch"] * plan["max_seq_length"]
+    reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else 10 * layer_adapter
     if kind == "moe" and plan["gpus"] * plan["nodes"] == 1:
-        reduction = 6 * layer_adapter  # a layer's gradient in bf16 and in fp32, before it is added
-    moments, kept = [], 0
+        reduction = 6 * layer_adapter
+    found, kept = [], 0
     for number, layer in enumerate(layers):
         mode = "frugal" if number < plan["frugal_layers"] else plan["memory_mode"]
         own, everything = (
-            layer_saved_bytes(config, kind, layer, tokens, p, mode, r, expert_r, dora) for p in (policy, "none")
+            layer_saved_bytes(config, kind, layer, tokens, p, mode, plan["r"], plan["expert_r"], dora)
+            for p in (policy, "none")
         )
         kept += own
-        moment = {
-            "kept activations": kept,
-            "one layer's temporaries and recompute": (
-                everything - own + layer_working_bytes(config, layer, tokens, mode, dora)
-            ),
-            "gradient reduction": reduction if number < len(layers) - 1 else 0,
-        }
-        moments.append(moment)
-    moments.append({"kept activations": kept, "head and loss": loss_bytes(config, kind, tokens)})
-    if kind == "dense":
-        shard = plan["gpus"] * plan["nodes"] if plan["zero3"] else 1
-        # ds3.json's prefetch
-        live = min(max(10**9, layer_base + layer_adapter) + config.hidden_size**2, base + adapter)
-        terms = {
-            "frozen base, bf16 shard": 2 * base / shard,
-            "adapter, bf16 and fp32 master": 6 * adapter / shard,
-            "adapter gradient, fp32": 4 * adapter / shard,
-            "Adam moments, fp32": 8 * adapter / shard,
-            "gathered parameters": 2 * live if shard > 1 else 0,
-        }
-    else:
-        shard = plan["gpus"] * plan["shard_nodes"]
-        alone, gathers = plan["gpus"] * plan["nodes"] == 1, plan["gather_base"] and shard > 1
-        whole = plan["accumulation"] > 1 and not plan["reduce_every_micro_batch"] and not alone
-        outside = sum(counts["base"].get(k, 0) for k in ("embedding", "head"))
-        terms = {
-            "frozen base, bf16": 2 * (base - outside) / (shard if gathers else 1),
-            "embedding and head": 2 * outside,
-            "adapter, fp32": 4 * adapter / shard,
-            "Adam moments, fp32": 8 * adapter / shard,
-            "adapter gradient, fp32": 0 if whole else 4 * adapter / shard,
-            "whole adapter gradient while accumulating": 4 * adapter if whole else 0,
-            "two gathered layers": 4 * layer_base if gathers else 0,
-            "gathered adapters": 0 if alone else 3 * (4 if dora else 2) * layer_adapter,
-        }
-        if dora:
-            terms["DoRA norms of experts, fp32"] = 8 * sum(
-                m.copies * m.out_features for m in arch.matrices if m.kind == "expert"
-            )
-    terms |= max(moments, key=lambda moment: sum(moment.values()))
-    return {name: int(value) for name, value in terms.items() if value}
+        temporaries = everything - own + layer_working_bytes(config, layer, tokens, mode, dora)
+        moment = {"kept activations": kept, "one layer's temporaries and recompute": temporaries}
+        found.append(moment | {"gradient reduction": reduction if number < len(layers) - 1 else 0})
+    return [*found, {"kept activations": kept, "head and loss": loss_bytes(config, kind, tokens)}]
+
+
+def dense_terms(config, plan, layer_base, layer_adapter):
+    """What lives throughout a step of train_dense.py: DeepSpeed ZeRO-3 over all ranks; without it, as on one.
+
+    bf16 base and adapter, fp32 master adapter, gradient and two Adam moments are all sharded; whole parameters live up
+    to DeepSpeed's stage3_max_live_parameters (1e9) or one layer, whichever is more, and its prefetch (H x H).
+    """
+    base, adapter = plan["parameters"]["total"], plan["parameters"]["trainable"]
+    shard = plan["gpus"] * plan["nodes"] if plan["zero3"] else 1
+    live = min(max(10**9, layer_base + layer_adapter) + config.hidden_size**2, base + adapter)
+    return {
+        "frozen base, bf16 shard": 2 * base / shard,
+        "adapter, bf16 and fp32 master": 6 * adapter / shard,
+        "adapter gradient, fp32": 4 * adapter / shard,
+        "Adam moments, fp32": 8 * adapter / shard,
+        "gathered parameters": 2 * live if shard > 1 else 0,
+    }
+
+
+def moe_terms(config, plan, layer_base, layer_adapter):
+    """What lives throughout a step of train_moe.py.
+
+    The layers' frozen weights are sharded over the GPUs of shard_nodes nodes, copies beyond, and two layers are whole
+    at a time; without gather_base they are whole, as embedding and head are on every GPU. Adapter and Adam moments,
+    fp32, are sharded by FSDP2, which gathers three layers' adapters in bf16 (DoRA: fp32). Over several micro-batches
+    the adapter's fp32 gradient stays whole until the last one, unless every micro-batch reduces it. On a single GPU
+    nothing is gathered.
+    """
+    counts, dora = plan["parameters"], plan["use_dora"]
+    base, adapter = counts["total"], counts["trainable"]
+    shard = plan["gpus"] * plan["shard_nodes"]
+    alone, gathers = plan["gpus"] * plan["nodes"] == 1, plan["gather_base"] and shard > 1
+    whole = plan["accumulation"] > 1 and not plan["reduce_every_micro_batch"] and not alone
+    outside = sum(counts["base"].get(k, 0) for k in ("embedding", "head"))
+    experts = [m for m in architecture(config).matrices if m.kind == "expert"]
+    return {
+        "frozen base, bf16": 2 * (base - outside) / (shard if gathers else 1),
+        "embedding and head": 2 * outside,
+        "adapter, fp32": 4 * adapter / shard,
+        "Adam moments, fp32": 8 * adapter / shard,
+        "adapter gradient, fp32": 0 if whole else 4 * adapter / shard,
+        "whole adapter gradient while accumulating": 4 * adapter if whole else 0,
+        "two gathered layers": 4 * layer_base if gathers else 0,
+        "gathered adapters": 0 if alone else 3 * (4 if dora else 2) * layer_adapter,
+        "DoRA norms of experts, fp32": 8 * dora * sum(m.copies * m.out_features for m in experts),
+    }
 
 
 def host_bytes(plan):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from malaysian_sft.adapter_files import Adapter, is_tokenizer_file
-from malaysian_sft.base_model import download_base, refuse_quantised
+from malaysian_sft.base_model import find_base, refuse_quantised
 from malaysian_sft.lora import EXPERT
 from malaysian_sft.safetensors_files import DTYPES, checkpoint_shards, read_header
 
@@ -75,7 +75,7 @@ def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool
     shards are kept. Raises ValueError when the base is quantised or not safetensors, when a key of the adapter does not
     change exactly one base tensor, or when `out` holds another merge.
     """
-    directory, out = download_base(base), Path(out)
+    directory, out = find_base(base), Path(out)
     adapter = Adapter(adapter).check(None if any_base else directory)
     refuse_quantised(directory, json.loads((directory / "config.json").read_text()))
     shards = checkpoint_shards(directory)

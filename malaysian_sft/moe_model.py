@@ -21,7 +21,7 @@ from malaysian_sft.attention import register_attention
 from malaysian_sft.attention_half import fast_norm, fuse_attention_half, lay_side_by_side, usual_rotary
 from malaysian_sft.documents_apart import takes_document_numbers, with_document_numbers
 from malaysian_sft.frozen_ring import FrozenRing
-from malaysian_sft.lora import apply_lora
+from malaysian_sft.lora import active_experts, apply_lora
 from malaysian_sft.norm_rope import Rotary, ScaleColumns
 from malaysian_sft.planning import default_mode
 from malaysian_sft.run import say
@@ -219,7 +219,7 @@ class ModelWithLoss(nn.Module):
         loss = SummedCrossEntropy.apply(hidden, self.causal_lm.get_output_embeddings().weight, targets, self.chunk_loss)
         if self.router_aux_loss_coef == 0 or empty:
             return loss, torch.zeros_like(loss)
-        return loss, load_balancing_loss(outputs.router_logits, self.causal_lm.config.num_experts_per_tok)
+        return loss, load_balancing_loss(outputs.router_logits, active_experts(self.causal_lm.config))
 
 
 def build_model(config, args, lora_args):
@@ -232,7 +232,7 @@ def build_model(config, args, lora_args):
     activations = "full" if args.activations == "auto" else args.activations
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, args.dtype), attn_implementation=register_attention()
+            config.get_text_config(), dtype=getattr(torch, args.dtype), attn_implementation=register_attention()
         )
         wrap_experts(
             causal_lm,

@@ -71,36 +71,17 @@ def plan_run(
     Raises ValueError for a batch that the GPUs don't divide, an unknown kind, policy or mode, or a config without the
     kind's layers.
     """
-    config, policies = config.get_text_config(), CHOICES.get(kind, {})
-    for name, value, known in (
-        ("kind", kind, CHOICES),
-        ("activations", activations, policies),
-        ("memory_mode", memory_mode, (None, *MODES.get(kind, ()))),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}; expected one of {', '.join(filter(None, known))}")
+    config = config.get_text_config()
+    _check_choice("kind", kind, CHOICES)
+    _check_choice("activations", activations, CHOICES[kind])
+    _check_choice("memory_mode", memory_mode, (None, *MODES[kind]))
     check_trainer(config, kind)
-    plan = {
+    plan = {name: value for name, value in locals().items() if name != "config"}
+    plan |= {
         "model_type": config.model_type,
-        "kind": kind,
-        "gpus": gpus,
-        "nodes": nodes,
-        "gpu_memory_gib": gpu_memory_gib,
-        "reserve_gib": reserve_gib,
-        "max_seq_length": max_seq_length,
-        "micro_batch": micro_batch,
-        "global_batch_size": global_batch_size,
-        "r": r,
         "expert_r": expert_rank(config, r, expert_r) if kind == "moe" else None,
-        "use_dora": use_dora,
-        "activations": activations,
         "memory_mode": memory_mode or default_mode(kind, activations),
-        "reduce_every_micro_batch": reduce_every_micro_batch,
-        "shard_nodes": shard_nodes,
-        "zero3": zero3,
         "gather_base": gather_base and gpus * shard_nodes > 1,
-        "frugal_layers": frugal_layers,
-        "document_length": document_length,
         "parameters": count_parameters(config, r, expert_r, use_dora),
         "stateful": architecture(config).stateful,
     }
@@ -110,17 +91,29 @@ def plan_run(
         raise ValueError(
             f"a step of {global_batch_size} packs is no multiple of {gpus * nodes} GPUs x {micro_batch} packs each"
         )
-    plan["accumulation"] = global_batch_size // (gpus * nodes * micro_batch)
-    plan["gpu_bytes"] = gpu_bytes(config, plan)
-    plan["peak_bytes"] = sum(plan["gpu_bytes"].values())
-    plan["limit_bytes"] = int((gpu_memory_gib - reserve_gib) * GIB)
-    plan["fits"] = plan["peak_bytes"] <= plan["limit_bytes"]
-    plan["host_bytes"], plan["disk_bytes"] = host_bytes(plan), disk_bytes(plan)
-    plan["flops_per_token"] = train_flops(config, 1, document_length, r, expert_r, use_dora)
-    plan["recompute_per_token"] = recompute_flops(
-        config, activations, plan["memory_mode"], r, plan["expert_r"], document_length, frugal_layers
+    return plan | _account(config, plan)
+
+
+def _account(config, plan):
+    """The keys of `plan_run` that follow from the arguments."""
+    p = plan = dict(plan)
+    p["accumulation"] = p["global_batch_size"] // (p["gpus"] * p["nodes"] * p["micro_batch"])
+    p["gpu_bytes"] = gpu_bytes(config, plan)
+    p["peak_bytes"] = sum(p["gpu_bytes"].values())
+    p["limit_bytes"] = int((p["gpu_memory_gib"] - p["reserve_gib"]) * GIB)
+    p["fits"] = p["peak_bytes"] <= p["limit_bytes"]
+    p["host_bytes"], p["disk_bytes"] = host_bytes(plan), disk_bytes(plan)
+    length, ranks = p["document_length"], (p["r"], p["expert_r"])
+    p["flops_per_token"] = train_flops(config, 1, length, *ranks, p["use_dora"])
+    p["recompute_per_token"] = recompute_flops(
+        config, p["activations"], p["memory_mode"], *ranks, length, p["frugal_layers"]
     )
     return plan
+
+
+def _check_choice(name, value, known):
+    if value not in known:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(filter(None, known))}")
 
 
 def options(config, *, kind, gpus, nodes=1, global_batch_size=32, activations=None, memory_mode=None, **arguments):

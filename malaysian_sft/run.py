@@ -106,9 +106,8 @@ FACTS = (
 
 def run_facts(arguments, fingerprint, total_steps):
     """What makes a run this run, by name: {"data", "total_steps"} and the FACTS in `arguments` (a dict by flag)."""
-    facts = {"data": fingerprint, "total_steps": total_steps}
-    facts |= {name: arguments[name] for name in FACTS if name in arguments}
-    return facts | {"lora_alpha": arguments["lora_alpha"] or 2 * arguments["r"]}
+    facts = {"data": fingerprint} | {name: arguments[name] for name in FACTS if name in arguments}
+    return facts | {"lora_alpha": arguments["lora_alpha"] or 2 * arguments["r"], "total_steps": total_steps}
 
 
 def refuse_another_run(facts, before, where):
@@ -157,6 +156,8 @@ def trim_log(output_dir, last_step):
 
 def count_steps(packs, global_batch_size, num_train_epochs, max_steps=None):
     """(optimiser steps of an epoch of `packs` packs, steps of the run)."""
+    if global_batch_size < 1:
+        raise ValueError(f"--global_batch_size {global_batch_size}: expected a positive number")
     steps_an_epoch = math.ceil(packs / global_batch_size)
     return steps_an_epoch, max_steps or math.ceil(steps_an_epoch * num_train_epochs)
 

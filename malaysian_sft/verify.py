@@ -12,6 +12,7 @@ import torch
 
 from malaysian_sft.adapter_files import Adapter, expert_faults, manifest_faults, read_adapter_config
 from malaysian_sft.base_model import base_faults, local_base, shapes_of_base
+from malaysian_sft.disk_names import STACK_OF
 from malaysian_sft.lora import CONFIG, DISK_NAME, EXPERT, LAYER, MANIFEST
 from malaysian_sft.safetensors_files import tensor_checksum
 
@@ -126,8 +127,12 @@ def _expected(adapter, shapes) -> set[str]:
     expected = set()
     for name in shapes:
         match = EXPERT.match(name)
-        stacked = match and f"{match['stack']}.{'down_proj' if match['projection'] == 'down_proj' else 'gate_up_proj'}"
-        by_parameter = any((stacked or name + ".weight").endswith("." + parameter) for parameter in parameters)
+        # PEFT's names are the model's, and the path to the experts may differ from the checkpoint's
+        ending = f".experts.{STACK_OF[match['projection']][0]}" if match else None
+        by_parameter = any(
+            parameter.endswith(ending) if match else f"{name}.weight".endswith("." + parameter)
+            for parameter in parameters
+        )
         if by_parameter or (config.target_modules and check_target_module_exists(config, name)):
             expected.add(name)
     return expected

@@ -63,6 +63,8 @@ FAMILIES = {
     ),
 }
 
+MOE_FAMILIES = [family for family, (_, extra) in FAMILIES.items() if "num_experts_per_tok" in extra]
+
 
 def tiny_config(family, **overrides):
     """The transformers config of a tiny model of `family` (a key of FAMILIES)."""

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 import plan
 import train_dense
 import train_moe
-from conftest import FAMILIES, tiny_config, tiny_model
+from conftest import FAMILIES, MOE_FAMILIES, tiny_config, tiny_model
 from fused_moe_lora import wrap_experts
 from malaysian_sft.account import (
     GIB,
@@ -60,7 +60,6 @@ from malaysian_sft.planning import (
 ROOT = Path(__file__).parents[1]
 CONFIGS = {path.stem: path for path in sorted((ROOT / "tests/configs").glob("*.json"))}
 LAUNCHERS = sorted(ROOT.glob("ds3-*.sh")) + sorted(ROOT.glob("fsdp2-*.sh"))
-MOE = ("qwen3_moe", "glm4_moe", "qwen2_moe")
 # Published on the model cards, in billions: total, total without embeddings, active for a token (GLM's without
 # embeddings).
 PUBLISHED = {
@@ -83,7 +82,7 @@ def adapted_model(family, r=8, use_dora=False):
     model = tiny_model(family)
     config = model.config
     lora_args = LoraArguments(r=r, use_dora=use_dora)
-    if family in MOE:
+    if family in MOE_FAMILIES:
         wrap_experts(model, lora_args.expert_rank(config), lora_args.expert_alpha(config), use_dora=use_dora)
     model = apply_lora(model, lora_args)
     model.set_attn_implementation("eager")
@@ -103,7 +102,7 @@ def count_flops(model, tokens):
 # ----------------------------------------------------------------------------------------------------------- parameters
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_real_parameters_are_the_published_ones(name):
     counts = count_parameters(real_config(name))
     total, without_embeddings, active = PUBLISHED[name]
@@ -190,7 +189,7 @@ def test_adapter_bytes_are_the_saved_files(family, use_dora, tmp_path):
     save_adapter(model, str(tmp_path / "checkpoint-1"), "tiny", lora_args=lora_args)
     file = (tmp_path / "checkpoint-1/adapter_model.safetensors").read_bytes()
     tensors = len(file) - 8 - int.from_bytes(file[:8], "little")  # after the length of the header and the header
-    kind = "moe" if family in MOE else "dense"
+    kind = "moe" if family in MOE_FAMILIES else "dense"
     planned = plan_run(model.config, kind=kind, gpus=1, r=lora_args.r, use_dora=use_dora)
     assert planned["disk_bytes"]["adapter of every checkpoint, fp32"] == tensors
 
@@ -698,6 +697,8 @@ def rows(printed):
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.stem)
 def test_every_launcher_can_be_planned(launcher, page):
     name = re.search(r"--model_name_or_path \S*?/?([^/\s]+)\n", launcher.read_text())[1]
+    if name not in CONFIGS:
+        pytest.skip(f"no tests/configs/{name}.json: add the model's config.json to have its launcher planned here")
     printed = page(launcher, config=name, gpu_memory=140)
     adapter_kind = "DoRA" if "dora" in launcher.stem else "LoRA"
     assert f"{adapter_kind} r 256" in printed and "A step: 8 GPUs x 1 x 4 micro-batches = 32 packs" in printed

@@ -158,7 +158,7 @@ def plain_loop(workspace):
 def test_equals_a_plain_loop_without_packing(unbroken, plain_loop):
     (log, adapters), (losses, norms, tensors) = unbroken, plain_loop
     assert log.keys() == losses.keys() == set(range(1, STEPS + 1))
-    rates = {step: 3e-3 * min((step - 1) / 2, (STEPS - step + 1) / (STEPS - 2)) for step in log}
+    rates = {step: 3e-3 * min(step / 2, (STEPS - step + 1) / (STEPS - 2)) for step in log}
     assert {step: record["learning_rate"] for step, record in log.items()} == pytest.approx(rates)
     for step in log:
         assert log[step]["loss"] == pytest.approx(losses[step], rel=2e-4), step
@@ -379,7 +379,6 @@ def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
     with pytest.raises(ValueError, match="--resume: no run under"):
         train_dense.find_resume_checkpoint(arguments)
     (tmp_path / "args.json").touch()  # a run that was killed before its first checkpoint
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     assert train_dense.find_resume_checkpoint(arguments) is None
     assert capsys.readouterr().out == f"--resume: no complete checkpoint under {tmp_path}: starting anew\n"
     for name in (
@@ -393,8 +392,6 @@ def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
     assert found == str(tmp_path / "checkpoint-2")
     skipped = f"--resume: {tmp_path}/checkpoint-10 is incomplete (no trainer_state.json): skipped, and written again"
     assert capsys.readouterr().out == f"{skipped} when the run gets to step 10\n"
-    train_dense.trim_log(arguments, found)
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
     arguments.process_index = 1
     assert train_dense.find_resume_checkpoint(arguments) == found and capsys.readouterr().out == "", (
         "one process prints"
@@ -444,12 +441,22 @@ def test_another_run_is_not_resumed(main, unbroken, monkeypatch, flags, fault):
     ("processes", "liger"), [(1, False), (1, True), pytest.param(2, False, marks=pytest.mark.slow)]
 )
 def test_validation_loss_is_that_of_the_held_out_documents(workspace, processes, liger):
-    """After a step of learning rate 0: the base model's loss. Two ranks are under ZeRO-3."""
+    """After a step that hardly moves: the base model's loss. Two ranks are under ZeRO-3."""
     name, zero3 = f"validation-{processes}-{liger}", ["--deepspeed", str(ROOT / "ds3.json")] if processes == 2 else []
     script = workspace / "with_liger.py" if liger else ROOT / "train_dense.py"
     (workspace / "with_liger.py").write_text(WITH_LIGER)
     arguments = command(
-        workspace, name, "--validation_share", "0.2", "--max_steps", "1", *zero3, processes=processes, script=script
+        workspace,
+        name,
+        "--validation_share",
+        "0.2",
+        "--max_steps",
+        "1",
+        "--learning_rate",
+        "1e-12",
+        *zero3,
+        processes=processes,
+        script=script,
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({"TRITON_INTERPRET": "1"} if liger else {})
     done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=300)

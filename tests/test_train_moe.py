@@ -24,7 +24,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 
 import multipack
 import train_moe
-from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from conftest import MOE_FAMILIES, save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
 from fused_moe_lora import FusedMoELoRA
 from malaysian_sft import planning
 from malaysian_sft.adapter_state import adapter_state_dict
@@ -43,7 +43,6 @@ from malaysian_sft.run import Log, claim, router_record, setup_distributed
 from malaysian_sft.sample_models import upcycle
 from malaysian_sft.verify import verify_adapter
 
-FAMILIES = ["qwen3_moe", "glm4_moe", "qwen2_moe"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -57,14 +56,14 @@ def checkpoints(tmp_path_factory):
     """{family: directory of a tiny fp32 checkpoint}, biases and all: transformers starts them at zero, where mistakes
     do not show."""
     root = tmp_path_factory.mktemp("checkpoints")
-    for family in FAMILIES:
+    for family in MOE_FAMILIES:
         model = tiny_model(family)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if name.endswith(("_proj.bias", "e_score_correction_bias")):
                 tensor.data.normal_(0, 0.2)
         model.save_pretrained(root / family)
         tiny_tokenizer().save_pretrained(root / family)
-    return {family: str(root / family) for family in FAMILIES}
+    return {family: str(root / family) for family in MOE_FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -216,9 +215,9 @@ def random_pack(*lengths):
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_logits_loss_and_every_gradient_equal_transformers(family, use_dora, checkpoints, process_group):
-    activations = {"qwen3_moe": "none", "glm4_moe": "selective", "qwen2_moe": "full"}[family]
+    activations = ("none", "selective", "full")[MOE_FAMILIES.index(family) % 3]
     peft_model, model = build(checkpoints[family], "--use_dora", use_dora, "--activations", activations)
     randomise_adapter(model)
     pack = random_pack(40, 7, 61)
@@ -867,7 +866,7 @@ def forbid(monkeypatch, *names):
 
 
 LOADING = [
-    (train_moe, "find_checkpoint"),
+    (train_moe, "find_base"),
     (train_moe, "load_weights"),
     (train_moe, "build_model"),
     (multipack, "prepare"),
