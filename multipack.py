@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from malaysian_sft.chat_format import ChatFormat
 from malaysian_sft.conversations import DataArguments, find_sources
 from malaysian_sft.run import hold
+from malaysian_sft.tables import text_table
 from malaysian_sft.tokenise import data_fingerprint, write_cache
 
 IGNORE = -100  # the label that the loss skips
@@ -198,7 +199,7 @@ def collate(packs: list[list[dict[str, torch.Tensor]]]) -> dict:
 
 
 def prepare(
-    data_args: DataArguments, tokenizer, model_name: str, seed: int = 0, progress: bool | None = None
+    data_args: DataArguments, tokenizer, model_name: str, seed: int = 42, progress: bool | None = None
 ) -> PackedDataset:
     """Tokenise (or find in the cache), split off validation rows, drop what is too long, pack. Returns the training
     PackedDataset.
@@ -333,7 +334,7 @@ def _write_report(path: Path, report: dict) -> None:
 class CommandArguments:
     model: str = field(metadata={"help": "Model whose tokenizer and chat template are used: hub id or directory."})
     show: int = field(default=0, metadata={"help": "Print this many documents with the supervised part marked."})
-    seed: int = field(default=0, metadata={"help": "Seed of packing and of the validation split."})
+    seed: int = field(default=42, metadata={"help": "Seed of packing and of the validation split."})
 
 
 def format_report(report: dict) -> str:
@@ -345,7 +346,7 @@ def format_report(report: dict) -> str:
     frame = pd.DataFrame.from_dict({**configs, "all": total}, orient="index")
     share = (frame["supervised_tokens"] / frame["tokens"].where(frame["tokens"] > 0)).fillna(0)
     frame = frame[list(counts)].map("{:,}".format).assign(supervised=share.map("{:.1%}".format))
-    lines.append(frame.rename(columns={"too_long": "too long"}).rename_axis(columns="config").to_string())
+    lines.append(text_table(frame.rename(columns={"too_long": "too long"}).rename_axis(columns="config")))
     lines += ["", "document length (tokens)"]
     most = max(count for _, _, count in report["histogram"]) or 1
     lines += [

@@ -49,7 +49,7 @@ from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu
 from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.adapter_state import load_adapter, save_adapter
 from malaysian_sft.attention import register_attention
-from malaysian_sft.base_model import base_faults, load_config
+from malaysian_sft.base_model import base_faults, load_config, name_as_on_disk
 from malaysian_sft.checkpoints import newest_checkpoint
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.documents_apart import check_documents_apart, takes_document_numbers, with_document_numbers
@@ -373,13 +373,27 @@ class StopOnSignal(TrainerCallback):
 
 
 def build_model(model_args, lora_args, training_args):
-    """The base in bf16 (fp32 without --bf16) with attention that keeps packed documents apart, adapted."""
-    model = AutoModelForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
+    """The base in bf16 (fp32 without --bf16) with attention that keeps packed documents apart, adapted.
+
+    Of a checkpoint with several towers the text model. Raises ValueError for weights that the checkpoint lacks, which
+    transformers would make up.
+    """
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    model, info = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        config=load_config(name, revision).get_text_config(),
         dtype=torch.bfloat16 if training_args.bf16 else torch.float32,
         attn_implementation=register_attention(),
+        output_loading_info=True,
     )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{name}: the checkpoint has no {missing[0]}"
+            + (f" and {len(missing) - 1} more weights" if len(missing) > 1 else "")
+            + f" of {type(model).__name__}; it is another model's, or incomplete"
+        )
+    name_as_on_disk(model, name)
     return adapt(model, lora_args, training_args)
 
 
@@ -515,7 +529,10 @@ def main():
     gemm_flops = measure_gemm() if torch.cuda.is_available() else None
     if packs.validation is not None:
         training_args.eval_strategy = IntervalStrategy.EPOCH
-    model = build_model(model_args, lora_args, training_args)
+    try:
+        model = build_model(model_args, lora_args, training_args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     trainer = DenseTrainer(
         model=model,
         args=training_args,

@@ -221,8 +221,11 @@ def train_flops(config, tokens, sum_squared_lengths, r, expert_r=None, use_dora=
 
 
 def attention_width(config):
-    """heads x head_dim: the width of q, and of the attention's output."""
+    """Heads x the mean of what a head's two products are wide: of queries and keys, and of values (they differ in
+    DeepSeek's latent attention)."""
     heads = config.num_attention_heads
+    if latent := getattr(config, "qk_rope_head_dim", None):
+        return heads * (latent + config.qk_nope_head_dim + config.v_head_dim) / 2
     return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 

@@ -20,11 +20,9 @@ SHAPE_FIELDS = (
 
 
 def shape_fields(config) -> dict:
-    return (
-        {}
-        if config is None
-        else {key: getattr(config, key) for key in SHAPE_FIELDS if getattr(config, key, None) is not None}
-    )
+    """The SHAPE_FIELDS that a config, or the text part of a composite one, has; {} for None."""
+    config = config and config.get_text_config()
+    return {key: getattr(config, key) for key in SHAPE_FIELDS if getattr(config, key, None) is not None}
 
 
 def shapes_of_base(name) -> dict[str, tuple[int, int]]:

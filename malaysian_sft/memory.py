@@ -2,7 +2,7 @@
 
 import math
 
-from malaysian_sft.account import GIB, architecture, attention_width
+from malaysian_sft.account import GIB, architecture
 
 
 def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r, mode, use_dora=False):
@@ -36,13 +36,13 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
     selective  the attention half is recomputed from its input (elsewhere also its normed output's input is kept); the
                MLP half is kept as under none.
     """
-    hidden, norms, width = config.hidden_size, architecture(config).query_key_norm, attention_width(config)
+    hidden, norms = config.hidden_size, architecture(config).query_key_norm
     fused = kind == "moe" and not use_dora
     attention, mlp, experts = 2 * hidden, (0 if fused and policy == "none" else 1 if fused else 2) * hidden, 0
     for m in matrices:
         inner = (r + m.out_features * use_dora) * m.adapted
         if m.kind == "attention":
-            attention += inner + (width if m.name.endswith("o_proj.weight") else m.out_features)
+            attention += inner + (m.in_features if m.name.endswith("o_proj.weight") else m.out_features)
             attention += m.out_features * ((norms or fused) and m.name.endswith(("q_proj.weight", "k_proj.weight")))
         elif m.kind in ("mlp", "shared_expert"):
             mlp += inner + (m.in_features if "down_proj" in m.name else m.out_features)

@@ -11,6 +11,7 @@ import pandas as pd
 from malaysian_sft.account import GIB, architecture, attention_width, count_parameters, peak_flops
 from malaysian_sft.base_model import load_config
 from malaysian_sft.planning import GPU_MEMORY_GIB, check_fits, options, this_machine, trainer_flags
+from malaysian_sft.tables import text_table
 
 # Scicom-intl/Malaysian-Instructions, all five configs, by the original project's logs: 225,265 conversations in 10,080
 # (GLM-4.5) to 10,316 (Llama-3.1) packs of 16,384 that were 86 % full.
@@ -93,7 +94,7 @@ FREE += ("gather_base",)
 def _table(title, rows, columns=("",)):
     """{name of a row: its cells} as text under a title: names on the left, cells right-aligned below `columns`."""
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))
-    return f"{title}\n{frame.to_string(header=columns != ('',))}"
+    return f"{title}\n{text_table(frame)}"
 
 
 def _gib(terms, digits):
@@ -162,6 +163,8 @@ def plan_evaluation(config, *, gpu_partition, gpu_memory_gib=80.0, gpu_memory_ut
     head_dim = attention_width(config) // heads
     weights = 2 * count_parameters(config)["total"] / gpu_partition
     kv_token = 2 * 2 * config.num_hidden_layers * max(kv_heads // gpu_partition, 1) * head_dim
+    if latent := getattr(config, "kv_lora_rank", None):  # DeepSeek keeps the latent, on every GPU
+        kv_token = 2 * config.num_hidden_layers * (latent + config.qk_rope_head_dim)
     cache = gpu_memory_gib * gpu_memory_utilization * GIB - weights - 3 * GIB
     return {
         "gpu_partition": gpu_partition,

@@ -106,8 +106,9 @@ FACTS = (
 
 def run_facts(arguments, fingerprint, total_steps):
     """What makes a run this run, by name: {"data", "total_steps"} and the FACTS in `arguments` (a dict by flag)."""
-    facts = {"data": fingerprint} | {name: arguments[name] for name in FACTS if name in arguments}
-    return facts | {"lora_alpha": arguments["lora_alpha"] or 2 * arguments["r"], "total_steps": total_steps}
+    facts = {name: arguments[name] for name in FACTS if name in arguments}
+    facts["lora_alpha"] = arguments["lora_alpha"] or 2 * arguments["r"]
+    return facts | {"data": fingerprint, "total_steps": total_steps}
 
 
 def refuse_another_run(facts, before, where):

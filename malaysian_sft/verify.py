@@ -15,6 +15,7 @@ from malaysian_sft.base_model import base_faults, local_base, shapes_of_base
 from malaysian_sft.disk_names import STACK_OF
 from malaysian_sft.lora import CONFIG, DISK_NAME, EXPERT, LAYER, MANIFEST
 from malaysian_sft.safetensors_files import tensor_checksum
+from malaysian_sft.tables import text_table
 
 
 def verify_adapter(directory, base=None, allow_zero=False) -> list[str]:
@@ -175,4 +176,4 @@ def norm_table(directory) -> str:
             for column, found in values.items()
         }
     frame = pd.DataFrame.from_dict(spreads, orient="index", columns=list(columns)).replace("", "-")
-    return frame.rename_axis(columns="layer").to_string()
+    return text_table(frame.rename_axis(columns="layer"))

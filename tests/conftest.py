@@ -61,9 +61,29 @@ FAMILIES = {
         "Qwen2MoeConfig",
         {**MOE, "num_experts": 8, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
     ),
+    "mixtral": ("MixtralConfig", {"num_experts_per_tok": 2, "num_local_experts": 4}),
+    "minimax_m2": ("MiniMaxM2Config", {"num_experts_per_tok": 2, "num_local_experts": 4}),
+    "olmoe": ("OlmoeConfig", {"num_experts_per_tok": 2, "num_experts": 4}),
+    "ernie4_5_moe": ("Ernie4_5_MoeConfig", {"moe_k": 2, "moe_num_experts": 4, "moe_intermediate_size": 32}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **MOE,
+            **dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1),
+            **dict(
+                q_lora_rank=16,
+                kv_lora_rank=16,
+                qk_rope_head_dim=8,
+                qk_nope_head_dim=8,
+                v_head_dim=16,
+                head_dim=8,
+                num_key_value_heads=4,
+            ),
+        },
+    ),
 }
 
-MOE_FAMILIES = [family for family, (_, extra) in FAMILIES.items() if "num_experts_per_tok" in extra]
+MOE_FAMILIES = [family for family, (_, extra) in FAMILIES.items() if {"num_experts_per_tok", "moe_k"} & extra.keys()]
 
 
 def tiny_config(family, **overrides):
@@ -109,3 +129,15 @@ def save_tiny_checkpoint(directory, family, seed=0, dtype=torch.float32, **overr
 @pytest.fixture
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def process_group():
+    """One process's group, as a trainer alone has it."""
+    import torch.distributed as dist
+
+    from malaysian_sft.run import setup_distributed
+
+    setup_distributed()
+    yield
+    dist.destroy_process_group()

@@ -39,7 +39,7 @@ from malaysian_sft.moe_model import (
     nll_and_gradient,
     shard,
 )
-from malaysian_sft.run import Log, claim, router_record, setup_distributed
+from malaysian_sft.run import Log, claim, router_record
 from malaysian_sft.sample_models import upcycle
 from malaysian_sft.verify import verify_adapter
 
@@ -79,13 +79,6 @@ def conversations(tmp_path_factory):
     rows = [[{"role": "user", "content": text(5)}, {"role": "assistant", "content": text(15)}] for _ in range(35)]
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     return str(path)
-
-
-@pytest.fixture
-def process_group():
-    setup_distributed()
-    yield
-    dist.destroy_process_group()
 
 
 def arguments(model, data, out, *more):
@@ -153,6 +146,13 @@ def adapted_weights(base, tensors, scaling):
     """{parameter of the transformers model: W + s B A, or DoRA's m (W + s B A) / |W + s B A|}, differentiable in
     `tensors`."""
     prefix = PREFIX
+    for disk, ours in (
+        ("block_sparse_moe", "mlp"),
+        (".w1.", ".gate_proj."),
+        (".w2.", ".down_proj."),
+        (".w3.", ".up_proj."),
+    ):
+        tensors = {name.replace(disk, ours): tensor for name, tensor in tensors.items()}
 
     def adapt(name, W):
         if f"{prefix}{name}.lora_A.weight" not in tensors:
