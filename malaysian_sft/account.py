@@ -110,7 +110,7 @@ def _architecture(config_class, config_json):
             name = f"{module_name}.{leaf}"
             parts = name.split(".")
             layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
-            if parameter.dim() == 1 or isinstance(module, torch.nn.Conv1d):
+            if parameter.numel() == max(parameter.shape) or isinstance(module, torch.nn.Conv1d):
                 vectors[layer] = vectors.get(layer, 0) + parameter.numel()
                 continue
             shared = id(parameter) in seen  # a tied head holds no memory of its own
