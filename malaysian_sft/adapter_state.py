@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from malaysian_sft.adapter_files import Adapter
-from malaysian_sft.base_model import base_fingerprint, shape_fields
+from malaysian_sft.base_model import base_fingerprint, local_base, shape_fields
 from malaysian_sft.disk_names import by_role, disk_names
 from malaysian_sft.lora import (
     CONFIG,
@@ -228,8 +228,7 @@ def _write_adapter(model, directory, base_model, tokenizer, lora_args, tensors, 
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=0) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(temporary)
+    _write_generation_config(model, base_model, temporary)
     (temporary / "README.md").write_text(model_card(directory, config))
     if faults := adapter_faults(temporary, shapes=base_shapes(model), base=None, allow_zero=allow_zero):
         raise ValueError(f"{temporary}: the adapter just saved is not sound: " + "; ".join(faults[:5]))
@@ -242,6 +241,16 @@ def _write_adapter(model, directory, base_model, tokenizer, lora_args, tensors, 
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG):
         os.replace(path, directory / path.name)
     temporary.rmdir()
+
+
+def _write_generation_config(model, base_model, directory):
+    """The base's own: one that transformers derives from a config has one end of turn where models have several, and no
+    sampling values. What the model carries, if the base is not on this machine."""
+    base = local_base(base_model)
+    if base is not None and (base / "generation_config.json").is_file():
+        shutil.copyfile(base / "generation_config.json", directory / "generation_config.json")
+    elif base is None and getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(directory)
 
 
 def _adapter_config(model, base_model) -> dict:

@@ -71,18 +71,36 @@ def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool
     configuration files.
 
     Each shard is streamed through `workers` processes (default: one per core, at most 8 and one per shard) in blocks of
-    rows, so memory stays at a few hundred MB a process for any model. Run again after an interruption and finished
-    shards are kept. Raises ValueError when the base is quantised or not safetensors, when a key of the adapter does not
-    change exactly one base tensor, or when `out` holds another merge.
+    rows, so memory stays at a few hundred MB a process for any model. `out` is complete or not there at all: it is put
+    together under another name. Raises ValueError when the base is quantised or not safetensors, when a key of the
+    adapter does not change exactly one base tensor, or when `out` is there already.
     """
     directory, out = find_base(base), Path(out)
+    if out.exists():
+        raise ValueError(f"{out} is there already; delete it or choose another directory")
     adapter = Adapter(adapter).check(None if any_base else directory)
     refuse_quantised(directory, json.loads((directory / "config.json").read_text()))
     shards = checkpoint_shards(directory)
-    used, total = Counter(), 0
+    _check_use(adapter, shards)
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a merge that was killed
+    part.mkdir(parents=True)
+    workers = min(workers or min(os.cpu_count() or 1, 8), len(shards))
+    total, done, start = sum(shard.stat().st_size for shard in shards), 0, time.perf_counter()
+    for shard in _run(workers, [(shard, part / shard.name, adapter.directory) for shard in shards]):
+        done += shard.stat().st_size
+        rate = done / 1e9 / (time.perf_counter() - start)
+        log(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB merged  {rate:.2f} GB/s  {shard.name}")
+    _copy_configuration(directory, adapter.directory, part)
+    os.replace(part, out)
+
+
+def _check_use(adapter, shards):
+    """Raise ValueError unless every module of the adapter changes exactly one tensor of the base, before any is
+    merged."""
+    used = Counter()
     for shard in shards:
         header, _ = read_header(shard)
-        total += shard.stat().st_size
         for name, info in header.items():
             for slot, _, _ in adapter.pieces(name, info["shape"]):
                 if info["dtype"] not in DTYPES:
@@ -93,20 +111,6 @@ def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool
                 used[slot] += 1
     if faults := unused_faults(adapter, used):
         raise ValueError(f"{adapter.path}: {'; '.join(faults)}")
-    _claim(out, base, adapter)
-    for path in out.glob("*.safetensors.*.tmp"):  # of a merge that was killed
-        path.unlink()
-    todo = [shard for shard in shards if not (out / shard.name).exists()]
-    done, start = total - sum(shard.stat().st_size for shard in todo), time.perf_counter()
-    if done:
-        log(f"{len(shards) - len(todo)} of {len(shards)} shards are already merged")
-    workers = min(workers or min(os.cpu_count() or 1, 8), max(1, len(todo)))
-    fresh = 0
-    for shard in _run(workers, [(shard, out / shard.name, adapter.directory) for shard in todo]):
-        fresh += shard.stat().st_size
-        rate = fresh / 1e9 / (time.perf_counter() - start)
-        log(f"{(done + fresh) / 1e9:.2f} of {total / 1e9:.2f} GB merged  {rate:.2f} GB/s  {shard.name}")
-    _copy_configuration(directory, adapter.directory, out)
 
 
 def _run(workers, jobs):
@@ -126,11 +130,10 @@ def _run(workers, jobs):
 
 @torch.no_grad()
 def _merge_shard(source: Path, target: Path, adapter_directory) -> Path:
-    """One shard, byte for byte the base's layout; written to a temporary name and renamed."""
+    """One shard, byte for byte the base's layout."""
     adapter = Adapter(adapter_directory)
     header, start = read_header(source)
-    temporary = target.with_name(target.name + f".{os.getpid()}.tmp")
-    with open(source, "rb") as reader, open(temporary, "wb") as writer:
+    with open(source, "rb") as reader, open(target, "wb") as writer:
         writer.write(reader.read(start))
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             begin, end = info["data_offsets"]
@@ -148,7 +151,6 @@ def _merge_shard(source: Path, target: Path, adapter_directory) -> Path:
             _copy_bytes(reader, writer, end - begin - row * features * dtype.itemsize)
         writer.flush()
         os.fsync(writer.fileno())
-    os.replace(temporary, target)
     return source
 
 
@@ -171,43 +173,17 @@ def _merge_rows(reader, writer, adapter, slot, rows, features, dtype):
         writer.write(merged.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _claim(out, base, adapter):
-    """Mark `out` as this merge, or refuse it if it is another's."""
-    out.mkdir(parents=True, exist_ok=True)
-    mark, ours = (
-        out / "merge.json",
-        {"base": str(base), "adapter": str(adapter.directory), "adapter_identity": adapter.identity()},
-    )
-    if mark.is_file():
-        theirs = json.loads(mark.read_text())
-        if (theirs["base"], theirs["adapter_identity"]) != (ours["base"], ours["adapter_identity"]):
-            raise ValueError(
-                f"{out}: holds a merge of {theirs['adapter']} into {theirs['base']}; delete it or choose another"
-                " directory"
-            )
-    elif any(out.glob("*.safetensors")):
-        raise ValueError(f"{out}: holds a model already; choose another directory")
-    mark.write_text(json.dumps(ours, indent=2) + "\n")
-
-
 def _copy_configuration(base, adapter, out):
-    """Configuration of the base, tokenizer and chat template as trained with; the index last, as the sign that all
-    shards are there."""
+    """Configuration of the base, how it generates included; tokenizer and chat template as trained with."""
     own_tokenizer = (adapter / "tokenizer_config.json").is_file()
     for path in base.iterdir():
-        tokenizer = is_tokenizer_file(path.name)
-        if (
-            path.name in ("config.json", "generation_config.json")
-            or (tokenizer and not own_tokenizer)
-            or path.suffix == ".py"
-        ):
+        tokenizer = is_tokenizer_file(path.name) and not own_tokenizer
+        kept = path.name in ("config.json", "generation_config.json", "model.safetensors.index.json")
+        if kept or tokenizer or path.suffix == ".py":
             shutil.copyfile(path, out / path.name)
     for path in adapter.iterdir():
-        if path.name == "generation_config.json" or (own_tokenizer and is_tokenizer_file(path.name)):
+        if own_tokenizer and is_tokenizer_file(path.name):
             shutil.copyfile(path, out / path.name)
-    index = base / "model.safetensors.index.json"
-    if index.is_file():
-        shutil.copyfile(index, out / index.name)
 
 
 def register_vllm_loader() -> None:

@@ -5,75 +5,60 @@ import os
 import re
 from pathlib import Path
 
+import pandas as pd
+
 from malaysian_sft.adapter_files import is_tokenizer_file
 from malaysian_sft.lora import CONFIG, MANIFEST, WEIGHTS
 from malaysian_sft.verify import verify_adapter
+
+USE = """
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "<this repository>")
+```
+"""
+DORA_NOTE = """
+vLLM and other servers do not take DoRA adapters: merge it first (`python adapter.py merge`) or load it merged.
+"""
 
 
 def model_card(directory, config: dict, scores: str | None = None) -> str:
     """README.md of an adapter directory: base, data, hyper-parameters and commit from the run's args.json (beside or
     above), and scores."""
+    from huggingface_hub import ModelCardData
+
     directory, run = Path(directory), {}
     for path in (folder / "args.json" for folder in (directory, *directory.absolute().parents[:2])):
         if path.is_file():
             run = json.loads(path.read_text())
             break
     arguments, base = run.get("arguments", {}), config.get("base_model_name_or_path")
-    kind = "DoRA" if config.get("use_dora") else "LoRA"
-    front = ["library_name: peft", f"base_model: {base}", "tags:", "- lora", "- malaysian", "language:", "- ms", "- en"]
-    if dataset := arguments.get("dataset"):
-        front += ["datasets:", *(f"- {name.strip()}" for name in str(dataset).split(","))]
-    lines = [
-        "---",
-        *front,
-        "---",
-        "",
-        f"# {run.get('launcher', directory.absolute().parent.name)}, {directory.name}",
-        "",
+    datasets = [name.strip() for name in str(arguments.get("dataset") or "").split(",") if name.strip()]
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft",
+        tags=["lora", "malaysian"],
+        language=["ms", "en"],
+        datasets=datasets or None,
+    )
+    described = base if os.path.isdir(str(base)) else f"[{base}](https://huggingface.co/{base})"
+    rows = {"rank": config["r"], "alpha": config["lora_alpha"]}
+    rows |= {f"rank of {name}": rank for name, rank in (config.get("rank_pattern") or {}).items()}
+    shown = {key: value for key, value in arguments.items() if isinstance(value, (int, float, str))}
+    rows |= {key: value for key, value in shown.items() if key not in ("r", "lora_alpha", "use_dora")}
+    rows |= {"commit": run["commit"]} if run.get("commit") else {}
+    table = pd.DataFrame({"": [f"`{value}`" for value in rows.values()]}, index=list(rows))
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {run.get('launcher', directory.absolute().parent.name)}, {directory.name}\n",
+        f"A {'DoRA' if config.get('use_dora') else 'LoRA'} adapter of {described}.\n",
+        f"{table.to_markdown(disable_numparse=True)}\n",
+        f"## Scores\n\n```\n{scores.strip()}\n```\n" if scores else "",
+        f"## Use\n{USE.format(base=base)}{DORA_NOTE if config.get('use_dora') else ''}",
     ]
-    lines += [
-        (
-            f"A {kind} adapter of [{base}](https://huggingface.co/{base})."
-            if not os.path.isdir(str(base))
-            else f"A {kind} adapter of {base}."
-        ),
-        "",
-    ]
-    rows = {
-        "rank": config["r"],
-        "alpha": config["lora_alpha"],
-        **{f"rank of {k}": v for k, v in (config.get("rank_pattern") or {}).items()},
-    }
-    rows |= {
-        key: value
-        for key, value in arguments.items()
-        if key not in ("r", "lora_alpha", "use_dora") and isinstance(value, (int, float, str))
-    }
-    if run.get("commit"):
-        rows["commit"] = run["commit"]
-    lines += ["| | |", "|---|---|", *(f"| {key} | `{value}` |" for key, value in rows.items()), ""]
-    if scores:
-        lines += ["## Scores", "", "```", scores.strip(), "```", ""]
-    lines += [
-        "## Use",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "<this repository>")',
-        "```",
-        "",
-    ]
-    if config.get("use_dora"):
-        lines += [
-            (
-                "vLLM and other servers do not take DoRA adapters: merge it first (`python adapter.py merge`) or load"
-                " it merged."
-            ),
-            "",
-        ]
-    return "\n".join(lines)
+    return "\n".join(part for part in parts if part)
 
 
 PUSHED = (CONFIG, WEIGHTS, MANIFEST, "README.md", "generation_config.json")

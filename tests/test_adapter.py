@@ -823,37 +823,31 @@ def tensors_of(directory):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_sharded_merge_in_blocks_by_several_processes_is_resumable(trained, tmp_path, monkeypatch, kind):
+def test_sharded_merge_in_blocks_by_several_processes(trained, tmp_path, monkeypatch, kind):
     run = trained("glm4_moe", kind)
     base, out, lines = sharded_base(run, tmp_path / "base"), tmp_path / "out", []
+    ends = {"eos_token_id": [2, 3], "temperature": 0.7}
+    (Path(base) / "generation_config.json").write_text(json.dumps(ends))
+    (tmp_path / "out.part").mkdir()  # of a merge that was killed
+    (tmp_path / "out.part" / "model-00001.safetensors").write_bytes(b"half a shard")
     monkeypatch.setattr("malaysian_sft.merge.CHUNK", 640)  # ten rows of 64 at a time
     merge_adapter(base, run.directory, out, workers=1, log=lines.append)
     whole = tensors_of(run.merged)
     for name, tensor in tensors_of(out).items():
         assert torch.allclose(tensor, whole[name], atol=1e-6, rtol=0), name
     shards = sorted(out.glob("*.safetensors"))
-    assert len(shards) > 3 and len(lines) == len(shards) and "GB/s" in lines[0]
+    assert len(shards) > 3 and len(lines) == len(shards) and "GB/s" in lines[0] and not (tmp_path / "out.part").exists()
     assert set(tensors_of(out)) == set(whole)
     assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].keys() == whole.keys()
-    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"} <= set(os.listdir(out))
-
-    before = {path.name: path.read_bytes() for path in shards}
-    (out / "model.safetensors.index.json").unlink()
-    shards[0].unlink()
-    shards[2].unlink()
-    kept = {path.name: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= set(os.listdir(out))
+    assert json.loads((out / "generation_config.json").read_text()) == ends, "the base's, with both ends of turn"
+    with pytest.raises(ValueError, match="out is there already"):
+        merge_adapter(base, run.directory, out)
     if kind == "lora":  # once is enough to see that processes work
         monkeypatch.setattr("malaysian_sft.merge.CHUNK", 1 << 24)
-    lines.clear()
-    (out / f"{shards[0].name}.123.tmp").write_bytes(b"half a shard")
-    merge_adapter(base, run.directory, out, workers=2 if kind == "lora" else 1, log=lines.append)
-    assert lines[0] == f"{len(shards) - 2} of {len(shards)} shards are already merged" and len(lines) == 3
-    assert (out / "model.safetensors.index.json").exists() and not list(out.glob("*.tmp"))
-    for path in sorted(out.glob("*.safetensors")):
-        assert path.name not in kept or path.stat().st_mtime_ns == kept[path.name]
-        if kind == "dora":
-            assert path.read_bytes() == before[path.name]
-    assert all(torch.allclose(tensor, whole[name], atol=1e-6, rtol=0) for name, tensor in tensors_of(out).items())
+        merge_adapter(base, run.directory, tmp_path / "again", workers=2)
+        again = tensors_of(tmp_path / "again")
+        assert all(torch.allclose(again[name], tensor, atol=1e-6, rtol=0) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -1011,10 +1005,10 @@ def test_model_card_has_base_data_arguments_commit_and_scores(trained, tmp_path)
         "base_model: x/y",
         "- Scicom-intl/Malaysian-Instructions",
         "# ds3-tiny, checkpoint-2",
-        "| learning_rate | `0.0001` |",
     ):
         assert line in card.splitlines()
-    assert "| commit | `abc123` |" in card and "average 71.2 88.1" in card
+    assert re.search(r"\| learning_rate +\| `0.0001`", card) and re.search(r"\| commit +\| `abc123`", card)
+    assert "average 71.2 88.1" in card
     from huggingface_hub import ModelCard
 
     data = ModelCard(card).data

@@ -359,9 +359,7 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(workspace, main):
     tensors = load_file(path)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(
-        SystemExit, match="incomplete: the checkpoint has no model.layers.1.mlp.up_proj.weight"
-    ):
+    with pytest.raises(SystemExit, match="incomplete: the checkpoint has no model.layers.1.mlp.up_proj.weight"):
         main("incomplete", "--model_name_or_path", str(workspace / "incomplete"))
 
 
