@@ -893,9 +893,7 @@ def test_merge_refuses_what_would_be_silently_lost(trained, tmp_path):
     with pytest.raises(ValueError, match="7 adapter modules match nothing in the base: model.layers.2.mlp.down_proj, "):
         merge_adapter(run.base, directory, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
-    with pytest.raises(ValueError, match="holds a merge of .*checkpoint-2 into"):
-        merge_adapter(run.base, trained("llama", "dora").directory, run.merged)
-    with pytest.raises(ValueError, match="holds a model already"):
+    with pytest.raises(ValueError, match="is there already; delete it or choose another"):
         merge_adapter(run.base, run.directory, run.base)
     quantised = shutil.copytree(run.base, tmp_path / "quantised")
     edit = json.loads((quantised / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
