@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from malaysian_sft.chat_format import ChatFormat
 from malaysian_sft.conversations import DataArguments, find_sources
-from malaysian_sft.run import hold
+from malaysian_sft.locks import hold
 from malaysian_sft.tables import text_table
 from malaysian_sft.tokenise import data_fingerprint, write_cache
 

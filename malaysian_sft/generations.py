@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from malaysian_sft.extraction import extract
+from malaysian_sft.locks import hold
 from malaysian_sft.questions import LETTERS
-from malaysian_sft.run import hold
 
 # What became of a response. Letters are 0..5 in the arrays below, these are the rest.
 NONE, AMBIGUOUS, TRUNCATED, MISSING = -1, -2, -3, -4

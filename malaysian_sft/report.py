@@ -2,15 +2,18 @@
 
 import base64
 import json
+import re
 import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from malaysian_sft.extraction import extract
 from malaysian_sft.generations import read_generations
 from malaysian_sft.plots import draw
 from malaysian_sft.statistics import MEASURES, original_scores
+from malaysian_sft.tables import text_table
 
 
 def print_original(names, all_answers, questions):
@@ -31,45 +34,46 @@ def percent(item, digits=2):
 
 
 def tables(report):
-    """The report as [(title, header, rows of strings)]."""
+    """The report as [(title, frame of strings, a checkpoint or a category a row)]."""
     rows = report["checkpoints"]
     facts = f"{report['questions']:,} questions, 95 % intervals over questions, in percent"
+    names = [row["name"] for row in rows]
+
+    def of_checkpoints(columns, cells):
+        return pd.DataFrame([cells(row) for row in rows], index=names, columns=columns).rename_axis(
+            columns="checkpoint"
+        )
+
     found = []
     for kind, words in (("micro", "every question weighs the same"), ("macro", "every category weighs the same")):
-        body = [[row["name"], str(row["samples"]), *(percent(row[kind][name]) for name in MEASURES)] for row in rows]
-        found.append(
-            (f"{kind}: {words} ({facts})", ["checkpoint", "samples", "acc@1", "average", "majority", "any"], body)
+        columns = ["samples", "acc@1", "average", "majority", "any"]
+        frame = of_checkpoints(
+            columns, lambda row, kind=kind: [str(row["samples"]), *(percent(row[kind][name]) for name in MEASURES)]
         )
+        found.append((f"{kind}: {words} ({facts})", frame))
     for kind, title in (
         ("category", "average of the samples by category"),
         ("subject", "average by subject"),
         ("level", "average by level"),
     ):
-        names = list(rows[0][kind]) if rows else []
-        if len(names) < 2:
+        values = list(rows[0][kind]) if rows else []
+        if len(values) < 2:
             continue
         if kind == "category":
-            body = [[row["name"], *(percent(row[kind][name]["average"]) for name in names)] for row in rows]
-            found.append((title, ["checkpoint", *names], body))
+            frame = of_checkpoints(
+                values, lambda row: [percent(row["category"][v]["average"]) for v in row["category"]]
+            )
         else:  # many values: one line each, a column per checkpoint
-            body = [
-                [
-                    name or "-",
-                    str(rows[0][kind][name]["questions"]),
-                    *(percent(row[kind][name]["average"], 1) for row in rows),
-                ]
-                for name in names
+            cells = [
+                [str(rows[0][kind][v]["questions"]), *(percent(row[kind][v]["average"], 1) for row in rows)]
+                for v in values
             ]
-            found.append((title, [kind, "questions", *(row["name"] for row in rows)], body))
+            index = [value or "-" for value in values]
+            frame = pd.DataFrame(cells, index=index, columns=["questions", *names]).rename_axis(columns=kind)
+        found.append((title, frame))
     outcomes = list(rows[0]["answers"]) if rows else []
-    found.append(
-        (
-            "responses",
-            ["checkpoint", *outcomes],
-            [[row["name"], *(f"{row['answers'][name]:,}" for name in outcomes)] for row in rows],
-        )
-    )
-    return found
+    responses = of_checkpoints(outcomes, lambda row: [f"{row['answers'][name]:,}" for name in outcomes])
+    return [*found, ("responses", responses)]
 
 
 def notes(report, rows):
@@ -101,16 +105,8 @@ def notes(report, rows):
 def as_text(report, rows):
     """Everything after the original's block, as aligned text."""
     lines = [f"note: {line}" for line in notes(report, rows)]
-    for title, header, body in tables(report):
-        widths = [max(len(line[i]) for line in [header, *body]) for i in range(len(header))]
-        lines += ["", title]
-        for line in [header, *body]:
-            lines.append(
-                "  ".join(
-                    cell.ljust(width) if i == 0 else cell.rjust(width)
-                    for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-                )
-            )
+    for title, frame in tables(report):
+        lines += ["", title, text_table(frame)]
     if report["comparisons"]:
         lines += ["", "paired comparisons (average of the samples; question by question)"]
         lines += [item["verdict"] for item in report["comparisons"]]
@@ -132,37 +128,33 @@ def show(value):
 def as_markdown(report, rows):
     """The same tables as markdown."""
     lines = []
-    for title, header, body in tables(report):
-        lines += ["", f"**{title}**", "", "| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        lines += ["| " + " | ".join(line) + " |" for line in body]
-    lines += (
-        [""]
-        + [f"- {line}" for line in notes(report, rows)]
-        + [f"- {item['verdict']}" for item in report["comparisons"]]
-    )
+    for title, frame in tables(report):
+        escaped = frame.rename(index=escape, columns=escape)
+        table = escaped.rename_axis(escape(frame.columns.name)).to_markdown(disable_numparse=True, tablefmt="github")
+        lines += ["", f"**{escape(title)}**", "", table]
+    lines += ["", *(f"- {escape(line)}" for line in notes(report, rows))]
+    lines += [f"- {escape(item['verdict'])}" for item in report["comparisons"]]
     return "\n".join(lines).lstrip() + "\n"
+
+
+def escape(text):
+    """Text from outside (names of directories, categories, arguments) as markdown shows it: nothing of it is markup."""
+    return re.sub(r"([\\|`*_<>\[\]#])", r"\\\1", str(text).replace("\n", " "))
 
 
 def as_csv(report):
     """Long format: checkpoint, kind, name, questions, measure, value, low, high."""
-    lines = ["checkpoint,kind,name,questions,measure,value,low,high"]
-
-    def quoted(text):
-        return '"' + str(text).replace('"', '""') + '"'
-
+    found = []
     for row in report["checkpoints"]:
         for kind in ("micro", "macro"):
-            for name, item in row[kind].items():
-                lines.append(
-                    f"{quoted(row['name'])},{kind},,{report['questions']},{name},{item['value']},{item['low']},{item['high']}"
-                )
+            found += [(row["name"], kind, "", report["questions"], name, item) for name, item in row[kind].items()]
         for kind in ("category", "subject", "level"):
             for value, items in row[kind].items():
-                for name, item in items.items():
-                    if name != "questions":
-                        numbers = f"{items['questions']},{name},{item['value']},{item['low']},{item['high']}"
-                        lines.append(f"{quoted(row['name'])},{kind},{quoted(value)},{numbers}")
-    return "\n".join(lines) + "\n"
+                measures = {name: item for name, item in items.items() if name != "questions"}
+                found += [(row["name"], kind, value, items["questions"], name, item) for name, item in measures.items()]
+    columns = ["checkpoint", "kind", "name", "questions", "measure", "value", "low", "high"]
+    lines = [(*facts, item["value"], item["low"], item["high"]) for *facts, item in found]
+    return pd.DataFrame(lines, columns=columns).to_csv(index=False)
 
 
 PAGE = Path(__file__).with_name("report.html")  # the template; __DATA__ stands for the JSON
@@ -193,7 +185,10 @@ def write_html(report, rows, questions, path, budget=20_000_000):
             + ([] if texts else ["responses are left out: too many for one page"])
         ),
         "plot": plot,
-        "tables": tables(report),
+        "tables": [
+            (title, [frame.columns.name, *frame.columns], frame.reset_index().to_numpy().tolist())
+            for title, frame in tables(report)
+        ],
         "comparisons": [item["verdict"] for item in report["comparisons"]],
         "names": [row.name.removeprefix("malaymmlu-") for row in rows],
         "questions": listed,

@@ -1,18 +1,18 @@
 """What is recorded of a run: its arguments, its log, the tracker, the commit; and that one process group has its
 directory."""
 
-import fcntl
 import importlib
 import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
+
+from malaysian_sft.locks import hold
 
 
 def git_commit():
@@ -37,29 +37,6 @@ def wandb_mode():
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text())
     return os.environ.get("WANDB_MODE", "online" if has_key else "offline")
-
-
-def hold(path, busy=None):
-    """Keep other processes out while the file that is returned is open; the kernel closes it when the process dies.
-
-    busy: what to say, as ValueError, if another process (its number is appended) is there; None: wait for it, and say
-    so on stderr.
-    """
-    file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "unknown"
-        if busy is not None:
-            file.close()
-            raise ValueError(f"{busy} (process {owner})") from None
-        print(f"waiting for process {owner}, which holds {path}", file=sys.stderr, flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
 
 
 def claim(output_dir):

@@ -2,6 +2,7 @@
 and known truth."""
 
 import argparse
+import csv
 import json
 import subprocess
 import sys
@@ -634,12 +635,11 @@ def test_json_csv_and_markdown_hold_the_same_numbers(written):
         "malaymmlu-run-checkpoint-10",
     ]
     best = report["checkpoints"][2]
-    table = [
-        line
-        for line in (folder / "s.csv").read_text().splitlines()
-        if line.startswith('"malaymmlu-run-checkpoint-10",micro,,40,average,')
-    ]
-    assert len(table) == 1 and float(table[0].split(",")[5]) == best["micro"]["average"]["value"]
+    with open(folder / "s.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    wanted = {"checkpoint": "malaymmlu-run-checkpoint-10", "kind": "micro", "measure": "average"}
+    [line] = [line for line in table if wanted.items() <= line.items()]
+    assert line["questions"] == "40" and float(line["value"]) == best["micro"]["average"]["value"]
     text = percent(best["micro"]["average"])
     assert text in (folder / "s.md").read_text() and text in shown
     assert len(report["comparisons"]) == 3 and shown.count("---- read as:") == 2
