@@ -242,7 +242,7 @@ def find_jobs(args):
     )
     if args.base == "auto":
         bases = list(dict.fromkeys(base for *_, base in matched))
-    models = {base: find_base(base) for base in dict.fromkeys([*bases, *(base for *_, base in matched)])}
+    models = {base: str(find_base(base)) for base in dict.fromkeys([*bases, *(base for *_, base in matched)])}
     root = Path(args.output_root)
     jobs = [
         Job(base_name(base), [base_name(base)], base, models[base], None, root / f"malaymmlu-{base_name(base)}")

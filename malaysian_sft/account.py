@@ -110,7 +110,8 @@ def _architecture(config_class, config_json):
             name = f"{module_name}.{leaf}"
             parts = name.split(".")
             layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
-            if parameter.numel() == max(parameter.shape) or isinstance(module, torch.nn.Conv1d):
+            linear = isinstance(module, torch.nn.Linear)
+            if isinstance(module, torch.nn.Conv1d) or (not linear and parameter.numel() == max(parameter.shape)):
                 vectors[layer] = vectors.get(layer, 0) + parameter.numel()
                 continue
             shared = id(parameter) in seen  # a tied head holds no memory of its own
@@ -135,7 +136,7 @@ def _architecture(config_class, config_json):
                 matrices.append(Matrix(name, "embedding", layer, *parameter.shape, copies=1, active=0))
             elif module is head:
                 matrices.append(Matrix(name, "head", layer, *parameter.shape, copies=0 if shared else 1))
-            elif not isinstance(module, torch.nn.Linear) or parts[-2] in NOT_ADAPTED:
+            elif not linear or parts[-2] in NOT_ADAPTED:
                 matrices.append(Matrix(name, "router", layer, *parameter.shape))
             else:
                 kind = "attention" if "attn" in name else "shared_expert" if "shared_expert" in name else "mlp"

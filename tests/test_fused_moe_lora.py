@@ -372,7 +372,7 @@ def stack_bytes(kernel):
     return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
-def in_a_process(call, count, timeout=300, **environment):
+def in_a_process(call, count, timeout=900, **environment):
     """Call one of the functions above, which change Triton as a whole, in a process of its own; it prints "ok" `count`
     times."""
     environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

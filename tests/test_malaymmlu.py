@@ -270,7 +270,7 @@ def test_damage_inside_the_file_is_an_error_that_names_the_line(output):
 
 def test_a_second_run_on_the_directory_is_refused(output):
     first = output()
-    with pytest.raises(ValueError, match=f"written by another run .process {os.getpid()}"):
+    with pytest.raises(ValueError, match=f"written by another run; .*process {os.getpid()}"):
         output()
     first.close()
     output()
@@ -809,7 +809,7 @@ def test_killed_and_hung_engines_a_killed_driver_and_a_full_disk_lose_and_repeat
         # room for the engine's log and some answers
         resize((space.f_blocks - space.f_bfree) * space.f_frsize + (32 << 10))
         full = subprocess.run(
-            command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
+            command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900
         )
         assert full.returncode == 1 and "cut off a half-written last line" in full.stdout, full.stdout + full.stderr
         assert (
@@ -823,7 +823,7 @@ def test_killed_and_hung_engines_a_killed_driver_and_a_full_disk_lose_and_repeat
         resize("64m")
     missing = 3 * count - kept.count(b"\n")
     again = subprocess.run(
-        command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240
+        command(*flags), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900
     )
     assert again.returncode == 0, again.stdout + again.stderr
     assert (
@@ -884,7 +884,7 @@ def test_first_token_with_two_tensor_parallel_ranks_and_a_merged_adapter_equals_
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
     )
     directory = tmp_path / "malaymmlu-tiny-lora-8-7"
     logs = "".join(path.read_text()[-3000:] for path in directory.glob("engine-*.log"))

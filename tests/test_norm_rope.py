@@ -145,7 +145,7 @@ def test_kernels_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", "import test_norm_rope as t; t.run_interpreted()"]
     done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300
+        command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("ok ") == len(CHECKS)

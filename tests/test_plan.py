@@ -756,7 +756,7 @@ def test_peak_is_compared_with_the_plan():
 def run_plan(*words):
     """plan.py as a command."""
     command = [sys.executable, str(ROOT / "plan.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_the_command_is_the_launcher_with_dry_run(tmp_path):

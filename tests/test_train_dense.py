@@ -82,7 +82,7 @@ def run(workspace, name, *extra, **launch):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     output = workspace / "outputs" / name
     # results are judged, not the exit code alone: two-process runs abort now and then after all work is done
@@ -194,7 +194,7 @@ def test_ligers_loss_equals_the_plain_loop(workspace, plain_loop):
     script.write_text(WITH_LIGER)
     arguments = command(workspace, "liger", "--max_steps", "3", script=script)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=900)
     log = read_log(workspace / "outputs/liger")
     assert log.keys() == {1, 2, 3}, done.stderr[-3000:]
     for step in log:
@@ -469,7 +469,7 @@ def test_validation_loss_is_that_of_the_held_out_documents(workspace, processes,
         script=script,
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | ({"TRITON_INTERPRET": "1"} if liger else {})
-    done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=workspace, env=env, capture_output=True, text=True, timeout=900)
     log = (workspace / "outputs" / name / "log.jsonl").read_text().splitlines()
     [found] = [record["validation_loss"] for record in map(json.loads, log) if "validation_loss" in record]
     data_args = DataArguments(

@@ -109,7 +109,7 @@ def run_processes(count, argv, patch="", local_world_size=None):
     if count > 1:
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--rdzv_backend", "c10d"]
         command[1:1] = [*launcher, "--rdzv_endpoint", "localhost:0", "--"]
-    done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stdout + done.stderr
 
 
