@@ -111,7 +111,8 @@ def _architecture(config_class, config_json):
             parts = name.split(".")
             layer = int(parts[parts.index("layers") + 1]) if "layers" in parts else None
             linear = isinstance(module, torch.nn.Linear)
-            if isinstance(module, torch.nn.Conv1d) or (not linear and parameter.numel() == max(parameter.shape)):
+            row = parameter.dim() == 1 or (not linear and parameter.numel() == max(parameter.shape))
+            if row or isinstance(module, torch.nn.Conv1d):
                 vectors[layer] = vectors.get(layer, 0) + parameter.numel()
                 continue
             shared = id(parameter) in seen  # a tied head holds no memory of its own
