@@ -4,6 +4,7 @@ reasoning_content."""
 import functools
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,10 @@ class DataArguments:
         default="refuse",
         metadata={"help": "Refuse a dataset with bad rows, or skip and count them.", "choices": ["refuse", "skip"]},
     )
+    ignore_columns: str = field(
+        default="",
+        metadata={"help": "Columns that are left out on purpose, comma-separated (ids, sources, weights)."},
+    )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Tokenising processes. Default: the cores this process may use."}
     )
@@ -40,6 +45,10 @@ class DataArguments:
     validation_share: float = field(
         default=0.0, metadata={"help": "Share of the rows held out for validation, 0 <= share < 1."}
     )
+
+    def ignored(self) -> frozenset:
+        """The names in ignore_columns."""
+        return frozenset(name.strip() for name in self.ignore_columns.split(",") if name.strip())
 
     def check(self) -> None:
         """Raise ValueError for a value that cannot work, naming the flag."""
@@ -58,15 +67,27 @@ class BadRow(ValueError):
     """A row that cannot be trained on; the message says what is wrong with it."""
 
 
-# config of Scicom-intl/Malaysian-Instructions -> its fields for the user's turn and the answer; system and reasoning
-# are named so in all
+# The schemas of rows: required columns; what else may be there. An empty or null column is absent.
+EXTRAS = frozenset({"system", "reasoning"})
 SCHEMAS = {
+    ("input", "output"): EXTRAS,
+    ("question", "answer"): EXTRAS,
+    ("input", "answer"): EXTRAS,
+    ("instruction", "output"): EXTRAS | {"input"},  # Alpaca
+    ("context", "question", "answer"): EXTRAS,
+    ("question", "options", "answer"): EXTRAS | {"context"},
+    ("messages",): frozenset({"system"}),
+    ("conversations",): frozenset({"system"}),  # ShareGPT
+}
+# config of Scicom-intl/Malaysian-Instructions -> its schema
+CONFIGS = {
     "ayat_aktif_pasif": ("input", "output"),
     "coding": ("question", "answer"),
     "malaysian_reasoning": ("input", "answer"),
     "meta_prompt": ("input", "answer"),
     "multiple_choice_qa": ("question", "answer"),
 }
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 def _text(row: dict, key: str, optional: bool = False) -> str:
@@ -90,34 +111,87 @@ def _text(row: dict, key: str, optional: bool = False) -> str:
     return value
 
 
-def to_conversation(row: dict, config: str | None = None) -> list[dict]:
+def to_conversation(row: dict, config: str | None = None, ignored: frozenset = frozenset()) -> list[dict]:
     """Map one dataset row to messages: dicts with role, content and, where there is any, reasoning_content.
 
-    `config` names the schema (a key of SCHEMAS); None, or a row that has `messages`, detects it by the row's fields. A
-    non-empty system or reasoning field is always used. Raises BadRow with the field and the reason: nothing is guessed.
+    `config` names the schema (a key of CONFIGS); otherwise the row's columns say which of SCHEMAS it is. ignored:
+    columns that are left out on purpose. Raises BadRow with the column and the reason: nothing is guessed, and no
+    column is dropped.
     """
     if not isinstance(row, dict):
         raise BadRow(f"row is {type(row).__name__}, expected an object")
-    if "messages" in row:
-        return _check_messages(row["messages"])
-    if config in SCHEMAS:
-        user, answer = SCHEMAS[config]
+    row = {key: value for key, value in row.items() if value is not None and key not in ignored}
+    schema = _schema_of(row, config)
+    if schema == ("messages",):
+        messages = _check_messages(row["messages"])
+    elif schema == ("conversations",):
+        messages = _check_messages(_from_sharegpt(row["conversations"]))
     else:
-        fitting = sorted({fields for fields in SCHEMAS.values() if all(name in row for name in fields)})
-        if len(fitting) != 1:
+        *questions, answer = schema
+        if schema == ("instruction", "output"):
+            questions.append("input")
+        parts = [_user_part(row, name, optional=name not in schema) for name in _in_order(row, questions)]
+        messages = [{"role": "user", "content": "\n\n".join(filter(None, parts))}]
+        messages.append({"role": "assistant", "content": _text(row, answer)})
+        if reasoning := _text(row, "reasoning", optional=config != "malaysian_reasoning"):
+            messages[-1]["reasoning_content"] = reasoning
+    if system := _text(row, "system", optional=True):
+        if messages[0]["role"] == "system":
+            raise BadRow("column 'system' and a system turn in the messages: which of them is meant?")
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def _schema_of(row, config):
+    filled = {str(key) for key, value in row.items() if value != "" and value != []}
+    if config in CONFIGS and "messages" not in row:
+        schema = CONFIGS[config]
+        if missing := [name for name in schema if name not in row]:
+            raise BadRow(f"missing field {missing[0]!r}")
+        unknown = filled - {*schema, *SCHEMAS[schema]}
+    else:
+        fitting = [schema for schema in SCHEMAS if all(name in row for name in schema)]
+        exact = [schema for schema in fitting if filled <= {*schema, *SCHEMAS[schema]}]
+        if not fitting or len(exact) > 1:
+            known = ", ".join("+".join(schema) for schema in SCHEMAS)
             which = "more than one schema" if fitting else "no schema"
-            known = "messages, " + ", ".join(sorted({"+".join(fields) for fields in SCHEMAS.values()}))
-            raise BadRow(f"fields {sorted(map(str, row))} fit {which} ({known})")
-        user, answer = fitting[0]
+            raise BadRow(f"columns {sorted(map(str, row))} fit {which} ({known})")
+        schema = exact[0] if exact else max(fitting, key=lambda schema: len(filled & {*schema, *SCHEMAS[schema]}))
+        unknown = filled - {*schema, *SCHEMAS[schema]}
+    if unknown:
+        raise BadRow(
+            f"columns {sorted(unknown)} have no place in a row of {'+'.join(schema)} and would not be trained on; leave"
+            f" them out with --ignore_columns {','.join(sorted(unknown))}"
+        )
+    return schema
+
+
+def _in_order(row, questions):
+    """The columns of the user's turn in the order in which they are read: context first, options last."""
+    return [*(["context"] if "context" in row and "context" not in questions else []), *questions]
+
+
+def _user_part(row, name, optional):
+    value = row.get(name)
+    if name == "options" and isinstance(value, list):
+        if not value or not all(isinstance(option, str) and option.strip() for option in value):
+            raise BadRow("column 'options' is not a list of non-empty strings")
+        return "\n".join(value)
+    return _text(row, name, optional)
+
+
+def _from_sharegpt(turns):
+    if not isinstance(turns, list):
+        raise BadRow(f"column 'conversations' is {type(turns).__name__}, expected a list")
     messages = []
-    system = _text(row, "system", optional=True)
-    if system:
-        messages.append({"role": "system", "content": system})
-    messages.append({"role": "user", "content": _text(row, user)})
-    messages.append({"role": "assistant", "content": _text(row, answer)})
-    reasoning = _text(row, "reasoning", optional=config != "malaysian_reasoning")
-    if reasoning:
-        messages[-1]["reasoning_content"] = reasoning
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or {"from", "value"} - turn.keys():
+            raise BadRow(f"conversations[{i}] is not an object with 'from' and 'value'")
+        if unknown := {key for key, value in turn.items() if value not in (None, [], "")} - {"from", "value"}:
+            raise BadRow(f"conversations[{i}] has {sorted(unknown)}; only from and value are trained on")
+        if turn["from"] not in SHAREGPT_ROLES:
+            raise BadRow(f"conversations[{i}] is from {turn['from']!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
+        messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
     return messages
 
 
@@ -141,6 +215,8 @@ def _check_messages(messages) -> list[dict]:
         role = message.get("role")
         if role not in ("system", "user", "assistant"):
             raise BadRow(f"messages[{i}] has role {role!r}, expected system, user or assistant")
+        if role == "system" and message.get("content") in ("", None):
+            continue  # some templates want one, with nothing in it
         if role == "assistant" and (not checked or checked[-1]["role"] != "user"):
             raise BadRow(f"messages[{i}] is an assistant turn that follows no user turn")
         try:
@@ -152,6 +228,8 @@ def _check_messages(messages) -> list[dict]:
             if role != "assistant":
                 raise BadRow(f"messages[{i}] has reasoning_content in a {role} turn")
             checked[-1]["reasoning_content"] = reasoning
+    if not checked:
+        raise BadRow("field 'messages' has no turn with text")
     if checked[-1]["role"] != "assistant":
         raise BadRow(f"the last message is a {checked[-1]['role']} turn; a conversation ends with the assistant")
     return checked
@@ -162,7 +240,7 @@ class Source:
     """One file, or one config of a hub dataset. `rows()` yields (row number from 1, bytes of JSON | dict | BadRow)."""
 
     name: str
-    config: str | None  # a key of SCHEMAS when the name says so; None detects the schema row by row
+    config: str | None  # a key of CONFIGS when the name says so; None detects the schema row by row
     label: str  # what the report groups by
     digest: str  # hash of the content
     count: int  # rows, for the progress bar (blank lines of a JSONL file included)
@@ -196,49 +274,80 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
     import pyarrow.parquet
 
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-        for i in range(batch.num_rows):
-            number += 1
-            try:
-                yield number, batch.slice(i, 1).to_pylist()[0]
-            except UnicodeDecodeError as error:
-                yield number, BadRow(f"not valid UTF-8 ({error.reason})")
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for i in range(batch.num_rows):
+                number += 1
+                try:
+                    yield number, batch.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    yield number, BadRow(f"not valid UTF-8 ({error.reason})")
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: damaged after row {number} ({str(error).splitlines()[0]})") from None
 
 
 def _file_source(path: Path) -> Source:
     import pyarrow
 
     digest, newlines = _digest_file(path)
-    config = path.stem if path.stem in SCHEMAS else None
+    config = path.stem if path.stem in CONFIGS else None
     name, count = str(path), newlines + 1
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
         try:
             count = pyarrow.parquet.ParquetFile(path).metadata.num_rows
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a Parquet file ({error})") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
         rows = functools.partial(_parquet_rows, path)
-    elif path.suffix == ".json" and path.read_bytes().removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+    elif path.suffix == ".json" and _first_byte(path) == b"[":
         try:
             content = json.loads(path.read_bytes())
-        except ValueError as error:  # a UnicodeDecodeError is one too
+        except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError too
             raise ValueError(
                 f"{path}: not valid JSON ({error}); a list of objects, or one object a line, is expected"
             ) from None
         rows, count = functools.partial(_json_list, content), len(content)
     else:
+        _refuse_other_json(path)
         rows = functools.partial(_json_lines, path)
     return Source(name, config, path.stem, digest, count, rows)
 
 
+def _first_byte(path):
+    with open(path, "rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def _refuse_other_json(path):
+    """Raise ValueError, in one line, for JSON that is not one object a line: reading it would name every line."""
+    if _first_byte(path) == b"[":
+        raise ValueError(f"{path}: a JSON list, not one object a line; rename it to {path.stem}.json")
+    with open(path, "rb") as file:
+        first = file.readline().removeprefix(b"\xef\xbb\xbf").strip()
+    if first == b"{":
+        raise ValueError(f"{path}: pretty-printed JSON; write one object a line, or a list of objects in a .json file")
+
+
 SUFFIXES = (".jsonl", ".json", ".parquet")
+# Of a local directory, as of a hub dataset, the training split is read; these words in a file's name say it is another.
+OTHER_SPLITS = re.compile(r"(^|[-_.])(test|validation|valid|val|dev|eval)([-_.]|$)", re.IGNORECASE)
 
 
 def _local_sources(path: Path, wanted: set[str] | None) -> list[Source]:
     if path.is_dir():
         found = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-        files = [file for file in found if file.suffix in SUFFIXES]
+        if (path / "dataset_info.json").exists() or (path / "state.json").exists():
+            raise ValueError(
+                f"--dataset {path}: written by datasets' save_to_disk; write it with to_parquet or to_json instead"
+            )
+        data = [file for file in found if file.suffix in SUFFIXES]
+        files = [file for file in data if not OTHER_SPLITS.search(file.stem)]
+        if left := [str(file) for file in data if OTHER_SPLITS.search(file.stem)]:
+            print(
+                f"--dataset {path}: {len(left)} files of other splits than train are not read: {', '.join(left[:5])}",
+                file=sys.stderr,
+            )
         if ignored := [str(file) for file in found if file.suffix not in (*SUFFIXES, ".md")]:
             print(
                 f"--dataset {path}: {len(ignored)} files of other kinds are not read: {', '.join(ignored[:5])}",
@@ -274,7 +383,7 @@ def _hub_sources(dataset: str, wanted: set[str] | None, revision: str | None) ->
             digest.update(_digest_file(Path(file["filename"]))[0].encode())
         rows = functools.partial(enumerate, table, 1)
         sources.append(
-            Source(f"{dataset}/{name}", name if name in SCHEMAS else None, name, digest.hexdigest(), len(table), rows)
+            Source(f"{dataset}/{name}", name if name in CONFIGS else None, name, digest.hexdigest(), len(table), rows)
         )
     return sources
 

@@ -21,7 +21,7 @@ from malaysian_sft.conversations import BadRow, DataArguments, Source, to_conver
 
 # Part of the cache's key. Raise it with any change in this file, conversations.py or chat_format.py after which some
 # row becomes other tokens or labels; tests/test_multipack.py holds it to a golden sample.
-TOKENISATION_VERSION = 1
+TOKENISATION_VERSION = 2
 
 
 @dataclass
@@ -35,7 +35,9 @@ class Tokenised:
     bad: list[tuple[int, int, str]]
 
 
-def tokenise(chat: ChatFormat, chunk: list[tuple[int, str | None, int, object]], loss_on: str) -> Tokenised:
+def tokenise(
+    chat: ChatFormat, chunk: list[tuple[int, str | None, int, object]], loss_on: str, ignored: frozenset = frozenset()
+) -> Tokenised:
     """Tokenise rows given as (source index, config, row number, bytes of JSON | dict | BadRow)."""
     documents, rows, bad = [], [], []
     for source, config, number, raw in chunk:
@@ -43,7 +45,7 @@ def tokenise(chat: ChatFormat, chunk: list[tuple[int, str | None, int, object]],
             if isinstance(raw, BadRow):
                 raise raw
             row = _parse(raw) if isinstance(raw, bytes) else raw
-            found = chat.documents(to_conversation(row, config))
+            found = chat.documents(to_conversation(row, config, ignored))
         except BadRow as error:
             bad.append((source, number, str(error)))
             continue
@@ -69,20 +71,20 @@ def _parse(line: bytes) -> object:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"not valid UTF-8 (byte {error.start}: {error.reason})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"not valid JSON ({error})") from None
 
 
 _worker: dict = {}  # the tokenizer and loss_on, in a worker process; empty in the parent
 
 
-def _start_worker(chat: ChatFormat, loss_on: str) -> None:
+def _start_worker(chat: ChatFormat, loss_on: str, ignored: frozenset) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough threads
-    _worker.update(chat=chat, loss_on=loss_on)
+    _worker.update(chat=chat, loss_on=loss_on, ignored=ignored)
 
 
 def _work(chunk) -> Tokenised:
-    return tokenise(_worker["chat"], chunk, _worker["loss_on"])
+    return tokenise(_worker["chat"], chunk, _worker["loss_on"], _worker["ignored"])
 
 
 def _chunks(sources: list[Source], size: int) -> Iterator[list[tuple[int, str | None, int, object]]]:
@@ -97,17 +99,19 @@ def _chunks(sources: list[Source], size: int) -> Iterator[list[tuple[int, str | 
         yield chunk
 
 
-def _tokenise_all(chat: ChatFormat, sources: list[Source], loss_on: str, workers: int) -> Iterator[Tokenised]:
+def _tokenise_all(
+    chat: ChatFormat, sources: list[Source], loss_on: str, ignored: frozenset, workers: int
+) -> Iterator[Tokenised]:
     """Tokenise every source in order, on `workers` processes, holding only a few chunks at a time."""
     if workers == 1:
         for chunk in _chunks(sources, 256):
-            yield tokenise(chat, chunk, loss_on)
+            yield tokenise(chat, chunk, loss_on, ignored)
         return
     waiting = deque()
     # fork hands the tokenizer over without pickling; the children run no kernels and no threads
     fork = multiprocessing.get_context("fork")
     try:
-        with ProcessPoolExecutor(workers, fork, _start_worker, (chat, loss_on)) as pool:
+        with ProcessPoolExecutor(workers, fork, _start_worker, (chat, loss_on, ignored)) as pool:
             for chunk in _chunks(sources, 256):
                 waiting.append(pool.submit(_work, chunk))
                 if len(waiting) >= 4 * workers:  # never the whole dataset in flight
@@ -137,6 +141,7 @@ def data_fingerprint(data_args: DataArguments, sources: list[Source], chat: Chat
         "rendered": chat.probe,  # a template that writes today's date makes another dataset tomorrow
         "loss_on": data_args.loss_on,
         "bad_rows": data_args.bad_rows,
+        "ignore_columns": sorted(data_args.ignored()),
     }
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=10).hexdigest()
 
@@ -164,7 +169,7 @@ def write_cache(
             open(temporary / "supervised.bin", "wb") as supervised,
             tqdm(total=total, desc="tokenising", unit=" rows", disable=not progress, mininterval=1.0) as bar,
         ):
-            for part in _tokenise_all(chat, sources, data_args.loss_on, workers):
+            for part in _tokenise_all(chat, sources, data_args.loss_on, data_args.ignored(), workers):
                 part.tokens.tofile(tokens)
                 part.supervised.tofile(supervised)
                 content.update(part.tokens.tobytes() + part.supervised.tobytes())
@@ -182,7 +187,7 @@ def write_cache(
         np.save(temporary / "offsets.npy", offsets)
         # a row's number within its source, and the source: together they say which row a document comes from
         np.save(temporary / "rows.npy", np.array([row for _, row in rows], dtype=np.int64))
-        np.save(temporary / "sources.npy", np.array([source for source, _ in rows], dtype=np.uint16))
+        np.save(temporary / "sources.npy", np.array([source for source, _ in rows], dtype=np.uint32))
         skipped = defaultdict(int)
         for source, _, _ in bad:
             skipped[source] += 1

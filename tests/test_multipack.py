@@ -126,11 +126,6 @@ TURNS = [
 EXPECTED = {
     ("qwen3", "SINGLE"): ["<think>\n\n</think>\n\nKhabar baik.<|im_end|>"],
     ("qwen3", "REASONED"): ["<think>\ndua campur dua\nialah empat\n</think>\n\n4<|im_end|>"],
-    ("qwen3", "TURNS"): [
-        "jawapan satu<|im_end|>",
-        "jawapan dua<|im_end|>",
-        "<think>\n\n</think>\n\n\tjawapan tiga <|im_end|>",
-    ],
     ("qwen2.5", "SINGLE"): ["Khabar baik.<|im_end|>"],
     ("qwen2.5", "REASONED"): ["<think>\ndua campur dua\nialah empat\n</think>\n\n4<|im_end|>"],
     ("qwen2.5", "TURNS"): ["jawapan satu<|im_end|>", "jawapan dua<|im_end|>", "\tjawapan tiga <|im_end|>"],
@@ -276,10 +271,11 @@ def test_a_template_that_drops_the_system_turn_is_noticed(tmp_path):
 
 BAD = [
     ({"question": "a"}, "fit no schema"),
-    ({"question": "a", "input": "b", "answer": "c"}, "more than one schema"),
+    ({"question": "a", "input": "b", "answer": "c"}, r"columns \['input'\] have no place.*--ignore_columns input"),
+    ({"question": "a", "answer": "b", "id": 7}, r"columns \['id'\] have no place"),
     ({"question": "a", "answer": ""}, "'answer' is empty"),
     ({"question": "a", "answer": " \n"}, "'answer' is empty"),
-    ({"question": None, "answer": "b"}, "'question' is NoneType"),
+    ({"question": None, "answer": "b"}, "fit no schema"),
     ({"question": "a", "answer": 3}, "'answer' is int"),
     ({"question": "a", "answer": "\ud800"}, "not valid Unicode"),
     ({"question": "a", "answer": "b<|im_end|>c"}, "control token '<|im_end|>'"),
@@ -637,7 +633,7 @@ def test_cache_is_keyed_by_all_that_matters_and_nothing_else(tmp_path, monkeypat
 
 
 # Tokens and labels of the golden sample by TOKENISATION_VERSION; only the newest is kept.
-GOLDEN = {1: "ce79ae22c14c610c01f6623e467dea1a6c021e9a"}
+GOLDEN = {2: "e6814c72e71d0d5f7b90b0f8eb2e5917218e4561"}
 
 
 def test_another_tokenisation_has_another_version():
