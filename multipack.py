@@ -28,6 +28,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from malaysian_sft.base_model import load_tokenizer
 from malaysian_sft.chat_format import ChatFormat
 from malaysian_sft.conversations import DataArguments, find_sources
 from malaysian_sft.locks import hold
@@ -388,14 +389,11 @@ def format_document(document: dict[str, torch.Tensor], tokenizer, color: bool) -
 
 
 def main() -> None:
-    from transformers import AutoTokenizer, HfArgumentParser
+    from transformers import HfArgumentParser
 
     try:
         data_args, args = HfArgumentParser((DataArguments, CommandArguments)).parse_args_into_dataclasses()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(args.model)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--model {args.model}: no tokenizer there ({str(error).splitlines()[0]})") from None
+        tokenizer = load_tokenizer(args.model)
         dataset = prepare(data_args, tokenizer, args.model, seed=args.seed)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

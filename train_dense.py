@@ -33,7 +33,6 @@ from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
     Trainer,
     TrainerCallback,
@@ -49,7 +48,7 @@ from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu
 from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.adapter_state import load_adapter, save_adapter
 from malaysian_sft.attention import register_attention
-from malaysian_sft.base_model import base_faults, load_config, name_as_on_disk
+from malaysian_sft.base_model import base_faults, load_config, load_tokenizer, name_as_on_disk
 from malaysian_sft.checkpoints import newest_checkpoint
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.documents_apart import check_documents_apart, takes_document_numbers, with_document_numbers
@@ -499,7 +498,7 @@ def main():
         if training_args.activations == "auto":
             training_args.activations = planned["activations"] if planned else "full"
         training_args.gradient_checkpointing = training_args.activations == "full"
-        tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
+        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
         packs = multipack.prepare(data_args, tokenizer, model_args.model_name_or_path, seed=training_args.seed)
         if training_args.prepare_only:
             return print(multipack.format_report(packs.report))

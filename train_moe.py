@@ -34,11 +34,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 import multipack
 from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu, train_flops
-from malaysian_sft.base_model import find_base, load_config
+from malaysian_sft.base_model import find_base, load_config, load_tokenizer
 from malaysian_sft.checkpoints import Checkpointer, newest_checkpoint, resume_fault
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.documents_apart import check_documents_apart
@@ -336,7 +336,7 @@ def parse(argv=None):
 def prepare_only(args, data_args):
     """Fetch the model, tokenise and pack, in this one process; print what is in the data."""
     check_trainer(load_config(args.model_name_or_path, args.model_revision), "moe")
-    tokenizer = AutoTokenizer.from_pretrained(find_base(args.model_name_or_path, args.model_revision))
+    tokenizer = load_tokenizer(find_base(args.model_name_or_path, args.model_revision))
     dataset = multipack.prepare(data_args, tokenizer, args.model_name_or_path, seed=args.seed)
     print(multipack.format_report(dataset.report))
 
@@ -479,7 +479,7 @@ def train(args, data_args, lora_args):
     check_trainer(config, "moe")
     args, planned = settle_memory(config, args, data_args, lora_args)
     directory = find_base(args.model_name_or_path, args.model_revision)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
     dataset = multipack.prepare(data_args, tokenizer, args.model_name_or_path, seed=args.seed)
     steps = count_steps(len(dataset), args.global_batch_size, args.num_train_epochs, args.max_steps)
     sizes = len(dataset), data_args.max_seq_length, args.global_batch_size, dist.get_world_size(), 1

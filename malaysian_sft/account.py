@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fused_moe_lora import why_not_conforming
+from malaysian_sft.base_model import UNREADABLE
 from malaysian_sft.lora import NOT_ADAPTED, active_experts, expert_rank
 
 GIB = 2**30
@@ -98,10 +99,16 @@ def _architecture(config_class, config_json):
 
     if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{config_class.__name__}: not the config of a causal language model that transformers knows")
-    config = config_class.from_dict(json.loads(config_json))
     # Constructed directly: from_config would enter DeepSpeed's zero.Init when a ZeRO-3 trainer asks.
-    with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config)
+    try:
+        config = config_class.from_dict(json.loads(config_json))
+        with torch.device("meta"):
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[config_class](config)
+    except UNREADABLE as error:
+        what = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(
+            f"{config_class.__name__}: transformers cannot build a model of this config ({what})"
+        ) from None
     top_k = active_experts(config)
     head = model.get_output_embeddings()
     matrices, vectors, seen = [], {}, set()

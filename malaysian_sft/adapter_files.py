@@ -8,6 +8,7 @@ a checksum per tensor and a fingerprint of the base. fp32 on disk unless asked o
 import functools
 import hashlib
 import json
+import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -229,9 +230,13 @@ class Adapter:
     def _read_manifest(self) -> dict:
         path = self.directory / MANIFEST
         try:
-            return json.loads(path.read_text()) if path.is_file() else {}
-        except ValueError as error:
+            manifest = json.loads(path.read_text()) if path.is_file() else {}
+        except (RecursionError, ValueError) as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
+        parts = ("base_config", "base_tensors", "scaling", "tensors")
+        if not isinstance(manifest, dict) or not all(isinstance(manifest.get(part, {}), dict) for part in parts):
+            raise ValueError(f"{path}: no manifest: expected an object with {', '.join(parts)}, each an object")
+        return manifest
 
     def check(self, base=None) -> "Adapter":
         """Itself; raises ValueError if names or scaling are not those in the manifest, experts are missing, or `base`
@@ -262,13 +267,23 @@ def read_adapter_config(directory) -> dict:
         raise ValueError(f"{directory}: no {CONFIG}: not an adapter directory")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds {type(config).__name__}, expected an object")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)) or config[key] <= 0:
+        if not _positive(config.get(key)) or (key == "r" and not isinstance(config[key], int)):
             raise ValueError(f"{path}: {key} is {config.get(key)!r}; expected a positive number")
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(path, key, config.get(key) or {})
+    for key in ("target_modules", "target_parameters", "exclude_modules"):
+        names = config.get(key)
+        if not (names is None or isinstance(names, str) or _strings(names)):
+            raise ValueError(f"{path}: {key} is {str(names)[:80]!r}; expected names, or a pattern of names")
+    if not isinstance(config.get("base_model_name_or_path"), (str, type(None))):
+        raise ValueError(f"{path}: base_model_name_or_path is {config['base_model_name_or_path']!r}; expected a string")
     for key in (
         "lora_bias",
         "fan_in_fan_out",
@@ -289,6 +304,24 @@ def read_adapter_config(directory) -> dict:
             " first"
         )
     return config
+
+
+def _positive(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _strings(values):
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _check_patterns(path, key, patterns):
+    if not isinstance(patterns, dict) or not all(map(_positive, patterns.values())):
+        raise ValueError(f"{path}: {key} is {str(patterns)[:80]!r}; expected positive numbers by pattern")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{path}: {key} has {pattern!r}, which is no regular expression ({error})") from None
 
 
 def manifest_faults(adapter) -> list[str]:
@@ -317,12 +350,29 @@ def expert_faults(adapter) -> list[str]:
             layers[match["stack"]].add((int(match["index"]), match["projection"]))
     projections = {projection for found in layers.values() for _, projection in found}
     count = 1 + max((e for found in layers.values() for e, _ in found), default=-1)
-    faults = []
-    for stack, found in layers.items():
-        for e in range(count):
-            if lost := [p for p in PROJECTIONS if p in projections and (e, p) not in found]:
-                faults.append(f"{adapter.path}: expert {e} of {stack} has no {', '.join(lost)}")
-    return faults
+    lost = [
+        f"{stack}.{e}.{projection}"
+        for stack, found in layers.items()
+        for projection in PROJECTIONS
+        for e in range(count)
+        if projection in projections and (e, projection) not in found
+    ]
+    return [f"{adapter.path}: {names} is missing" for names in in_groups(lost)]
+
+
+def in_groups(names) -> list[str]:
+    """Names of modules; of a layer's experts that lack the same, one: "...experts.{0, 3, 7 and 5 more}.up_proj"."""
+    found, groups = [], defaultdict(list)
+    for name in names:
+        if match := EXPERT.match(name):
+            groups[match["stack"], match["projection"]].append(int(match["index"]))
+        else:
+            found.append(name)
+    for (stack, projection), experts in groups.items():
+        more = f" and {len(experts) - 3} more" if len(experts) > 3 else ""
+        few = str(experts[0]) if len(experts) == 1 else "{" + ", ".join(map(str, experts[:3])) + more + "}"
+        found.append(f"{stack}.{few}.{projection}")
+    return found
 
 
 def is_tokenizer_file(name: str) -> bool:

@@ -32,7 +32,7 @@ from malaysian_sft.lora import (
     short_names,
 )
 from malaysian_sft.model_card import model_card
-from malaysian_sft.safetensors_files import tensor_checksums
+from malaysian_sft.safetensors_files import save_tensors, tensor_checksums
 from malaysian_sft.verify import adapter_faults
 
 
@@ -201,8 +201,6 @@ def save_adapter(
 
 
 def _write_adapter(model, directory, base_model, tokenizer, lora_args, tensors, allow_zero, dtype):
-    from safetensors.torch import save_file
-
     while not hasattr(model, "config") and hasattr(model, "module"):  # DistributedDataParallel, DeepSpeedEngine
         model = model.module
     config = _adapter_config(model, base_model)
@@ -215,7 +213,7 @@ def _write_adapter(model, directory, base_model, tokenizer, lora_args, tensors, 
     temporary.mkdir(parents=True)
     (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, temporary / WEIGHTS)
     manifest = {
         "base_model": base_model,
         "base_config": shape_fields(getattr(model, "config", None)),

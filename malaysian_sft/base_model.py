@@ -46,10 +46,8 @@ def name_as_on_disk(model, base):
 def base_faults(manifest, base, revision=None) -> list[str]:
     """How `base`, a directory or hub id, differs from what an adapter's manifest recorded of its base, in lines; [] if
     it does not."""
-    from transformers import AutoConfig
-
     trained_on, faults = manifest.get("base_model"), []
-    found = shape_fields(AutoConfig.from_pretrained(base, revision=revision))
+    found = shape_fields(load_config(base, revision))
     for key, value in manifest.get("base_config", {}).items():
         if found.get(key) != value:
             faults.append(
@@ -134,12 +132,54 @@ def refuse_quantised(name, config: dict) -> None:
         )
 
 
+# What transformers raises for files that make no sense to it, beside its own errors.
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+# Sizes beyond any model, which would take a machine's memory or hours to find out.
+LARGEST = {"num_hidden_layers": 2000, "hidden_size": 10**6, "intermediate_size": 10**7, "vocab_size": 10**8}
+LARGEST |= {"num_attention_heads": 10**5, "num_experts": 10**5, "num_local_experts": 10**5, "n_routed_experts": 10**5}
+
+
 def load_config(name, revision=None):
     """The transformers config of a hub id, a directory or a config.json file. Raises ValueError, in one line, if there
-    is none."""
-    from transformers import AutoConfig
+    is none, if it asks for code of its own, or if it cannot be a model's."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, PreTrainedConfig
 
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
-    except OSError as error:
-        raise ValueError(f"{name}: no config.json found there ({str(error).splitlines()[0]})") from error
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        text = config.get_text_config()
+    except (*UNREADABLE, StrictDataclassError) as error:
+        what = (str(error) or type(error).__name__).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):
+            what = "the model is code that comes with it, which is not run; only models of transformers are trained"
+        raise ValueError(f"{name}: no config that transformers can read ({what})") from None
+    if not isinstance(text, PreTrainedConfig):
+        raise ValueError(f"{name}: config.json's text_config is {text!r}; expected an object")
+    for key, largest in LARGEST.items():
+        value = getattr(text, key, None)
+        if value is not None and not (type(value) is int and 0 <= value <= largest):
+            raise ValueError(f"{name}: config.json says {key} is {value!r}; expected an integer up to {largest:,}")
+    return config
+
+
+def load_tokenizer(name, revision=None):
+    """The tokenizer of a hub id or a directory. Raises ValueError, in one line, if there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the Rust library raises nothing more particular
+        if type(error) is not Exception and not isinstance(error, UNREADABLE):
+            raise
+        what = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ValueError(f"{name}: no tokenizer that transformers can read ({what})") from None

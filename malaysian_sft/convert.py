@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from malaysian_sft.adapter_files import Adapter, is_tokenizer_file
+from malaysian_sft.adapter_files import Adapter, in_groups, is_tokenizer_file
+from malaysian_sft.disk_names import by_role
 from malaysian_sft.lora import (
     CONFIG,
     DISK_NAME,
@@ -20,7 +21,7 @@ from malaysian_sft.lora import (
     parameter_names,
     short_names,
 )
-from malaysian_sft.safetensors_files import DTYPES, tensor_checksums
+from malaysian_sft.safetensors_files import DTYPES, save_tensors, tensor_checksums
 
 
 def convert_adapter(directory, out, layout="2d", dtype=None) -> None:
@@ -31,21 +32,20 @@ def convert_adapter(directory, out, layout="2d", dtype=None) -> None:
     experts for down. Raises ValueError for DoRA experts, for which PEFT has no stacked form, and for experts that
     differ in rank or are incomplete.
     """
-    from safetensors.torch import save_file
-
     adapter, out = Adapter(directory).check(), Path(out)
     if (out / CONFIG).exists():
         raise ValueError(f"{out}: holds an adapter already; choose another directory")
     config, dtype = dict(adapter.config), dtype or DTYPES[next(iter(adapter.header.values()))["dtype"]]
-    tensors = {
-        key: adapter.tensor(key)
-        for key in adapter.header
-        if not DISK_NAME.match(key)["module"].endswith((".experts", ".experts.base_layer"))
-    }
     experts = {name: slot for name, slot in adapter.slots.items() if EXPERT.match(name)}
+    changes = bool(experts) and (layout == "stacked") != adapter.stacked
+    modules = {key: DISK_NAME.match(key)["module"] for key in adapter.header}
+    if changes and any(by_role(module) != module for module in modules.values()):
+        raise ValueError(f"{adapter.path}: PEFT's stacked layout has other names than this family's checkpoint")
+    stacks = {key for key, module in modules.items() if module.endswith((".experts", ".experts.base_layer"))}
+    tensors = {key: adapter.tensor(key) for key in adapter.header if not (changes and key in stacks)}
     if len({(slot.rank, slot.scaling) for slot in experts.values() if not adapter.stacked}) > 1:
         raise ValueError(f"{adapter.path}: experts differ in rank or scaling")
-    if experts and (layout == "stacked") != adapter.stacked:
+    if changes:
         if layout == "stacked":
             tensors, settings = _stack_experts(adapter, tensors, experts)
         else:
@@ -62,9 +62,11 @@ def convert_adapter(directory, out, layout="2d", dtype=None) -> None:
         key: config.get(key) for key in ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
     }
     manifest["tensors"] = tensor_checksums(tensors)
-    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, out / WEIGHTS)
     (out / MANIFEST).write_text(json.dumps(manifest, indent=0) + "\n")
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if lost := set(adapter.slots) ^ set(Adapter(out).slots):
+        raise ValueError(f"{out}: the conversion lost {', '.join(in_groups(sorted(lost))[:5])}")
     for path in adapter.directory.iterdir():
         if is_tokenizer_file(path.name) or path.name in ("generation_config.json", "README.md"):
             shutil.copyfile(path, out / path.name)

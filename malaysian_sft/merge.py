@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from malaysian_sft.adapter_files import Adapter, is_tokenizer_file
-from malaysian_sft.base_model import find_base, refuse_quantised
+from malaysian_sft.base_model import find_base, refuse_quantised, shapes_of_base
 from malaysian_sft.lora import EXPERT
 from malaysian_sft.safetensors_files import DTYPES, checkpoint_shards, read_header
+from malaysian_sft.verify import adapter_faults
 
 CHUNK = 1 << 24  # values merged at a time: 64 MiB in fp32, so that memory does not depend on the model
 
@@ -78,8 +79,11 @@ def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool
     directory, out = find_base(base), Path(out)
     if out.exists():
         raise ValueError(f"{out} is there already; delete it or choose another directory")
-    adapter = Adapter(adapter).check(None if any_base else directory)
     refuse_quantised(directory, json.loads((directory / "config.json").read_text()))
+    # complete, finite, trained, for this base: what is merged cannot be looked at any more
+    if faults := adapter_faults(Path(adapter), shapes_of_base(directory), None if any_base else str(directory), False):
+        raise ValueError(f"{adapter} is not sound ({len(faults)} faults): {'; '.join(faults[:5])}")
+    adapter = Adapter(adapter)
     shards = checkpoint_shards(directory)
     _check_use(adapter, shards)
     part = out.with_name(f"{out.name}.part")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -23,6 +26,16 @@ def tensor_checksums(tensors) -> dict[str, str]:
         return dict(zip(tensors, pool.map(tensor_checksum, tensors.values()), strict=True))
 
 
+def save_tensors(tensors, path):
+    """Write a safetensors file that others may read as the umask says (the library makes it the owner's alone)."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)
+
+
 def read_header(path) -> tuple[dict, int]:
     """({name: {"dtype", "shape", "data_offsets"}}, first data byte) of a safetensors file; ValueError if it is damaged
     or cut short."""
@@ -34,19 +47,56 @@ def read_header(path) -> tuple[dict, int]:
             raise ValueError(f"{path}: truncated: its header is longer than the file ({size:,} bytes)")
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (RecursionError, ValueError):
             raise ValueError(f"{path}: not a safetensors file (its header is not JSON)") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: not a safetensors file (its header is no object)")
     header.pop("__metadata__", None)
+    for name, info in header.items():
+        if fault := _entry_fault(info):
+            raise ValueError(f"{path}: damaged: its header says of {name} {fault}")
     expected = 8 + length + max((info["data_offsets"][1] for info in header.values()), default=0)
     if size != expected:
         raise ValueError(f"{path}: truncated or damaged: {size:,} bytes, its header asks for {expected:,}")
     return header, 8 + length
 
 
+def _entry_fault(info):
+    """What is wrong with one tensor's entry of a header, in words; None if nothing is. A dtype that is not the bytes'
+    own would be read as other values."""
+    if not isinstance(info, dict) or not {"dtype", "shape", "data_offsets"} <= info.keys():
+        return f"{str(info)[:60]}, not dtype, shape and data_offsets"
+    shape, offsets = info["shape"], info["data_offsets"]
+    both = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
+    numbers = [*shape, *offsets] if both else [None]
+    if not isinstance(info["dtype"], str) or not all(type(n) is int and n >= 0 for n in numbers):
+        return f"shape {shape} and data_offsets {offsets}"
+    size = SIZES.get(info["dtype"])
+    if size is not None and offsets[1] - offsets[0] != size * math.prod(shape):
+        return f"{info['dtype']} {shape}, which is {size * math.prod(shape):,} bytes, at {offsets}"
+    return None
+
+
+def indexed_files(directory) -> list[str] | None:
+    """Names of the files that model.safetensors.index.json lists, None without one. Raises ValueError for an index that
+    is none, or that names a file elsewhere."""
+    index = Path(directory) / "model.safetensors.index.json"
+    if not index.is_file():
+        return None
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{index}: no index of safetensors files ({type(error).__name__}: {error})") from None
+    for name in files:
+        plain = isinstance(name, str) and os.path.basename(name) == name and len(name) < 256 and "\0" not in name
+        if not plain or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: lists {str(name)[:80]!r}; expected the name of a .safetensors file beside it")
+    return files
+
+
 def checkpoint_shards(directory) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if (files := indexed_files(directory)) is not None:
+        return [directory / name for name in files]
     if (directory / "model.safetensors").is_file():
         return [directory / "model.safetensors"]
     raise ValueError(
@@ -66,10 +116,8 @@ class Source:
 
 def read_sources(directory):
     """{tensor name: Source} of the model in `directory`. Raises ValueError for missing or damaged files."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
+    files = indexed_files(directory)
+    if files is None:
         files = sorted(path.name for path in directory.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{directory}: no *.safetensors file")
@@ -77,7 +125,7 @@ def read_sources(directory):
     for name in files:
         path = directory / name
         if not path.is_file():
-            raise ValueError(f"{path}: missing, but {index.name} lists it")
+            raise ValueError(f"{path}: missing, but model.safetensors.index.json lists it")
         header, start = read_header(path)
         for key, info in header.items():
             if info["dtype"] not in DTYPES:

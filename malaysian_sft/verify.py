@@ -10,7 +10,7 @@ from statistics import mean
 import pandas as pd
 import torch
 
-from malaysian_sft.adapter_files import Adapter, expert_faults, manifest_faults, read_adapter_config
+from malaysian_sft.adapter_files import Adapter, expert_faults, in_groups, manifest_faults, read_adapter_config
 from malaysian_sft.base_model import base_faults, local_base, shapes_of_base
 from malaysian_sft.disk_names import STACK_OF
 from malaysian_sft.lora import CONFIG, DISK_NAME, EXPERT, LAYER, MANIFEST
@@ -140,17 +140,15 @@ def _expected(adapter, shapes) -> set[str]:
 
 
 def _shape_faults(adapter, shapes) -> list[str]:
-    faults = []
     unknown = [name for name in adapter.slots if name not in shapes]
-    faults += [f"{adapter.path}: {name} is no linear layer of the base model" for name in unknown]
+    faults = [f"{adapter.path}: {names} is no linear layer of the base model" for names in in_groups(unknown)]
     for name in adapter.slots:
         if name in shapes and adapter.shape(name) != shapes[name]:
             faults.append(
                 f"{adapter.path}: {name} is for a weight of shape {adapter.shape(name)}, the base has {shapes[name]}"
             )
-    return faults + [
-        f"{adapter.path}: {name} is missing" for name in sorted(_expected(adapter, shapes) - set(adapter.slots))
-    ]
+    missing = sorted(_expected(adapter, shapes) - set(adapter.slots))
+    return faults + [f"{adapter.path}: {names} is missing" for names in in_groups(missing)]
 
 
 def norm_table(directory) -> str:

@@ -1,0 +1,168 @@
+"""Files that others wrote, mutated: one clear line or the right values, never a traceback, a hang or other values."""
+
+import copy
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import save_tiny_checkpoint, tiny_model
+from malaysian_sft.account import architecture
+from malaysian_sft.adapter_files import Adapter
+from malaysian_sft.adapter_state import save_adapter
+from malaysian_sft.base_model import load_config, load_tokenizer
+from malaysian_sft.lora import CONFIG, MANIFEST, WEIGHTS, LoraArguments, apply_lora
+from malaysian_sft.safetensors_files import checkpoint_shards, read_header, read_sources
+from malaysian_sft.verify import verify_adapter
+
+VALUES = [None, True, -1, 0, 1, 3, 2**40, 10**18, 0.5, float("nan"), "", "x", "../x", "/etc/passwd", "a" * 300]
+VALUES += [[], {}, [1], ["q_proj"], [[]], {"a": 1}, {"(": 1}, {"a": "b"}, [None] * 3]
+
+
+def places(value, path=()):
+    """Every place in a JSON value: the keys and indices that lead there."""
+    yield path
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from places(inner, (*path, key))
+
+
+def mutated(value, draw):
+    """A copy of a JSON value with one to three places replaced, removed or added to."""
+    value = copy.deepcopy(value)
+    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        *path, last = draw.choice([place for place in places(value) if place] or [("new",)])
+        parent = value
+        for key in path:
+            parent = parent[key]
+        how = draw.random()
+        if how < 0.15 and isinstance(parent, dict):
+            del parent[last]
+        elif how < 0.25 and isinstance(parent, dict):
+            parent[draw.choice(["new", "quantization_config", "auto_map", "rope_scaling", "text_config"])] = (
+                draw.choice(VALUES)
+            )
+        else:
+            parent[last] = copy.deepcopy(draw.choice(VALUES))
+    return value
+
+
+def broken(text, draw):
+    """Text with a piece cut out, doubled or overwritten."""
+    at, size = draw.randrange(len(text)), draw.randrange(1, 40)
+    return draw.choice([text[:at], text[:at] + text[at + size :], text[:at] + "[" * draw.choice([1, 9999]) + text[at:]])
+
+
+def one_line(call):
+    """What `call` gives, or None where it raises ValueError with a message of one line."""
+    try:
+        return call()
+    except ValueError as error:
+        assert str(error).strip() and "\n" not in str(error), str(error)
+        return None
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("doors")
+    save_tiny_checkpoint(root / "model", "llama")
+    model = apply_lora(tiny_model("llama"), LoraArguments(r=4))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    save_adapter(model, root / "adapter", str(root / "model"))
+    return root
+
+
+def test_configs(files, tmp_path):
+    original = json.loads((files / "model" / "config.json").read_text())
+    draw, read = random.Random(0), 0
+    for i in range(1000):
+        text = json.dumps(mutated(original, draw)) if i % 5 else broken(json.dumps(original), draw)
+        (tmp_path / "config.json").write_text(text)
+        config = one_line(lambda: load_config(tmp_path))
+        if config is not None:
+            read += one_line(lambda config=config: architecture(config)) is not None
+    assert read > 100, "most keys may have other values"
+
+
+def test_a_config_that_brings_code_is_refused_without_a_question(files, tmp_path, monkeypatch):
+    shutil.copytree(files / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Mine", "AutoModelForCausalLM": "code.Model"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    with pytest.raises(ValueError, match="code that comes with it, which is not run"):
+        load_config(str(tmp_path / "model"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_indices(files, tmp_path):
+    names = list(load_file(files / "model" / "model.safetensors"))
+    original = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    shutil.copy(files / "model" / "model.safetensors", tmp_path)
+    draw = random.Random(1)
+    for i in range(1000):
+        text = json.dumps(mutated(original, draw)) if i % 5 else broken(json.dumps(original), draw)
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        for shard in one_line(lambda: checkpoint_shards(tmp_path)) or ():
+            assert shard.parent == tmp_path, "a file elsewhere"
+        one_line(lambda: read_sources(tmp_path))
+
+
+def test_headers(files, tmp_path):
+    """Every header that is read gives each tensor as many bytes as its dtype and shape say, inside the file."""
+    content = (files / "adapter" / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    draw, path = random.Random(2), tmp_path / "a.safetensors"
+    for i in range(1000):
+        text = json.dumps(mutated(header, draw)) if i % 5 else broken(json.dumps(header), draw)
+        size = len(text.encode()) if i % 7 else draw.choice([0, 3, 2**40, 2**63])
+        path.write_bytes(size.to_bytes(8, "little") + text.encode() + data)
+        found = one_line(lambda: read_header(path))
+        for info in found[0].values() if found else ():
+            begin, end = info["data_offsets"]
+            assert 0 <= begin <= end <= len(data)
+
+
+def test_a_dtype_that_is_not_the_bytes_own_is_refused(tmp_path):
+    save_file({"w": torch.ones(4, 6)}, tmp_path / "a.safetensors")
+    content = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(content.replace(b'"F32"', b'"F16"'))
+    with pytest.raises(ValueError, match=r"its header says of w F16 \[4, 6\], which is 48 bytes, at \[0, 96\]"):
+        read_header(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", [CONFIG, MANIFEST])
+def test_adapters(files, tmp_path, name):
+    shutil.copytree(files / "adapter", tmp_path / "adapter")
+    original = json.loads((files / "adapter" / name).read_text())
+    draw = random.Random(3)
+    for i in range(1000):
+        text = json.dumps(mutated(original, draw)) if i % 5 else broken(json.dumps(original), draw)
+        (tmp_path / "adapter" / name).write_text(text)
+        one_line(lambda: Adapter(tmp_path / "adapter").check())
+        if i % 20 == 0:
+            assert all("\n" not in fault for fault in verify_adapter(tmp_path / "adapter", files / "model"))
+
+
+def test_tokenizers(files, tmp_path):
+    shutil.copytree(files / "model", tmp_path / "model")
+    draw = random.Random(4)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        original = json.loads((files / "model" / name).read_text())
+        for i in range(60):
+            text = json.dumps(mutated(original, draw)) if i % 5 else broken(json.dumps(original), draw)
+            (tmp_path / "model" / name).write_text(text)
+            one_line(lambda: load_tokenizer(tmp_path / "model"))
+        shutil.copy(files / "model" / name, tmp_path / "model")
+
+
+def test_others_may_read_what_is_saved(files):
+    assert (files / "adapter" / WEIGHTS).stat().st_mode & 0o777 == (files / "adapter" / CONFIG).stat().st_mode & 0o777
