@@ -12,6 +12,7 @@ Output, under outputs/<run_name>/:
     skipped.jsonl       steps whose loss or gradient was not finite, and their documents
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -510,7 +511,12 @@ def train(model_args, data_args, lora_args, training_args, stop):
     """The run from a published checkpoint to adapters on disk. Raises ValueError for what the user can put right."""
     check_deepspeed(training_args)
     # before looking at what is there: another run may just end
-    lock = on_the_first(lambda: claim(training_args.output_dir))
+    with on_the_first(lambda: claim(training_args.output_dir)) or contextlib.nullcontext():
+        train_claimed(model_args, data_args, lora_args, training_args, stop)
+
+
+def train_claimed(model_args, data_args, lora_args, training_args, stop):
+    """`train` in a directory that no other run is in."""
     checkpoint = newest_checkpoint(training_args.output_dir, training_args.resume, say, training_args.start_anew)
     planned = check_memory(dense_config(model_args), data_args, lora_args, training_args)
     tokenizer, packs = prepare(model_args, data_args, training_args)
@@ -564,8 +570,6 @@ def train(model_args, data_args, lora_args, training_args, stop):
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.tracker is not None:
         trainer.tracker.finish()
-    if lock:
-        lock.close()
     if trainer.state.global_step < steps[1]:
         say(f"stopped by {stop.told or 'a signal'} after step {trainer.state.global_step}; go on with --resume")
 

@@ -21,6 +21,7 @@ are seeded anew for every step, and the order of the data follows from (seed, ep
 that a resumed run must know of either.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -492,9 +493,14 @@ def train(args, data_args, lora_args, stop):
     """The run from a published checkpoint to adapters on disk. Raises ValueError for what the user can put right."""
     device = setup_distributed()
     mesh = make_mesh(device, args.shard_nodes)
-    lock = on_the_first(lambda: claim(args.output_dir))  # before looking at what is there: another run may just end
-    resume_from = newest_checkpoint(args.output_dir, args.resume, say, args.start_anew)
+    # before looking at what is there: another run may just end
+    with on_the_first(lambda: claim(args.output_dir)) or contextlib.nullcontext():
+        train_claimed(args, data_args, lora_args, stop, device, mesh)
 
+
+def train_claimed(args, data_args, lora_args, stop, device, mesh):
+    """`train` in a directory that no other run is in."""
+    resume_from = newest_checkpoint(args.output_dir, args.resume, say, args.start_anew)
     config = load_config(args.model_name_or_path, args.model_revision)
     check_trainer(config, "moe")
     args, planned = settle_memory(config, args, data_args, lora_args)
@@ -527,8 +533,6 @@ def train(args, data_args, lora_args, stop):
     log = Log(args, record, step, run.total_steps)
     step = train_steps(run, step, checkpoints, log, planned)
     log.close()
-    if lock:
-        lock.close()
     dist.barrier()
     if step < run.total_steps:
         say(f"stopped by {stop.told or 'a signal'} after step {step}; go on with --resume")

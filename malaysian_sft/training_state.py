@@ -10,6 +10,16 @@ from malaysian_sft.resume_state import Share
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def allocated(optimizer, parameter):
+    """AdamW's state of one parameter, zeros if there was no step yet."""
+    state = optimizer.state[parameter]
+    if "step" not in state:
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        state["step"] = torch.zeros((), device=local_tensor(parameter).device if fused else "cpu")
+        state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+    return state
+
+
 class WholeOrFsdp:
     """A parameter that a rank has whole, or FSDP2's shard of it along dimension 0; with its AdamW state."""
 
@@ -30,14 +40,7 @@ class WholeOrFsdp:
                 self.writes = self.writes and place == 0
 
     def state(self):
-        """The optimiser's, allocated if there was no step yet."""
-        state = self.optimizer.state[self.parameter]
-        if "step" not in state:
-            fused = any(group.get("fused") for group in self.optimizer.param_groups)
-            device = local_tensor(self.parameter).device if fused else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state |= {moment: torch.zeros_like(self.parameter) for moment in MOMENTS}
-        return state
+        return allocated(self.optimizer, self.parameter)
 
     def get(self):
         """{"adapter": (n,), "exp_avg": (n,), "exp_avg_sq": (n,)}, this rank's."""
@@ -56,8 +59,11 @@ class WholeOrFsdp:
 class Zero3:
     """A parameter that DeepSpeed ZeRO-3 partitioned; its fp32 master is the adapter."""
 
-    def __init__(self, parameter, _):
+    def __init__(self, parameter, optimizer):
         self.parameter, self.numel, self.writes = parameter, parameter.ds_numel, True
+        zero = parameter._z3_optimizer
+        for flat in zero.fp32_partitioned_groups_flat:  # what DeepSpeed has AdamW update
+            allocated(optimizer, flat)
         self.partition = parameter.ds_tensor.numel()  # the same on every rank: the last ones are padded
         self.start = min(torch.distributed.get_rank() * self.partition, self.numel)
         self.count = min(self.partition, self.numel - self.start)
@@ -113,4 +119,4 @@ def set_shares(named, optimizer, reader, updates):
         part.set(lambda kind, start, stop, name=name, part=part: reader.read(f"{kind}/{name}", start, stop, part.numel))
     for state in optimizer.state.values():
         if "step" in state:
-            state["step"] = torch.as_tensor(state["step"]).fill_(updates)
+            state["step"].fill_(updates)
