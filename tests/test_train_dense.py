@@ -266,18 +266,18 @@ def kill_with_all_it_started(process):
     assert not psutil.wait_procs(started, timeout=60)[1]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
+@pytest.mark.parametrize(("processes", "resumed"), [(1, 2), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes, resumed):
     """kill -9 after the first epoch's checkpoint; `--resume` must go on with the same batches to the same numbers.
 
-    The unbroken run is one process that accumulates, so the case of 2 also shows that two ranks under ZeRO-3 equal one.
+    The unbroken run is one process that accumulates, so this also shows that two ranks under ZeRO-3 equal one.
     """
-    name = f"killed-{processes}"
-    zero3 = ["--deepspeed", str(ROOT / "ds3.json")] if processes == 2 else []
+    name = f"killed-{processes}-{resumed}"
+    zero3 = {1: [], 2: ["--deepspeed", str(ROOT / "ds3.json")]}
     output, script = workspace / "outputs" / name, workspace / "waiting.py"
     script.write_text(WAITING.format(step=STEPS - 1))  # so that no kill comes too late, however busy the machine is
     process = subprocess.Popen(
-        command(workspace, name, *zero3, processes=processes, script=script),
+        command(workspace, name, *zero3[processes], processes=processes, script=script),
         cwd=workspace,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
@@ -295,9 +295,8 @@ def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
     # again
     shutil.copytree(output / f"checkpoint-{STEPS_AN_EPOCH}", output / f"checkpoint-{STEPS}")
     (output / f"checkpoint-{STEPS}/trainer_state.json").unlink()
-    log, adapters = run(workspace, name, "--resume", *zero3, processes=processes)
-    # alone not 0 either: matrix products on a CPU may round differently where memory happens to be aligned differently
-    tolerance = {1: 1e-5, 2: 1e-4}[processes]
+    log, adapters = run(workspace, name, "--resume", *zero3[resumed], processes=resumed)
+    tolerance = 1e-4
     for step in range(1, STEPS + 1):
         assert log[step]["loss"] == pytest.approx(unbroken[0][step]["loss"], rel=tolerance), step
         assert log[step]["grad_norm"] == pytest.approx(unbroken[0][step]["grad_norm"], rel=10 * tolerance), step
