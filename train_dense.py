@@ -510,6 +510,8 @@ def prepare(model_args, data_args, training_args):
 def train(model_args, data_args, lora_args, training_args, stop):
     """The run from a published checkpoint to adapters on disk. Raises ValueError for what the user can put right."""
     check_deepspeed(training_args)
+    if training_args.device.type == "cuda":  # asking for it starts the process group
+        torch.cuda.set_device(training_args.device)
     # before looking at what is there: another run may just end
     with on_the_first(lambda: claim(training_args.output_dir)) or contextlib.nullcontext():
         train_claimed(model_args, data_args, lora_args, training_args, stop)

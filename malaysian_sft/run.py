@@ -202,9 +202,16 @@ def trim_log(output_dir, last_step):
     short. Returns the file's path."""
     path = Path(output_dir, "log.jsonl")
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-        path.write_text("".join(kept))
+        kept = []
+        for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}, line {number}: no record of a step; remove the line") from None
+        temporary = path.with_suffix(".tmp")  # renamed: a crash must not lose the log
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
     return path
 
 

@@ -358,6 +358,47 @@ def test_too_many_in_a_row_end_the_run(trainer, train, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], tensor) for name, tensor in load_file(found / WEIGHTS).items())
 
 
+NOT_FINITE_ON_RANK_1 = """
+import math, train_dense
+compute_loss = train_dense.DenseTrainer.compute_loss
+
+def not_finite(self, *args, **options):
+    wrong = self.state.global_step == 1 and self.args.process_index == 1
+    return compute_loss(self, *args, **options) * (math.nan if wrong else 1)
+
+train_dense.DenseTrainer.compute_loss = not_finite
+train_dense.main()
+"""
+
+
+@pytest.mark.slow
+def test_zero3_skips_a_step_that_is_not_finite(workspace, unbroken, tmp_path):
+    """In bf16, where DeepSpeed itself looks at no gradient; the schedule goes on."""
+    (tmp_path / "rank.py").write_text(NOT_FINITE_ON_RANK_1)
+    out = tmp_path / "run"
+    flags = f"{FLAGS} --model_name_or_path {workspace}/dense --dataset {workspace}/train.jsonl --data_cache"
+    flags += (
+        f" {workspace}/cache --output_dir {out} --max_steps {STEPS} --save_strategy steps --deepspeed {ROOT}/ds3.json"
+    )
+    command = [sys.executable, "-m", "malaysian_sft.launch", "--standalone", "--nproc_per_node", "2", "--"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "rank.py"), *flags.replace("--r ", "--lora_r ").split()],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in (unbroken["dense"] / "log.jsonl").read_text().splitlines()]
+    for found, expected in zip(log[:STEPS], before[:STEPS], strict=True):
+        assert found["learning_rate"] == pytest.approx(expected["learning_rate"])
+        assert math.isfinite(found["loss"]) == (found["step"] != 2)
+    adapters = [load_file(out / f"checkpoint-{step}" / WEIGHTS) for step in (1, 2, 3)]
+    assert all(torch.equal(adapters[0][name], tensor) for name, tensor in adapters[1].items())
+    assert any(not torch.equal(adapters[1][name], tensor) for name, tensor in adapters[2].items())
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_in_a_step_saves_and_resumes_equal(name, trainer, unbroken, train, tmp_path, monkeypatch, capsys):
     """Told in the first of step 3's two micro-batches: the step is dropped, step 2 is saved."""
