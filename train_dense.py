@@ -174,15 +174,15 @@ class DenseTrainer(Trainer):
     def __init__(
         self, *args, lora_args, base_model, facts=None, stop=None, started=None, planned=None, gemm_flops=None, **kwargs
     ):
-        """facts: what a resumed run must share; stop: a Stop; started(): called once the run is about to train."""
+        """facts: what a resumed run must share; stop: the run's Stop; started(): called when it is about to train."""
         super().__init__(*args, **kwargs)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         self.add_callback(PrinterCallback if self.args.disable_tqdm else Progress)
-        self.add_callback(StopWhenTold(self, stop))
+        self.add_callback(StopWhenTold(self, stop or Stop()))
         self.saver = Saver(self.args.output_dir, facts)
         self.not_finite = NotFinite(self.args.output_dir, self.args.max_skipped_steps)
-        self.started, self.tracker = started, None
+        self.started, self.tracker = started or (lambda: None), None
         self.lora_args, self.base_model = lora_args, base_model
         self.documents_apart = False  # until the first step has looked
         # plan.py's plan and the measured rate, until they have been printed
