@@ -99,6 +99,10 @@ def read_index(checkpoint):
         raise ValueError(f"{name} is not of this version of the trainer")
     if index.get("checksum") != _digest(index):
         raise ValueError(f"{name} is damaged: its checksum is another")
+    kinds = {"step": int, "updates": int, "facts": dict, "files": dict, "beside": dict}
+    for key, kind in kinds.items():
+        if not isinstance(index.get(key), kind):
+            raise ValueError(f"{name} has no {key}")
     for file in index["files"]:
         if Path(file).name != file:
             raise ValueError(f"{name} lists {file}, which is outside of {RESUME}/")
