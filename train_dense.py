@@ -70,7 +70,7 @@ from malaysian_sft.run import (
     trim_log,
     write_arguments,
 )
-from malaysian_sft.trainer_parts import EvenPacks, Progress, StopWhenTold, check_gradients
+from malaysian_sft.trainer_parts import EvenPacks, Progress, StopWhenTold, advance, check_gradients
 from malaysian_sft.training_state import get_shares
 
 OWN_TRACKERS = ("wandb", "trackio")  # as train_moe.py's; others are the Trainer's
@@ -139,6 +139,8 @@ class DenseTrainingArguments(TrainingArguments):
         if self.gradient_checkpointing:
             raise ValueError("--gradient_checkpointing is --activations here: pass none, full or auto")
         check_values(self)
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(f"--lr_scheduler_type {self.lr_scheduler_type}: its rate is not that of a step")
         if self.optim not in ADAMW:
             raise ValueError(f"--optim {self.optim}: expected one of {', '.join(ADAMW)}, whose state can be saved")
         if self.dry_run:
@@ -245,8 +247,7 @@ class DenseTrainer(Trainer):
             check_gradients(self.model_wrapped)
         if resume_from_checkpoint is not None:
             step = load_state(*self.trained(), resume_from_checkpoint)
-            for _ in range(step):
-                self.lr_scheduler.step()
+            advance(self.lr_scheduler, step)
         self.started()
         return prepared
 

@@ -48,6 +48,7 @@ class Stop:
     def __init__(self):
         self.told = None  # the signal's name
         self.training = False
+        self.process = os.getpid()
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -64,10 +65,14 @@ class Stop:
         if self.training and not (number == signal.SIGINT and self.told == "SIGINT"):
             self.told = signal.Signals(number).name
             return
+        if os.getpid() != self.process:  # a tokenising process
+            os._exit(128 + number)
         if first_to_speak():
             what = "; nothing new was saved" if self.training else " while loading; nothing was trained"
             print(f"stopped by {signal.Signals(number).name}{what}", file=sys.stderr, flush=True)
-        os._exit(128 + number)  # other threads and collectives may be anywhere: nothing to tidy up but them
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            os._exit(128 + number)  # to tidy up would be to wait for other ranks
+        raise SystemExit(128 + number)
 
     def agreed(self):
         """Whether any rank was told. Collective, on the CPU: the GPU goes on meanwhile."""

@@ -2,6 +2,7 @@
 gradients."""
 
 import math
+import warnings
 from pathlib import Path
 
 import torch
@@ -71,3 +72,11 @@ def check_gradients(engine):
         return zero._loss_scale_update_and_overflow_cleanup() if update_scale else zero.overflow
 
     zero._overflow_check_and_loss_scale_update = check
+
+
+def advance(scheduler, steps):
+    """Bring a learning rate schedule to where it was after `steps` steps."""
+    with warnings.catch_warnings():  # the optimiser's steps were another process's
+        warnings.simplefilter("ignore")
+        for _ in range(steps):
+            scheduler.step()

@@ -423,8 +423,12 @@ def test_a_signal_while_loading_ends_with_a_line(name, trainer, train, tmp_path,
     if child == 0:
         os.dup2(os.open(tmp_path / "stderr", os.O_CREAT | os.O_WRONLY), 2)
         sys.stderr = os.fdopen(2, "w")
-        train(trainer, tmp_path / "run")
-        os._exit(0)
+        code = 0
+        try:
+            train(trainer, tmp_path / "run")
+        except SystemExit as ended:
+            code = ended.code
+        os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.Signals[name]
     printed = (tmp_path / "stderr").read_text()
     assert printed.splitlines()[-1] == f"stopped by {name} while loading; nothing was trained"
@@ -574,6 +578,7 @@ def test_what_only_one_trainer_has_is_checked_too(train, tmp_path):
         ("moe", "--shard_nodes 0", "--shard_nodes 0: expected a positive number"),
         ("dense", "--logging_steps 0", "--logging_steps 0.0: expected a positive number"),
         ("dense", "--optim adafactor", "--optim adafactor: expected one of adamw_torch, adamw_torch_fused"),
+        ("dense", "--lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau: its rate"),
         ("dense", "--report_to nosuch", "nosuch"),
     ):
         assert words in ends(train, trainer, tmp_path / "run", *flag.split())
