@@ -22,8 +22,8 @@ ARGS=(
 python3 train_moe.py "${ARGS[@]}" --prepare_only True "$@"
 [[ " $* " == *" --dry_run "* ]] && exit  # the plan is printed
 
-# "--" keeps torchrun from reading --r as a flag of its own. Without a GPU the NUM_GPUS processes run on the CPU.
-exec torchrun \
+# torchrun, whose flags end at "--". Without a GPU the NUM_GPUS processes run on the CPU.
+exec python3 -m malaysian_sft.launch \
     --nproc_per_node "$NUM_GPUS" \
     --nnodes "$NNODES" \
     --node_rank "${NODE_RANK:-0}" \

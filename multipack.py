@@ -33,7 +33,7 @@ from malaysian_sft.chat_format import ChatFormat
 from malaysian_sft.conversations import DataArguments, find_sources
 from malaysian_sft.locks import hold
 from malaysian_sft.tables import text_table
-from malaysian_sft.tokenise import data_fingerprint, write_cache
+from malaysian_sft.tokenise import check_cache, data_fingerprint, write_cache
 
 IGNORE = -100  # the label that the loss skips
 
@@ -224,6 +224,7 @@ def prepare(
 
 def _load(directory: Path, data_args: DataArguments, model_name: str, seed: int) -> PackedDataset:
     meta = json.loads((directory / "meta.json").read_text())
+    check_cache(directory, meta)
     offsets = np.load(directory / "offsets.npy")
     rows, sources = np.load(directory / "rows.npy"), np.load(directory / "sources.npy")
     tokens = np.memmap(directory / "tokens.bin", dtype=np.uint32, mode="r")

@@ -63,7 +63,7 @@ MOE_ARGS=(
 compgen -G "outputs/$MOE_RUN/checkpoint-*/resume/position.json" >/dev/null && MOE_ARGS+=(--resume)
 RANKS=$(python3 -c 'import torch; print(min(2, torch.cuda.device_count() or 2))') # one where there is one GPU
 # --standalone: a free port, so that another run on this machine is not met
-OMP_NUM_THREADS=$(((OMP_NUM_THREADS + 1) / 2)) torchrun --standalone --nproc_per_node "$RANKS" -- train_moe.py "${MOE_ARGS[@]}" "$@"
+OMP_NUM_THREADS=$(((OMP_NUM_THREADS + 1) / 2)) python3 -m malaysian_sft.launch --standalone --nproc_per_node "$RANKS" -- train_moe.py "${MOE_ARGS[@]}" "$@"
 
 # The mixture before training is left out: it is the dense base model, by construction, and its long answers would take minutes.
 say "evaluate: the base model and every epoch's checkpoint of both"

@@ -8,20 +8,18 @@ Output, under outputs/<run_name>/:
     args.json           every argument, the git commit, the data's fingerprint
     log.jsonl           one record a step: loss, grad_norm, learning_rate, tokens_per_second, mfu, peak_gib; with
                         --validation_share also one an epoch: validation_loss
-    checkpoint-<step>/  once an epoch: a verified PEFT adapter, and beside it what `--resume` needs
+    checkpoint-<step>/  once an epoch: a verified PEFT adapter; the newest two also hold resume/, for `--resume`
+    skipped.jsonl       steps whose loss or gradient was not finite, and their documents
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
-import shutil
-import signal
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,45 +27,53 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 import multipack
 from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu, train_flops
-from malaysian_sft.adapter_files import Adapter
-from malaysian_sft.adapter_state import load_adapter, save_adapter
+from malaysian_sft.adapter_state import save_adapter
 from malaysian_sft.attention import register_attention
-from malaysian_sft.base_model import base_faults, load_config, load_tokenizer, name_as_on_disk
-from malaysian_sft.checkpoints import newest_checkpoint
+from malaysian_sft.base_model import load_config, load_tokenizer, name_as_on_disk
+from malaysian_sft.checkpoints import Saver, load_state, newest_checkpoint, recorded_facts, refuse_another_base
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.documents_apart import check_documents_apart, takes_document_numbers, with_document_numbers
-from malaysian_sft.lora import WEIGHTS, LoraArguments, apply_lora
+from malaysian_sft.lora import LoraArguments, apply_lora
 from malaysian_sft.memory import compare_peak, need
 from malaysian_sft.plan_page import dry_run
 from malaysian_sft.planning import settle, this_machine, trainer_flags
+from malaysian_sft.ranks import Stop, on_the_first, one_last_line
 from malaysian_sft.run import (
+    NotFinite,
     batch_arithmetic,
+    check_values,
     claim,
     count_steps,
     learning_rate_factor,
     refuse_another_run,
     run_facts,
+    say,
+    start_tracker,
     step_line,
+    track,
     trim_log,
-    wandb_mode,
     write_arguments,
 )
+from malaysian_sft.trainer_parts import EvenPacks, Progress, StopWhenTold, advance, check_gradients
+from malaysian_sft.training_state import get_shares
+
+OWN_TRACKERS = ("wandb", "trackio")  # as train_moe.py's; others are the Trainer's
+ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
@@ -88,7 +94,13 @@ class DenseTrainingArguments(TrainingArguments):
     global_batch_size: int = field(
         default=32, metadata={"help": "packs in one optimiser step, over all ranks and micro-batches"}
     )
+    max_skipped_steps: int = field(
+        default=3, metadata={"help": "steps in a row whose loss or gradient is not finite that end the run"}
+    )
     resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint of this run"})
+    start_anew: bool = field(
+        default=False, metadata={"help": "put what a run of this name left aside, and start at the first step"}
+    )
     prepare_only: bool = field(default=False, metadata={"help": "tokenise and pack, print the report, and stop"})
     dry_run: bool = field(
         default=False, metadata={"help": "print what the run needs on this machine, and stop before anything is loaded"}
@@ -125,6 +137,11 @@ class DenseTrainingArguments(TrainingArguments):
         self.output_dir = self.output_dir or os.path.join("outputs", self.run_name)
         if self.gradient_checkpointing:
             raise ValueError("--gradient_checkpointing is --activations here: pass none, full or auto")
+        check_values(self)
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(f"--lr_scheduler_type {self.lr_scheduler_type}: its rate is not that of a step")
+        if self.optim not in ADAMW:
+            raise ValueError(f"--optim {self.optim}: expected one of {', '.join(ADAMW)}, whose state can be saved")
         if self.dry_run:
             return  # what follows would take a device and meet the other processes
         if self.prepare_only:
@@ -145,41 +162,28 @@ class DenseTrainingArguments(TrainingArguments):
             raise ValueError(
                 "one process sees several GPUs: start with `torchrun --nproc_per_node N`, or set CUDA_VISIBLE_DEVICES"
             )
-        if self.report_to == "wandb":
-            os.environ["WANDB_MODE"] = wandb_mode()
-            os.environ.setdefault("WANDB_PROJECT", self.project)
+        self.tracker_name, self.report_to = (
+            self.report_to,
+            ("none" if self.report_to in OWN_TRACKERS else self.report_to),
+        )
         super().__post_init__()
-
-
-class EvenPacks(Dataset):
-    """`packs` followed by as many empty ones (nothing supervised) as make its length a multiple of `multiple`.
-
-    Without them the last step of an epoch would either lose packs, repeat some, or leave ranks waiting for one another.
-    """
-
-    def __init__(self, packs, multiple):
-        self.packs, self.multiple = packs, multiple
-
-    def __len__(self):
-        return math.ceil(len(self.packs) / self.multiple) * self.multiple
-
-    def __getitem__(self, index):
-        if index < len(self.packs):
-            return self.packs[index]
-        return [{"input_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.full((2,), -100)}]
-
-    def set_epoch(self, epoch):
-        self.packs.set_epoch(epoch)
 
 
 class DenseTrainer(Trainer):
     """Trainer that keeps multipack's order, saves verified adapters, and accounts for tokens and FLOPs."""
 
-    def __init__(self, *args, lora_args, base_model, planned=None, gemm_flops=None, **kwargs):
+    def __init__(
+        self, *args, lora_args, base_model, facts=None, stop=None, started=None, planned=None, gemm_flops=None, **kwargs
+    ):
+        """facts: what a resumed run must share; stop: the run's Stop; started(): called when it is about to train."""
         super().__init__(*args, **kwargs)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         self.add_callback(PrinterCallback if self.args.disable_tqdm else Progress)
+        self.add_callback(StopWhenTold(self, stop or Stop()))
+        self.saver = Saver(self.args.output_dir, facts)
+        self.not_finite = NotFinite(self.args.output_dir, self.args.max_skipped_steps)
+        self.started, self.tracker = started or (lambda: None), None
         self.lora_args, self.base_model = lora_args, base_model
         self.documents_apart = False  # until the first step has looked
         # plan.py's plan and the measured rate, until they have been printed
@@ -203,32 +207,57 @@ class DenseTrainer(Trainer):
         return self.lr_scheduler
 
     def _get_output_dir(self, trial):
-        return getattr(self, "staging", None) or super()._get_output_dir(trial)
+        return str(self.saver.saving)
 
     def _save_checkpoint(self, model, trial):
-        """Write the whole checkpoint under `.saving/` and rename it: a crash while saving leaves the previous one
-        whole."""
+        """The Trainer writes adapter and trainer_state.json, the Saver the rest, and publishes them."""
         started = time.perf_counter()
-        self.staging = os.path.join(self.args.output_dir, ".saving")
-        name = f"checkpoint-{self.state.global_step}"
-        if self.is_world_process_zero():
-            shutil.rmtree(self.staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        named, optimizer = self.trained()
+        step = self.state.global_step
+        self.saver.begin(step, sum(getattr(p, "ds_numel", p.numel()) for p in named.values()))
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            final = os.path.join(self.args.output_dir, name)
-            if os.path.exists(final):  # incomplete, or the end of an epoch whose last step was told to stop
-                os.replace(final, os.path.join(self.staging, "replaced"))
-            os.replace(os.path.join(self.staging, name), final)
-            shutil.rmtree(self.staging)
-        self.accelerator.wait_for_everyone()
-        self.staging = None
+        self.saver.finish(step, *get_shares(named, optimizer))
         self.last_log_time += time.perf_counter() - started  # is no part of the next step's speed
 
+    def trained(self):
+        """({name: parameter} of what is trained, their AdamW)."""
+        optimizer = self.optimizer.optimizer  # what accelerate wraps: AdamW, or DeepSpeed's own wrapper of it
+        if self.is_deepspeed_enabled:
+            optimizer = optimizer.optimizer
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}, optimizer
+
+    # The Saver's files take the place of the Trainer's, which are pickles or DeepSpeed's; random numbers are seeded
+    # anew for every step, so that a position in the run is all that is to be known of them.
+    def _save_optimizer_and_scheduler(self, output_dir):
+        pass
+
+    def _save_rng_state(self, output_dir):
+        pass
+
+    def _load_rng_state(self, checkpoint):
+        pass
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not self.is_deepspeed_enabled:  # DeepSpeed restores the parameters together with its optimiser
-            load_adapter(model or self.model, resume_from_checkpoint)
+        pass
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.is_deepspeed_enabled:
+            check_gradients(self.model_wrapped)
+        if resume_from_checkpoint is not None:
+            step = load_state(*self.trained(), resume_from_checkpoint)
+            advance(self.lr_scheduler, step)
+        self.started()
+        return prepared
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Called between backward and update: a step whose gradient is not finite changes nothing."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        finite = math.isfinite(float(grad_norm))
+        self.not_finite.see(finite)
+        if not finite:
+            model.zero_grad()  # to None: AdamW passes over the parameters. Under DeepSpeed the update is over
+        return grad_norm
 
     def training_step(self, model, inputs, *args, **kwargs):
         if not self.documents_apart:
@@ -294,16 +323,20 @@ class DenseTrainer(Trainer):
         steps_an_epoch = math.ceil(len(self.train_dataset) / self.args.global_batch_size)
         first = self.state.global_step % steps_an_epoch * self.args.global_batch_size
         packs = self.train_dataset.packs
-        lengths = np.concatenate(
-            [packs.lengths[pack] for pack in packs.packs[first : first + self.args.global_batch_size]]
-        )
+        self.documents = np.concatenate(packs.packs[first : first + self.args.global_batch_size])
+        lengths = packs.lengths[self.documents]
         self.tokens += int(lengths.sum())
         self.sum_squared_lengths += int((lengths.astype(np.int64) ** 2).sum())
+        step, world = self.state.global_step, self.args.world_size
+        torch.manual_seed(self.args.seed * 10**9 + step * world + self.args.process_index)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def log(self, logs, start_time=None):
+        skipped = "loss" in logs and self.not_finite.in_a_row > 0
         if "loss" in logs:
             logs |= self.step_statistics()
+        if skipped:
+            logs["skipped_steps"] = self.not_finite.skipped
         super().log(logs, start_time)
         if self.is_world_process_zero():
             record = {"step": self.state.global_step, **logs}
@@ -311,9 +344,15 @@ class DenseTrainer(Trainer):
                 f.write(json.dumps(record) + "\n")
             if "loss" in logs or "validation_loss" in logs:
                 tqdm.write(step_line(record, self.state.max_steps))
+            if self.tracker is not None:
+                self.tracker = track(self.tracker, rewrite_logs(logs) | {"train/global_step": self.state.global_step})
             self.compare_with_plan()
         loss, norm = logs.get("loss", 0.0), logs.get("grad_norm", 0.0)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if skipped:
+            self.not_finite.keep(self.state.global_step, loss, norm, self.documents)
+            # the Trainer adds up losses: what is not a number would stay in the sum
+            self._tr_loss, self._total_loss_scalar = torch.zeros_like(self._tr_loss), 0.0
+        elif not math.isfinite(loss):
             raise ValueError(
                 f"step {self.state.global_step}: loss {loss}, gradient norm {norm}; nothing was saved from this step"
             )
@@ -346,29 +385,6 @@ class DenseTrainer(Trainer):
         self.tokens = self.sum_squared_lengths = 0
         self.last_log_time = time.perf_counter()
         return super().train(*args, **kwargs)
-
-
-class Progress(ProgressCallback):
-    """The Trainer's progress bar, without its dictionaries: `DenseTrainer.log` prints a step's line."""
-
-    def on_log(self, *args, **kwargs):
-        pass
-
-
-class StopOnSignal(TrainerCallback):
-    """SIGTERM (a scheduler's eviction, torchrun's shutdown) saves a checkpoint at the end of the step and stops."""
-
-    def __init__(self):
-        self.stop = torch.zeros(1)
-        signal.signal(signal.SIGTERM, lambda *_: self.stop.fill_(1))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        stop = self.stop.to(args.device)
-        if args.world_size > 1:
-            # signals reach ranks at different times; they must stop at one step
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
-        if stop.item():
-            control.should_save = control.should_training_stop = True
 
 
 def build_model(model_args, lora_args, training_args):
@@ -446,25 +462,13 @@ def check_memory(config, data_args, lora_args, training_args):
     return planned
 
 
-def find_resume_checkpoint(training_args):
-    """The checkpoint to resume from, a string, or None to start anew: see newest_checkpoint. Every process calls it;
-    the first prints."""
-
-    def fault(directory):
-        missing = [name for name in (TRAINER_STATE_NAME, WEIGHTS) if not (directory / name).exists()]
-        return f"no {missing[0]}" if missing else None
-
-    say = functools.partial(print, flush=True) if training_args.process_index == 0 else lambda _: None
-    found = newest_checkpoint(training_args.output_dir, training_args.resume, fault, say)
-    return found and str(found)
-
-
 def run_arguments(model_args, data_args, lora_args, training_args):
     """Every argument by its name, as args.json has it."""
     arguments = {}
     for group in (model_args, data_args, lora_args):
         arguments |= dataclasses.asdict(group)
     arguments |= {k: v for k, v in training_args.to_dict().items() if not k.endswith("_token")}
+    arguments["report_to"] = training_args.tracker_name
     return json.loads(json.dumps(arguments, default=str))
 
 
@@ -474,86 +478,118 @@ def steps_of(arguments, packs):
     return count_steps(len(packs), arguments["global_batch_size"], epochs, max(max_steps, 0))
 
 
-def recorded_facts(path, packs):
-    """The facts of the run that wrote the args.json at `path`; those of before facts were written, by its arguments."""
-    if not path.exists():
-        raise ValueError(f"--resume: {path} is not there, so what the checkpoints were trained on is unknown")
-    record = json.loads(path.read_text())
-    arguments = record["arguments"]
-    return record.get("facts") or run_facts(arguments, record["data"], steps_of(arguments, packs)[1])
+def check_deepspeed(training_args):
+    """Raise ValueError for a DeepSpeed configuration whose state can't be saved."""
+    if training_args.deepspeed:
+        stage = training_args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage")
+        if stage != 3:
+            raise ValueError(f"--deepspeed {training_args.deepspeed}: ZeRO stage 3 is expected, not {stage}")
 
 
-def main():
+def parse():
+    """(ModelArguments, DataArguments, LoraArguments, DenseTrainingArguments) of the command line."""
     parser = HfArgumentParser((ModelArguments, DataArguments, LoraArguments, DenseTrainingArguments))
-    try:
-        model_args, data_args, lora_args, training_args = parser.parse_args_into_dataclasses()
-        if training_args.dry_run:
-            planned = plan_arguments(data_args, lora_args, training_args)
-            return dry_run(
-                model_args.model_name_or_path, model_args.model_revision, training_args.num_train_epochs, **planned
-            )
-        config = load_config(model_args.model_name_or_path, model_args.model_revision)
-        check_trainer(config, "dense")
-        planned = None if training_args.prepare_only else check_memory(config, data_args, lora_args, training_args)
-        if training_args.activations == "auto":
-            training_args.activations = planned["activations"] if planned else "full"
-        training_args.gradient_checkpointing = training_args.activations == "full"
-        tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
-        packs = multipack.prepare(data_args, tokenizer, model_args.model_name_or_path, seed=training_args.seed)
-        if training_args.prepare_only:
-            return print(multipack.format_report(packs.report))
-        arguments = run_arguments(model_args, data_args, lora_args, training_args)
-        steps = steps_of(arguments, packs)
-        sizes = len(packs), data_args.max_seq_length, training_args.global_batch_size
-        _, arithmetic = batch_arithmetic(
-            *sizes, training_args.world_size, training_args.per_device_train_batch_size, *steps
-        )
-        facts = run_facts(arguments, packs.fingerprint, steps[1])
-        checkpoint = find_resume_checkpoint(training_args)
-        if checkpoint:
-            record = Path(training_args.output_dir, "args.json")
-            refuse_another_run(facts, recorded_facts(record, packs), record)
-            if faults := base_faults(
-                Adapter(checkpoint).manifest, model_args.model_name_or_path, model_args.model_revision
-            ):
-                raise ValueError(f"--resume: {faults[0]}")
-        lock = claim(training_args.output_dir) if training_args.process_index == 0 else None
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    groups = parser.parse_args_into_dataclasses()
+    check_values(*groups)
+    return groups
 
-    if training_args.process_index == 0:
-        print(arithmetic, flush=True)
-        write_arguments(arguments, facts, planned, training_args.world_size)
-        trim_log(training_args.output_dir, int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
-    gemm_flops = measure_gemm() if torch.cuda.is_available() else None
+
+def dense_config(model_args):
+    """The model's config. Raises ValueError for a mixture of experts."""
+    config = load_config(model_args.model_name_or_path, model_args.model_revision)
+    check_trainer(config, "dense")
+    return config
+
+
+def prepare(model_args, data_args, training_args):
+    """(tokenizer, packs)."""
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision)
+    return tokenizer, multipack.prepare(data_args, tokenizer, model_args.model_name_or_path, seed=training_args.seed)
+
+
+def train(model_args, data_args, lora_args, training_args, stop):
+    """The run from a published checkpoint to adapters on disk. Raises ValueError for what the user can put right."""
+    check_deepspeed(training_args)
+    if training_args.device.type == "cuda":  # asking for it starts the process group
+        torch.cuda.set_device(training_args.device)
+    # before looking at what is there: another run may just end
+    with on_the_first(lambda: claim(training_args.output_dir)) or contextlib.nullcontext():
+        train_claimed(model_args, data_args, lora_args, training_args, stop)
+
+
+def train_claimed(model_args, data_args, lora_args, training_args, stop):
+    """`train` in a directory that no other run is in."""
+    checkpoint = newest_checkpoint(training_args.output_dir, training_args.resume, say, training_args.start_anew)
+    planned = check_memory(dense_config(model_args), data_args, lora_args, training_args)
+    tokenizer, packs = prepare(model_args, data_args, training_args)
+    if training_args.activations == "auto":
+        training_args.activations = planned["activations"] if planned else "full"
+    training_args.gradient_checkpointing = training_args.activations == "full"
+    arguments = run_arguments(model_args, data_args, lora_args, training_args)
+    steps = steps_of(arguments, packs)
+    sizes = len(packs), data_args.max_seq_length, training_args.global_batch_size
+    micro = training_args.world_size, training_args.per_device_train_batch_size
+    _, arithmetic = batch_arithmetic(*sizes, *micro, *steps)
+    say(arithmetic)
+    facts = run_facts(arguments, packs.fingerprint, steps[1])
+    if checkpoint:
+        refuse_another_run(facts, *recorded_facts(checkpoint))
+        refuse_another_base(checkpoint, model_args.model_name_or_path, model_args.model_revision)
+    first = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if first >= steps[1]:
+        return say(f"{checkpoint} is the run's last: nothing is left to train")
     if packs.validation is not None:
         training_args.eval_strategy = IntervalStrategy.EPOCH
-    try:
-        model = build_model(model_args, lora_args, training_args)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+
+    def started():
+        """The model is there, the checkpoint is loaded: from here on it is this run's directory."""
+        if training_args.process_index == 0:
+            record = write_arguments(arguments, facts, planned, training_args.world_size)
+            trim_log(training_args.output_dir, first)
+            if training_args.tracker_name in OWN_TRACKERS:
+                where = training_args.project, training_args.run_name, training_args.output_dir
+                trainer.tracker = start_tracker(training_args.tracker_name, *where, record)
+        if checkpoint:
+            say(f"resuming from {checkpoint}")
+
+    gemm_flops = measure_gemm() if torch.cuda.is_available() else None
+    model = build_model(model_args, lora_args, training_args)
     trainer = DenseTrainer(
         model=model,
         args=training_args,
-        train_dataset=EvenPacks(packs, training_args.world_size * training_args.per_device_train_batch_size),
+        train_dataset=EvenPacks(packs, micro[0] * micro[1]),
         eval_dataset=packs.validation,
         data_collator=collator(model),
         processing_class=tokenizer,
-        callbacks=[StopOnSignal()],
         lora_args=lora_args,
         base_model=model_args.model_name_or_path,
+        facts=facts,
+        stop=stop,
+        started=started,
         planned=planned,
         gemm_flops=gemm_flops,
     )
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    if lock:
-        lock.close()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()  # leaving it to the interpreter's exit aborts now and then
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.tracker is not None:
+        trainer.tracker.finish()
+    if trainer.state.global_step < steps[1]:
+        say(f"stopped by {stop.told or 'a signal'} after step {trainer.state.global_step}; go on with --resume")
+
+
+def main():
+    with one_last_line(), Stop() as stop:
+        model_args, data_args, lora_args, training_args = parse()
+        if training_args.dry_run:
+            planned = plan_arguments(data_args, lora_args, training_args)
+            model, epochs = model_args.model_name_or_path, training_args.num_train_epochs
+            return dry_run(model, model_args.model_revision, epochs, **planned)
+        if training_args.prepare_only:
+            dense_config(model_args)
+            return print(multipack.format_report(prepare(model_args, data_args, training_args)[1].report))
+        train(model_args, data_args, lora_args, training_args, stop)
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()  # leaving it to the interpreter's exit aborts now and then
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ Output, under outputs/<run_name>/:
     args.json           every argument, the git commit, the data's fingerprint
     log.jsonl           one record a step: loss, grad_norm, learning_rate, tokens_per_second, mfu, peak_gib,
                         data_wait, router load
-    checkpoint-<step>/  once an epoch: a verified PEFT adapter; the newest also holds resume/, for `--resume`
+    checkpoint-<step>/  once an epoch: a verified PEFT adapter; the newest two also hold resume/, for `--resume`
+    skipped.jsonl       steps whose loss or gradient was not finite, and their documents
 
 How a step works. The model is transformers' own; the experts of every layer are one FusedMoELoRA (fused_moe_lora.py),
 the other linear layers PEFT's, with a faster forward (LoraLinear). Adapters are sharded by FSDP2. Frozen weights are
@@ -20,10 +21,10 @@ are seeded anew for every step, and the order of the data follows from (seed, ep
 that a resumed run must know of either.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from transformers import HfArgumentParser
 import multipack
 from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu, train_flops
 from malaysian_sft.base_model import find_base, load_config, load_tokenizer
-from malaysian_sft.checkpoints import Checkpointer, newest_checkpoint, resume_fault
+from malaysian_sft.checkpoints import Checkpointer, newest_checkpoint, recorded_facts, refuse_another_base
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.documents_apart import check_documents_apart
 from malaysian_sft.load_base import load_weights, reset_adapter
@@ -48,13 +49,17 @@ from malaysian_sft.memory import compare_peak, need
 from malaysian_sft.moe_model import build_model, make_mesh, shard
 from malaysian_sft.plan_page import dry_run
 from malaysian_sft.planning import default_mode, settle, this_machine, trainer_flags
+from malaysian_sft.ranks import Stop, on_the_first, one_last_line
 from malaysian_sft.run import (
     Log,
+    NotFinite,
     batch_arithmetic,
+    check_values,
     claim,
     count_steps,
     is_main,
     learning_rate_factor,
+    refuse_another_run,
     router_record,
     run_facts,
     say,
@@ -143,7 +148,14 @@ class TrainingArguments:
     save_steps: int | None = field(
         default=None, metadata={"help": "checkpoint every so many steps as well as every epoch"}
     )
+    max_skipped_steps: int = field(
+        default=3,
+        metadata={"help": "steps in a row without a finite loss and gradient, each skipped, that end the run"},
+    )
     resume: bool = field(default=False, metadata={"help": "continue from the newest complete checkpoint of this run"})
+    start_anew: bool = field(
+        default=False, metadata={"help": "put what a run of this name left aside, and start at the first step"}
+    )
     prepare_only: bool = field(default=False, metadata={"help": "tokenise and pack, print the report, and stop"})
     dry_run: bool = field(
         default=False, metadata={"help": "print what the run needs on this machine, and stop before anything is loaded"}
@@ -154,18 +166,9 @@ class TrainingArguments:
 
     def __post_init__(self):
         self.output_dir = self.output_dir or os.path.join("outputs", self.run_name)
-        for name in (
-            "num_train_epochs",
-            "max_steps",
-            "global_batch_size",
-            "learning_rate",
-            "max_grad_norm",
-            "shard_nodes",
-            "save_steps",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"--{name} {value}: expected a positive number")
+        if self.max_steps is not None and not self.max_steps > 0:
+            raise ValueError(f"--max_steps {self.max_steps}: expected a positive number")
+        check_values(self)
 
 
 def plan_arguments(args, data_args, lora_args):
@@ -272,8 +275,9 @@ def make_optimizer(model, args):
     return optimizer
 
 
-def forward_backward(model, batches, supervised, args, device, packs=None):
-    """Gradients of the step's loss from this rank's batches; returns this rank's [summed loss, summed auxiliary loss].
+def forward_backward(model, batches, supervised, args, device, packs=None, stop=None):
+    """Gradients of the step's loss from this rank's batches; returns this rank's [summed loss, summed auxiliary loss],
+    or None if `stop`, a Stop, was told to all before the last batch.
 
     supervised: how many tokens of the whole step, over all ranks, have a loss; packs: how many packs it has, if fewer
     than places. The loss is a mean over the ones, the auxiliary loss over the others. FSDP averages gradients over the
@@ -284,6 +288,8 @@ def forward_backward(model, batches, supervised, args, device, packs=None):
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
+        if i and stop is not None and stop.agreed():
+            return None
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last or args.reduce_every_micro_batch)
             model.set_requires_all_reduce(last)  # across copies of the model, once a step
@@ -330,7 +336,9 @@ def validate(model, dataset, device):
 
 def parse(argv=None):
     parser = HfArgumentParser((TrainingArguments, DataArguments, LoraArguments))
-    return parser.parse_args_into_dataclasses(argv)
+    args, data_args, lora_args = parser.parse_args_into_dataclasses(argv)
+    check_values(lora_args)
+    return args, data_args, lora_args
 
 
 def prepare_only(args, data_args):
@@ -356,7 +364,8 @@ class Run:
     steps_an_epoch: int
     total_steps: int
     micro_batches: int  # of a rank in a step
-    told_to_stop: list  # filled by SIGTERM
+    stop: Stop
+    not_finite: NotFinite
 
     @property
     def parameters(self):
@@ -377,13 +386,14 @@ def load_model(config, args, lora_args, directory, mesh, device):
     return peft_model, model
 
 
-def optimizer_step(run, step):
-    """Optimiser step `step` (0-based): (its record, the step's SIGTERMs over all ranks). Collective."""
+def optimizer_step(run, step, checkpoints):
+    """Optimiser step `step` (0-based): its record, None if the run was told to stop in the middle of it. Collective."""
     args, dataset, world = run.args, run.dataset, dist.get_world_size()
     started = time.perf_counter()  # a step's speed is without the validation and the saving that follow it
     # data: this rank's packs, and the sizes of the whole step
     indices = packs_of_step(dataset, step, run.steps_an_epoch, args.global_batch_size)
-    lengths = np.concatenate([dataset.lengths[dataset.packs[i]] for i in indices])
+    documents = np.concatenate([dataset.packs[i] for i in indices])
+    lengths = dataset.lengths[documents]
     batches = micro_batches(dataset, indices, run.micro_batches)
     supervised = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)), dtype=torch.float64)
     supervised = supervised.to(run.device)
@@ -392,23 +402,31 @@ def optimizer_step(run, step):
 
     # random numbers depend on the position alone
     torch.manual_seed(args.seed * 10**9 + step * world + dist.get_rank())
-    totals = forward_backward(run.model, batches, supervised.clamp(min=1), args, run.device, len(indices))
+    totals = forward_backward(run.model, batches, supervised.clamp(min=1), args, run.device, len(indices), run.stop)
+    if totals is None:
+        return None
     grad_norm = clip_gradients(run.parameters, args.max_grad_norm, run.mesh)
+
+    # what happened: the step's only wait for the GPU
+    totals = torch.cat([totals, (~grad_norm.isfinite()).to(totals)[None], totals.new_tensor([checkpoints.failed()])])
+    dist.all_reduce(totals)
+    loss, auxiliary, not_finite, save_failed = totals.tolist()
+    if save_failed:
+        checkpoints.wait()  # raises why
+    loss /= max(supervised.item(), 1)
+    finite = not not_finite and math.isfinite(loss)
+    run.not_finite.see(finite)
     learning_rate = args.learning_rate * learning_rate_factor(step, run.total_steps, args.warmup_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    run.optimizer.step()
+    if finite:
+        run.optimizer.step()
     run.optimizer.zero_grad()
     run.model.forget_norms()
-
-    # what happened: the step's only wait for the GPU
-    totals = torch.cat([totals, totals.new_tensor([len(run.told_to_stop)])])
-    dist.all_reduce(totals)
-    loss, auxiliary, stop = totals.tolist()
     record = {
         "step": step + 1,
         "epoch": round((step + 1) / run.steps_an_epoch, 4),
-        "loss": loss / max(supervised.item(), 1),
+        "loss": loss,
         "grad_norm": grad_norm.item(),
         "learning_rate": learning_rate,
         **speed(run, lengths, int(supervised), time.perf_counter() - started),
@@ -417,7 +435,9 @@ def optimizer_step(run, step):
     }
     if args.router_aux_loss_coef > 0:
         record["router_aux_loss"] = auxiliary / len(indices)
-    return record, stop
+    if not finite:
+        record |= {"skipped_steps": run.not_finite.skipped, "documents": documents}
+    return record
 
 
 def speed(run, lengths, supervised_tokens, seconds):
@@ -437,14 +457,18 @@ def speed(run, lengths, supervised_tokens, seconds):
 
 
 def train_steps(run, step, checkpoints, log, planned):
-    """Train from `step` to the last, or until SIGTERM; returns the step after which it stopped."""
-    args, first, cuda = run.args, step, run.device.type == "cuda"
+    """Train from `step` to the last, or until told to stop; returns the step after which it stopped."""
+    args, first, saved, cuda = run.args, step, step, run.device.type == "cuda"
     gemm_flops = measure_gemm() if cuda else None
     quiet = not (is_main() and sys.stderr.isatty())
+    run.stop.training = True
     with tqdm(total=run.total_steps, initial=step, desc=args.run_name, unit="step", disable=quiet) as bar:
-        while step < run.total_steps:
-            record, stop = optimizer_step(run, step)
+        while step < run.total_steps and not run.stop.agreed():
+            record = optimizer_step(run, step, checkpoints)
+            if record is None:
+                break
             step += 1
+            skipped = record.pop("documents", None)
             end_of_epoch, last = step % run.steps_an_epoch == 0, step == run.total_steps
             if run.dataset.validation is not None and (end_of_epoch or last):
                 record["validation_loss"] = validate(run.model, run.dataset.validation, run.device)
@@ -454,27 +478,29 @@ def train_steps(run, step, checkpoints, log, planned):
                 say(compare_gemm(torch.cuda.get_device_name(), gemm_flops))
             if step == first + 1 and planned:
                 say(compare_peak(planned, torch.cuda.max_memory_allocated()))
-            if not (math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])):
-                raise ValueError(
-                    f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; nothing was saved from"
-                    " this step"
-                )
-            if end_of_epoch or last or stop or (args.save_steps and step % args.save_steps == 0):
+            if skipped is not None:
+                run.not_finite.keep(step, record["loss"], record["grad_norm"], skipped)
+            if end_of_epoch or last or (args.save_steps and step % args.save_steps == 0):
                 checkpoints.save(step)
-            if stop:
-                break
+                saved = step
+    if step > saved:  # told to stop
+        checkpoints.save(step)
     checkpoints.wait()
     return step
 
 
-def train(args, data_args, lora_args):
+def train(args, data_args, lora_args, stop):
     """The run from a published checkpoint to adapters on disk. Raises ValueError for what the user can put right."""
     device = setup_distributed()
     mesh = make_mesh(device, args.shard_nodes)
-    told_to_stop = []  # signals reach ranks at different times: a step's last all_reduce decides for all of them
-    signal.signal(signal.SIGTERM, lambda *_: told_to_stop.append(1))
-    resume_from = newest_checkpoint(args.output_dir, args.resume, resume_fault, say)
+    # before looking at what is there: another run may just end
+    with on_the_first(lambda: claim(args.output_dir)) or contextlib.nullcontext():
+        train_claimed(args, data_args, lora_args, stop, device, mesh)
 
+
+def train_claimed(args, data_args, lora_args, stop, device, mesh):
+    """`train` in a directory that no other run is in."""
+    resume_from = newest_checkpoint(args.output_dir, args.resume, say, args.start_anew)
     config = load_config(args.model_name_or_path, args.model_revision)
     check_trainer(config, "moe")
     args, planned = settle_memory(config, args, data_args, lora_args)
@@ -485,17 +511,20 @@ def train(args, data_args, lora_args):
     sizes = len(dataset), data_args.max_seq_length, args.global_batch_size, dist.get_world_size(), 1
     micro, arithmetic = batch_arithmetic(*sizes, *steps)
     say(arithmetic)
-    lock = claim(args.output_dir) if is_main() else None
-
-    peft_model, model = load_model(config, args, lora_args, directory, mesh, device)
-    optimizer = make_optimizer(model, args)
     arguments = {
         key: value for group in (args, data_args, lora_args) for key, value in dataclasses.asdict(group).items()
     }
     facts = run_facts(arguments | {"expert_r": lora_args.expert_rank(config)}, dataset.fingerprint, steps[1])
+    if resume_from:
+        refuse_another_run(facts, *recorded_facts(resume_from))
+        refuse_another_base(resume_from, args.model_name_or_path, args.model_revision)
+
+    peft_model, model = load_model(config, args, lora_args, directory, mesh, device)
+    optimizer = make_optimizer(model, args)
     checkpoints = Checkpointer(peft_model, model, optimizer, args, lora_args, tokenizer, facts)
     step = checkpoints.load(resume_from) if resume_from else 0
-    run = Run(args, lora_args, config, device, mesh, dataset, model, optimizer, *steps, micro, told_to_stop)
+    not_finite = NotFinite(args.output_dir, args.max_skipped_steps)
+    run = Run(args, lora_args, config, device, mesh, dataset, model, optimizer, *steps, micro, stop, not_finite)
     trained, everything = (sum(p.numel() for p in ps) for ps in (run.parameters, model.parameters()))
     say(f"training {trained:,} of {everything:,} parameters")
     if resume_from:
@@ -504,26 +533,23 @@ def train(args, data_args, lora_args):
     log = Log(args, record, step, run.total_steps)
     step = train_steps(run, step, checkpoints, log, planned)
     log.close()
-    if lock:
-        lock.close()
     dist.barrier()
     if step < run.total_steps:
-        say(f"stopped by SIGTERM after step {step}; go on with --resume")
+        say(f"stopped by {stop.told or 'a signal'} after step {step}; go on with --resume")
     say(f"done: {args.output_dir}")
 
 
 def main(argv=None):
     try:
-        args, data_args, lora_args = parse(argv)
-        if args.dry_run:
-            epochs, planned = args.num_train_epochs, plan_arguments(args, data_args, lora_args)
-            dry_run(args.model_name_or_path, args.model_revision, epochs, **planned)
-        elif args.prepare_only:
-            prepare_only(args, data_args)
-        else:
-            train(args, data_args, lora_args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        with one_last_line(), Stop() as stop:
+            args, data_args, lora_args = parse(argv)
+            if args.dry_run:
+                epochs, planned = args.num_train_epochs, plan_arguments(args, data_args, lora_args)
+                dry_run(args.model_name_or_path, args.model_revision, epochs, **planned)
+            elif args.prepare_only:
+                prepare_only(args, data_args)
+            else:
+                train(args, data_args, lora_args, stop)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -196,27 +196,23 @@ def host_bytes(plan):
 
     moe: a rank reads its shards in pieces, eight of 32 MiB at a time. dense: transformers maps the whole checkpoint
     into every rank, which is page cache, shared by the ranks of a node and given back under pressure. To save, rank 0
-    gathers the adapter in fp32, and moe copies the resume state, adapter and Adam moments, to write it in the
-    background.
+    gathers the adapter in fp32, and every rank copies its share of the resume state, adapter and Adam moments.
     """
     base, adapter = plan["parameters"]["total"], plan["parameters"]["trainable"]
     terms = {"processes": 3 * GIB * plan["gpus"], "whole adapter on rank 0 while saving, fp32": 4 * adapter}
+    sharing = plan["shard_nodes"] if plan["kind"] == "moe" else plan["nodes"] if plan["zero3"] else 1
+    terms["resume state while it is written, fp32"] = 12 * adapter // sharing
     if plan["kind"] == "dense":
         return {**terms, "checkpoint in page cache while loading (can be evicted)": 2 * base}
     terms["read buffers while loading"] = plan["gpus"] * 8 * 32 * 2**20
-    terms["resume state while it is written, fp32"] = 12 * adapter // plan["shard_nodes"]
     return terms
 
 
 def disk_bytes(plan):
-    """Disk by term, in bytes: train_moe.py keeps one resume state, the Trainer one per checkpoint."""
+    """Disk by term, in bytes: the newest two checkpoints keep their resume state, while a third is written."""
     base, adapter = plan["parameters"]["total"], plan["parameters"]["trainable"]
-    state = (
-        "resume state of every checkpoint, fp32"
-        if plan["kind"] == "dense"
-        else "resume state of the newest checkpoint, fp32"
-    )
-    return {"base checkpoint, bf16": 2 * base, "adapter of every checkpoint, fp32": 4 * adapter, state: 12 * adapter}
+    state = "resume state of three checkpoints, fp32"
+    return {"base checkpoint, bf16": 2 * base, "adapter of every checkpoint, fp32": 4 * adapter, state: 36 * adapter}
 
 
 def need(plan):

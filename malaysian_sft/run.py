@@ -5,8 +5,10 @@ import importlib
 import json
 import math
 import os
+import socket
 import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,57 @@ def wandb_mode():
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     has_key = "WANDB_API_KEY" in os.environ or (netrc.is_file() and "wandb" in netrc.read_text())
     return os.environ.get("WANDB_MODE", "online" if has_key else "offline")
+
+
+def wandb_reachable(seconds=5):
+    """Whether wandb's server answers; wandb itself would try for minutes."""
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY")):
+        return True  # the proxy knows
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+def tracker_failures(tracker):
+    """What wandb or trackio raise when their server, their disk or their key fails them."""
+    return OSError, RuntimeError, ValueError, getattr(tracker, "Error", OSError)
+
+
+def track(tracker, values):
+    """Send values to a tracker; returns the tracker, None if it failed: it never ends a run."""
+    try:
+        tracker.log(values)
+    except tracker_failures(tracker) as error:
+        say(f"the tracker failed ({str(error)[:200]!r}); going on without it")
+        return None
+    return tracker
+
+
+def start_tracker(name, project, run_name, output_dir, config):
+    """The started module wandb or trackio; None if it can't start: a tracker never ends a run, one line says what is
+    lost. ValueError if it is not installed. On rank 0."""
+    try:
+        tracker = importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"--report_to {name}: not installed; install it or pass --report_to none") from None
+    options = {"project": project, "name": run_name, "config": config}
+    if name == "wandb":
+        mode = wandb_mode()
+        if mode == "online" and not wandb_reachable():
+            say("--report_to wandb: its server doesn't answer; offline, `wandb sync` uploads it later")
+            mode = "offline"
+        options |= {"dir": output_dir, "mode": mode}
+    try:
+        tracker.init(**options)
+    except tracker_failures(tracker) as error:
+        say(f"--report_to {name}: {type(error).__name__}: {str(error)[:200]!r}; going on without it")
+        return None
+    if name == "wandb":
+        tracker.define_metric("*", step_metric="train/global_step")  # as transformers does
+    return tracker
 
 
 def claim(output_dir):
@@ -126,10 +179,39 @@ def trim_log(output_dir, last_step):
     short. Returns the file's path."""
     path = Path(output_dir, "log.jsonl")
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-        path.write_text("".join(kept))
+        kept = []
+        for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+            try:
+                if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}, line {number}: no record of a step; remove the line") from None
+        temporary = path.with_suffix(".tmp")  # renamed: a crash must not lose the log
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
     return path
+
+
+# flag -> (what is expected, in words; whether a value is that). None, where a flag has no value, is always right.
+POSITIVE = "a positive number", lambda value: 0 < value < math.inf
+NOT_NEGATIVE = "a number of at least 0", lambda value: 0 <= value < math.inf
+SHARE = "a number of at least 0 and less than 1", lambda value: 0 <= value < 1
+VALUES = {
+    **dict.fromkeys("num_train_epochs global_batch_size learning_rate max_grad_norm".split(), POSITIVE),
+    **dict.fromkeys("save_steps logging_steps shard_nodes max_skipped_steps".split(), POSITIVE),
+    **dict.fromkeys("r lora_alpha expert_r per_device_train_batch_size".split(), POSITIVE),
+    **dict.fromkeys("warmup_steps weight_decay router_aux_loss_coef frugal_layers seed".split(), NOT_NEGATIVE),
+    "lora_dropout": SHARE,
+}
+
+
+def check_values(*groups):
+    """Raise ValueError for the first flag in these groups of arguments whose value no run can have."""
+    for group in groups:
+        for name, (expected, holds) in VALUES.items():
+            value = getattr(group, name, None)
+            if value is not None and not holds(value):
+                raise ValueError(f"--{name} {value}: expected {expected}")
 
 
 def count_steps(packs, global_batch_size, num_train_epochs, max_steps=None):
@@ -155,6 +237,34 @@ def batch_arithmetic(packs, max_seq_length, global_batch_size, world_size, micro
         f" {global_batch_size * max_seq_length:,} tokens at most; {packs:,} packs = {steps_an_epoch:,} steps an epoch,"
         f" {total_steps / steps_an_epoch:.4g} epochs = {total_steps:,} steps"
     )
+
+
+class NotFinite:
+    """Counts steps whose loss or gradient is not finite: they change nothing, and too many in a row end the run."""
+
+    def __init__(self, output_dir, most):
+        self.path, self.most = Path(output_dir, "skipped.jsonl"), most
+        self.skipped = self.in_a_row = 0
+
+    def see(self, finite):
+        """To be told of every step."""
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self.skipped += not finite
+
+    def keep(self, step, loss, grad_norm, documents):
+        """Keep which documents (their indices in the training set) a skipped step had; raises ValueError for too many
+        skipped in a row. On every rank."""
+        if is_main():
+            record = {"step": step, "loss": loss, "grad_norm": grad_norm, "documents": [int(i) for i in documents]}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        words = f"step {step}: loss {loss}, gradient norm {grad_norm}"
+        if self.in_a_row >= self.most:
+            raise ValueError(
+                f"{words}; {self.in_a_row} steps in a row were not finite and changed nothing (--max_skipped_steps"
+                f" {self.most}); their documents are in {self.path}"
+            )
+        say(f"{words}: skipped; its documents are in {self.path}")
 
 
 def learning_rate_factor(step, total_steps, warmup_steps):
@@ -196,18 +306,7 @@ class Log:
             return
         self.file = open(trim_log(args.output_dir, first_step), "a", buffering=1)
         if args.report_to != "none":
-            try:
-                self.tracker = importlib.import_module(args.report_to)
-            except ImportError:
-                raise ValueError(
-                    f"--report_to {args.report_to}: not installed; install it or pass --report_to none"
-                ) from None
-            options = {"project": args.project, "name": args.run_name, "config": config}
-            if args.report_to == "wandb":
-                options |= {"dir": args.output_dir, "mode": wandb_mode()}
-            self.tracker.init(**options)
-            if args.report_to == "wandb":
-                self.tracker.define_metric("*", step_metric="train/global_step")  # as transformers does
+            self.tracker = start_tracker(args.report_to, args.project, args.run_name, args.output_dir, config)
 
     def write(self, record):
         if self.file is None:
@@ -217,9 +316,8 @@ class Log:
         say(step_line(record, self.total_steps))
         if self.tracker is not None:
             # transformers' names, so that the dense runs of the project are drawn in the same charts
-            self.tracker.log(
-                {f"train/{key}": value for key, value in values.items()} | {"train/global_step": record["step"]}
-            )
+            named = {f"train/{key}": value for key, value in values.items()}
+            self.tracker = track(self.tracker, named | {"train/global_step": record["step"]})
 
     def close(self):
         if self.file is not None:

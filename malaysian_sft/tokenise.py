@@ -146,6 +146,24 @@ def data_fingerprint(data_args: DataArguments, sources: list[Source], chat: Chat
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=10).hexdigest()
 
 
+ARRAYS = (".bin", ".npy")  # a cache's files of which one wrong bit would be trained on
+
+
+def file_checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_cache(directory: Path, meta: dict) -> None:
+    """Raise ValueError for a cache whose files are not those that were written. One process of a machine reads them."""
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        return
+    for name, checksum in meta.get("files", {}).items():
+        path = directory / name
+        if not path.is_file() or file_checksum(path) != checksum:
+            raise ValueError(f"{path}: damaged or not there; delete {directory} and prepare again")
+
+
 def write_cache(
     directory: Path, data_args: DataArguments, sources: list[Source], chat: ChatFormat, progress: bool
 ) -> None:
@@ -198,6 +216,7 @@ def write_cache(
             "rows": seen,
             "loss_on": data_args.loss_on,
             "content": content.hexdigest(),
+            "files": {path.name: file_checksum(path) for path in sorted(temporary.iterdir()) if path.suffix in ARRAYS},
         }
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
         try:

@@ -26,11 +26,10 @@ STUB = '#!/bin/sh\nfor a in "$@"; do printf "%s\\037" "$a"; done >> "$CALLS"; pr
 
 
 def calls_of(launcher, tmp_path, *flags, **environment):
-    """What the launcher would start: a list of argument vectors, recorded by stand-ins for python3 and torchrun."""
-    for name in ("python3", "torchrun"):
-        stub = tmp_path / name
-        stub.write_text(STUB.replace("for a in", f'printf "{name}\\037" >> "$CALLS"; for a in'))
-        stub.chmod(0o755)
+    """What the launcher would start: a list of argument vectors, recorded by a stand-in for python3."""
+    stub = tmp_path / "python3"
+    stub.write_text(STUB.replace("for a in", 'printf "python3\\037" >> "$CALLS"; for a in'))
+    stub.chmod(0o755)
     record = tmp_path / "calls"
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(record), **environment}
     subprocess.run(["bash", str(launcher), *flags], check=True, env=env)
@@ -64,7 +63,7 @@ def test_launcher(launcher, tmp_path):
     prepare, train = calls_of(
         launcher, tmp_path, "--learning_rate", "3e-4", NNODES="2", NODE_RANK="1", MASTER_ADDR="10.0.0.1"
     )
-    assert prepare[0] == "python3" and train[0] == "torchrun"
+    assert prepare[0] == "python3" and train[:3] == ["python3", "-m", "malaysian_sft.launch"]
     assert "--prepare_only" in prepare and "--prepare_only" not in train
     for flag, value in {
         "--nproc_per_node": "8",
@@ -132,8 +131,8 @@ def test_quickstart(tmp_path):
         runs[args.run_name] = args.model_name_or_path
     assert list(runs) == ["quickstart-lora-64", "quickstart-moe-lora-64"]
     dense, moe = runs.values()
-    (torchrun,) = [call for call in calls if call[0] == "torchrun"]
-    assert "--standalone" in torchrun, "two of them on one machine must not meet at one port"
+    (launched,) = [call for call in calls if "malaysian_sft.launch" in call]
+    assert "--standalone" in launched, "two of them on one machine must not meet at one port"
     assert any(call[1] == "-c" and f"upcycle('{dense}', '{moe}'" in call[2] for call in calls)
 
     evaluated, unknown = HfArgumentParser(malaymmlu.Arguments).parse_known_args(scripts["malaymmlu.py"])

@@ -120,3 +120,6 @@ def test_facts_are_what_a_resumed_run_must_share():
 def test_a_log_is_cut_where_training_goes_on(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     assert trim_log(tmp_path, 2).read_text() == '{"step": 1}\n{"step": 2}\n'
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n[]\n')
+    with pytest.raises(ValueError, match="log.jsonl, line 2: no record of a step; remove the line"):
+        trim_log(tmp_path, 2)

@@ -266,18 +266,18 @@ def kill_with_all_it_started(process):
     assert not psutil.wait_procs(started, timeout=60)[1]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
+@pytest.mark.parametrize(("processes", "resumed"), [(1, 2), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes, resumed):
     """kill -9 after the first epoch's checkpoint; `--resume` must go on with the same batches to the same numbers.
 
-    The unbroken run is one process that accumulates, so the case of 2 also shows that two ranks under ZeRO-3 equal one.
+    The unbroken run is one process that accumulates, so this also shows that two ranks under ZeRO-3 equal one.
     """
-    name = f"killed-{processes}"
-    zero3 = ["--deepspeed", str(ROOT / "ds3.json")] if processes == 2 else []
+    name = f"killed-{processes}-{resumed}"
+    zero3 = {1: [], 2: ["--deepspeed", str(ROOT / "ds3.json")]}
     output, script = workspace / "outputs" / name, workspace / "waiting.py"
     script.write_text(WAITING.format(step=STEPS - 1))  # so that no kill comes too late, however busy the machine is
     process = subprocess.Popen(
-        command(workspace, name, *zero3, processes=processes, script=script),
+        command(workspace, name, *zero3[processes], processes=processes, script=script),
         cwd=workspace,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
@@ -293,14 +293,10 @@ def test_killed_and_resumed_equals_unbroken(workspace, unbroken, processes):
     assert not (output / f"checkpoint-{STEPS}").exists()
     # as if the last checkpoint had been cut short: an adapter without a trainer's state is passed over, and written
     # again
-    shutil.copytree(
-        output / f"checkpoint-{STEPS_AN_EPOCH}",
-        output / f"checkpoint-{STEPS}",
-        ignore=lambda *_: ["trainer_state.json"],
-    )
-    log, adapters = run(workspace, name, "--resume", *zero3, processes=processes)
-    # alone not 0 either: matrix products on a CPU may round differently where memory happens to be aligned differently
-    tolerance = {1: 1e-5, 2: 1e-4}[processes]
+    shutil.copytree(output / f"checkpoint-{STEPS_AN_EPOCH}", output / f"checkpoint-{STEPS}")
+    (output / f"checkpoint-{STEPS}/trainer_state.json").unlink()
+    log, adapters = run(workspace, name, "--resume", *zero3[resumed], processes=resumed)
+    tolerance = 1e-4
     for step in range(1, STEPS + 1):
         assert log[step]["loss"] == pytest.approx(unbroken[0][step]["loss"], rel=tolerance), step
         assert log[step]["grad_norm"] == pytest.approx(unbroken[0][step]["grad_norm"], rel=10 * tolerance), step
@@ -337,7 +333,8 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_equals_unbroken(workspace
     with monkeypatch.context() as patch:
         patch.setattr(train_dense.DenseTrainer, "get_batch_samples", told)
         main("stopped")
-    assert max(read_log(output)) == stop_in and sorted(read_adapters(output)) == [STEPS_AN_EPOCH, stop_in]
+    # told before the step's first micro-batch: it is dropped after that
+    assert max(read_log(output)) == stop_in - 1 and sorted(read_adapters(output)) == [STEPS_AN_EPOCH, stop_in - 1]
     main("stopped", "--resume")
     log = read_log(output)
     for step in range(1, STEPS + 1):
@@ -383,31 +380,6 @@ def test_another_base_is_not_resumed(workspace, unbroken, main):
         main("unbroken", "--resume", "--model_name_or_path", str(workspace / "other"))
 
 
-def test_resuming_looks_for_the_newest_complete_checkpoint(tmp_path, capsys):
-    arguments = SimpleNamespace(output_dir=str(tmp_path), resume=True, process_index=0)
-    (tmp_path / ".saving/checkpoint-9").mkdir(parents=True)
-    with pytest.raises(ValueError, match="--resume: no run under"):
-        train_dense.find_resume_checkpoint(arguments)
-    (tmp_path / "args.json").touch()  # a run that was killed before its first checkpoint
-    assert train_dense.find_resume_checkpoint(arguments) is None
-    assert capsys.readouterr().out == f"--resume: no complete checkpoint under {tmp_path}: starting anew\n"
-    for name in (
-        "checkpoint-2/trainer_state.json",
-        "checkpoint-2/adapter_model.safetensors",
-        "checkpoint-10/adapter_model.safetensors",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = train_dense.find_resume_checkpoint(arguments)
-    assert found == str(tmp_path / "checkpoint-2")
-    skipped = f"--resume: {tmp_path}/checkpoint-10 is incomplete (no trainer_state.json): skipped, and written again"
-    assert capsys.readouterr().out == f"{skipped} when the run gets to step 10\n"
-    arguments.process_index = 1
-    assert train_dense.find_resume_checkpoint(arguments) == found and capsys.readouterr().out == "", (
-        "one process prints"
-    )
-
-
 @pytest.mark.parametrize(
     ("flags", "fault"),
     [
@@ -429,8 +401,8 @@ def test_another_run_is_not_resumed(main, unbroken, monkeypatch, flags, fault):
     def no_further(*_):
         raise ValueError("taken for the same run")
 
-    monkeypatch.setattr("train_dense.base_faults", no_further)  # what is looked at next
-    with pytest.raises(SystemExit, match=f"error: --resume: {fault} but .*args.json says"):
+    monkeypatch.setattr("train_dense.refuse_another_base", no_further)  # what is looked at next
+    with pytest.raises(SystemExit, match=f"error: --resume: {fault} but .*position.json says"):
         main("unbroken", "--resume", *flags.split())
     with pytest.raises(SystemExit, match="taken for the same run"):
         main(
@@ -484,19 +456,6 @@ def test_validation_loss_is_that_of_the_held_out_documents(workspace, processes,
         total += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
         count += int((labels != -100).sum())
     assert found == pytest.approx(total / count, rel=1e-5), done.stderr[-3000:]
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(workspace, main, monkeypatch):
-    compute_loss = train_dense.DenseTrainer.compute_loss
-
-    def exploding(self, *args, **options):
-        return compute_loss(self, *args, **options) * (math.nan if self.state.global_step == 1 else 1)
-
-    monkeypatch.setattr(train_dense.DenseTrainer, "compute_loss", exploding)
-    with pytest.raises(SystemExit, match="error: step 2: loss nan, gradient norm nan; nothing was saved"):
-        main("exploding", "--save_strategy", "steps", "--save_steps", "1")
-    assert [path.name for path in (workspace / "outputs/exploding").glob("checkpoint-*")] == ["checkpoint-1"]
-    assert math.isnan(read_log(workspace / "outputs/exploding")[2]["loss"])
 
 
 def test_validation_and_saving_are_no_part_of_a_step_s_speed(workspace, main, monkeypatch):

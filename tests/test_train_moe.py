@@ -97,8 +97,8 @@ def run_processes(count, argv, patch="", local_world_size=None):
     """train_moe.main in `count` processes, `patch` executed in each before it; returns the exit code and the output."""
     script = Path(argv[argv.index("--output_dir") + 1]).parent / "patched.py"
     lines = [
-        "import os, signal, sys, malaysian_sft.checkpoints as checkpoints",
-        f"sys.path.insert(0, {str(ROOT)!r})",
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r})",
+        "import malaysian_sft.checkpoints as checkpoints",
         "import train_moe",
         patch,
         "train_moe.main(sys.argv[1:])",
@@ -600,9 +600,9 @@ def test_the_record_of_a_run(one_process):
         "chosen, so written down"
     )
     assert len(list(out.glob("checkpoint-*"))) == len(log)
-    assert [path.parent.name for path in out.glob("checkpoint-*/resume")] == [f"checkpoint-{len(log)}"], (
-        "only the newest is kept"
-    )
+    assert {path.parent.name for path in out.glob("checkpoint-*/resume")} == {
+        f"checkpoint-{step}" for step in (len(log) - 1, len(log))
+    }, "the newest two are kept"
     assert verify_adapter(out / f"checkpoint-{len(log)}", record["model"]) == []
 
 
@@ -616,6 +616,7 @@ def test_a_tracker_gets_the_names_that_the_dense_runs_have(tracker, process_grou
         "define_metric": lambda *_, **__: None,
         "finish": lambda: None,
     }
+    monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setitem(
         sys.modules, tracker, SimpleNamespace(**{key: lambda *a, f=f, **k: f(*a, **k) for key, f in functions.items()})
     )
@@ -729,7 +730,7 @@ checkpoints.os = type("os", (), {**vars(os), "replace": staticmethod(dying)})
 
 def cut_short(checkpoint):
     """Leave half of what a checkpoint's tensors to resume from take."""
-    (file,) = (checkpoint / "resume").glob("*.distcp")
+    (file,) = (checkpoint / "resume").glob("*.safetensors")
     os.truncate(file, file.stat().st_size // 2)
 
 
@@ -758,8 +759,8 @@ def lose_the_directories(out):
             lose_the_newest,
             [
                 (
-                    "RUN/checkpoint-2 is incomplete (resume/__0_0.distcp is cut short): skipped, and written again when"
-                    " the run gets to step 2"
+                    "RUN/checkpoint-2 is incomplete (resume/rank-00000.safetensors is cut short): skipped, and written"
+                    " again when the run gets to step 2"
                 ),
                 "resuming from RUN/checkpoint-1",
             ],
@@ -768,22 +769,33 @@ def lose_the_directories(out):
             lose_all,
             [
                 "RUN/checkpoint-2 is incomplete (resume/position.json is not there): skipped",
-                "RUN/checkpoint-1 is incomplete (resume/__0_0.distcp is cut short): skipped",
-                "no complete checkpoint under RUN: starting anew",
+                "RUN/checkpoint-1 is incomplete (resume/rank-00000.safetensors is cut short): skipped",
+                "no checkpoint under RUN can be gone on from (checkpoint-2: resume/position.json is not there; check",
             ],
         ),
-        (lose_the_directories, ["no complete checkpoint under RUN: starting anew"]),
+        (lose_the_directories, ["no checkpoint under RUN yet: starting anew"]),
     ],
 )
 def test_killed_in_a_save_and_resumed(damage, lines, killed_in_a_save, one_process, tmp_path, capsys):
-    """A run goes on from the newest complete checkpoint, from the start if there is none, says so, and ends like the
-    unbroken one."""
+    """A run goes on from the newest complete checkpoint, from the start if there is none yet, says so, and ends like
+    the unbroken one. Where all it trained is damaged it touches nothing, until it is told to start anew."""
     shutil.copytree(killed_in_a_save.parent, tmp_path, dirs_exist_ok=True)
     out = tmp_path / "run"
     if damage is not None:
         damage(out)
-    train_moe.main([*moved(one_process[0], out), "--resume", "True"])
-    output = capsys.readouterr().out
+    error = ""
+    if damage is lose_all:
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+        with pytest.raises(SystemExit) as ended:
+            train_moe.main([*moved(one_process[0], out), "--resume", "True"])
+        error = str(ended.value)
+        assert {path: path.read_bytes() for path in before} == before
+        train_moe.main([*moved(one_process[0], out), "--start_anew", "True"])
+        assert (out / "replaced-1/checkpoint-1/adapter_model.safetensors").exists()
+        shutil.rmtree(out / "replaced-1")
+    else:
+        train_moe.main([*moved(one_process[0], out), "--resume", "True"])
+    output = capsys.readouterr().out + error
     places = [output.find(line.replace("RUN", str(out))) for line in lines]
     assert min(places) >= 0 and places == sorted(places), output
     assert output.count("skipped") == len(lines) - 1 and output.count("resuming from") == ("resuming" in lines[-1])
@@ -810,7 +822,8 @@ def test_sigterm_saves_and_exits(one_process, tmp_path, monkeypatch):
     argv = moved(one_process[0], tmp_path / "run")
     argv[argv.index("--save_steps") + 1] = "100"
     train_moe.main(argv)
-    assert len(losses(tmp_path / "run")) == 2 and (tmp_path / "run" / "checkpoint-2" / "resume").is_dir()
+    # the second step has several micro-batches, and is dropped after the first of them
+    assert len(losses(tmp_path / "run")) == 1 and (tmp_path / "run" / "checkpoint-1" / "resume").is_dir()
     train_moe.main([*argv, "--resume", "True"])
     assert losses(tmp_path / "run") == unchanged(losses(one_process[1]))
 

@@ -1,0 +1,121 @@
+"""What the ranks of a run decide together, and how a run ends: told to stop, or with one clear last line."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def everyone_s(value, group=None):
+    """[value of every rank]. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def agreed(fault, group=None):
+    """The fault (words or None) of the first rank that has one, on every rank. Collective."""
+    return next((words for words in everyone_s(fault, group) if words), None)
+
+
+def on_the_first(action, error=(ValueError, OSError)):
+    """action() on rank 0, and its result there; None on the others. Raises ValueError on every rank if it failed.
+    Collective."""
+    result = fault = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            result = action()
+        except error as raised:
+            fault = str(raised)
+    if fault := agreed(fault):
+        raise ValueError(fault)
+    return result
+
+
+class Stop:
+    """SIGTERM (a scheduler's eviction, torchrun's shutdown) and SIGINT (Ctrl-C), as a context manager.
+
+    While the model is loaded they end the process at once. From `training` on they are noted: the run saves and stops
+    as soon as all ranks know, between two micro-batches at the latest. A second Ctrl-C doesn't wait for that.
+    """
+
+    def __init__(self):
+        self.told = None  # the signal's name
+        self.training = False
+        self.process = os.getpid()
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            # kill -9 of the launcher would leave its processes training: have the kernel send them SIGTERM
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        if self.training and not (number == signal.SIGINT and self.told == "SIGINT"):
+            self.told = signal.Signals(number).name
+            return
+        if os.getpid() != self.process:  # a tokenising process
+            os._exit(128 + number)
+        if first_to_speak():
+            what = "; nothing new was saved" if self.training else " while loading; nothing was trained"
+            print(f"stopped by {signal.Signals(number).name}{what}", file=sys.stderr, flush=True)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            os._exit(128 + number)  # to tidy up would be to wait for other ranks
+        raise SystemExit(128 + number)
+
+    def agreed(self):
+        """Whether any rank was told. Collective, on the CPU: the GPU goes on meanwhile."""
+        told = torch.tensor(float(self.told is not None))
+        if dist.is_initialized():
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group())
+        return bool(told)
+
+    def _group(self):
+        """A group that reduces on the CPU: NCCL alone, which the Trainer starts on GPUs, doesn't."""
+        if not hasattr(self, "group"):
+            self.group = None if "gloo" in dist.get_backend_config() else dist.new_group(backend="gloo")
+        return self.group
+
+
+def first_to_speak():
+    """Whether no other rank has said yet why the run ends: one line stands last, not one a rank."""
+    if not dist.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("malaysian_sft/ending", 1) == 1
+    except dist.DistError:  # the store is torchrun's, which is gone
+        return True
+
+
+def lost_rank(error):
+    """Whether a RuntimeError says that another rank has gone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "Connection closed" in str(error)
+
+
+@contextlib.contextmanager
+def one_last_line():
+    """Ends a rank by SystemExit with "error: ..." for what the user can put right; silently where another rank did."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}" if first_to_speak() else 1)
+    except RuntimeError as error:
+        if not lost_rank(error):
+            first_to_speak()  # the traceback that follows is what stands last
+            raise
+        sys.exit(
+            "error: another process of this run has ended: what it said stands above; go on with --resume"
+            if first_to_speak()
+            else 1
+        )
