@@ -81,7 +81,8 @@ def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool
         raise ValueError(f"{out} is there already; delete it or choose another directory")
     refuse_quantised(directory, json.loads((directory / "config.json").read_text()))
     # complete, finite, trained, for this base: what is merged cannot be looked at any more
-    if faults := adapter_faults(Path(adapter), shapes_of_base(directory), None if any_base else str(directory), False):
+    shapes, known = shapes_of_base(directory), None if any_base else str(directory)
+    if faults := adapter_faults(Path(adapter), shapes, known, allow_zero=False, one_scaling=False):
         raise ValueError(f"{adapter} is not sound ({len(faults)} faults): {'; '.join(faults[:5])}")
     adapter = Adapter(adapter)
     shards = checkpoint_shards(directory)

@@ -38,14 +38,15 @@ def verify_adapter(directory, base=None, allow_zero=False) -> list[str]:
     return adapter_faults(Path(directory), shapes, name if shapes is not None else None, allow_zero)
 
 
-def adapter_faults(directory, shapes, base, allow_zero) -> list[str]:
+def adapter_faults(directory, shapes, base, allow_zero, one_scaling=True) -> list[str]:
+    """As verify_adapter. one_scaling: alpha / r must be the same everywhere, as servers, but not merges, want it."""
     try:
         adapter = Adapter(directory)
     except ValueError as error:
         return [str(error)]
     faults = manifest_faults(adapter) + _value_faults(adapter, allow_zero) + expert_faults(adapter)
     scalings = {round(slot.scaling, 6) for slot in adapter.slots.values()}
-    if len(scalings) > 1:
+    if one_scaling and len(scalings) > 1:
         faults.append(
             f"{directory / CONFIG}: alpha / r differs from layer to layer: {sorted(scalings)}; servers assume one"
             " scaling"

@@ -548,7 +548,7 @@ DAMAGE = {
     "zeroed shard": (zero_a_shard, r"experts.4.gate_proj.lora_A.weight is all zeros \(its checksum differs"),
     "one expert missing": (
         lose_an_expert,
-        "expert 5 of model.layers.0.mlp.experts has no gate_proj, up_proj, down_proj",
+        r"model.layers.0.mlp.experts.5.gate_proj is missing",
     ),
     "a layer missing": (lose_a_layer, "model.layers.1.self_attn.q_proj is missing"),
     "swapped gate and up": (
@@ -885,12 +885,43 @@ def test_stacked_bf16_base_is_merged_in_fp32_and_rounded_once(trained, tmp_path,
         assert ((got.double() - expected).abs() <= 0.51 * step + 1e-6).all(), module
 
 
+def test_a_conversion_that_changes_nothing_keeps_everything(trained, tmp_path):
+    run = trained("qwen3_moe", "lora")
+    convert_adapter(run.directory, tmp_path / "stacked", layout="stacked")
+    convert_adapter(tmp_path / "stacked", tmp_path / "again", layout="stacked")
+    stacked, again = load_file(tmp_path / "stacked" / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    assert stacked.keys() == again.keys() and all(torch.equal(again[name], stacked[name]) for name in stacked)
+    convert_adapter(run.directory, tmp_path / "same", layout="2d")
+    assert load_file(tmp_path / "same" / WEIGHTS).keys() == load_file(run.directory / WEIGHTS).keys()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda tensors: [tensor.zero_() for name, tensor in tensors.items() if "lora_B" in name],
+            "every lora_B is zero",
+        ),
+        (lambda tensors: next(iter(tensors.values())).fill_(float("nan")), "values that are not finite"),
+        (lose_an_expert, r"experts\.5\.gate_proj is missing"),
+    ],
+)
+def test_merge_verifies_as_verify_does(trained, tmp_path, damage, message):
+    run = trained("qwen3_moe", "lora")
+    directory = run.copy(tmp_path)
+    (directory / MANIFEST).unlink()
+    rewrite(directory, damage)
+    with pytest.raises(ValueError, match=message):
+        merge_adapter(run.base, directory, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_merge_refuses_what_would_be_silently_lost(trained, tmp_path):
     run = trained("llama", "lora")
     directory = run.copy(tmp_path)
     (directory / MANIFEST).unlink()
     rewrite(directory, add_a_layer)
-    with pytest.raises(ValueError, match="7 adapter modules match nothing in the base: model.layers.2.mlp.down_proj, "):
+    with pytest.raises(ValueError, match=r"\(7 faults\).*model.layers.2.mlp.down_proj is no linear layer of the base"):
         merge_adapter(run.base, directory, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
     with pytest.raises(ValueError, match="is there already; delete it or choose another"):
