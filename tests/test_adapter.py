@@ -903,7 +903,10 @@ def test_a_conversion_that_changes_nothing_keeps_everything(trained, tmp_path):
             "every lora_B is zero",
         ),
         (lambda tensors: next(iter(tensors.values())).fill_(float("nan")), "values that are not finite"),
-        (lose_an_expert, r"experts\.5\.gate_proj is missing"),
+        (
+            lambda tensors: [tensors.pop(name) for name in list(tensors) if ".experts.5." in name],
+            r"experts\.5\.gate_proj is missing",
+        ),
     ],
 )
 def test_merge_verifies_as_verify_does(trained, tmp_path, damage, message):
