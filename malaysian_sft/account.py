@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fused_moe_lora import why_not_conforming
-from malaysian_sft.base_model import UNREADABLE
+from malaysian_sft.base_model import UNREADABLE, refuse_quantised
 from malaysian_sft.lora import NOT_ADAPTED, active_experts, expert_rank
 
 GIB = 2**30
@@ -312,6 +312,7 @@ def check_trainer(config, kind):
 
     The dense trainer would leave routed experts out without a word.
     """
+    refuse_quantised(config.model_type, config.to_dict())
     if (kind == "moe") != any(m.kind == "expert" for m in architecture(config).matrices):
         other = "train_dense.py" if kind == "moe" else "train_moe.py"
         raise ValueError(f"{config.model_type} has {'no ' * (kind == 'moe')}routed experts: train it with {other}")
