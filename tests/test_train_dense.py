@@ -79,7 +79,7 @@ def run(workspace, name, *extra, **launch):
     done = subprocess.run(
         command(workspace, name, *extra, **launch),
         cwd=workspace,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0"},
         capture_output=True,
         text=True,
         timeout=900,
