@@ -164,6 +164,12 @@ def check_cache(directory: Path, meta: dict) -> None:
             raise ValueError(f"{path}: damaged or not there; delete {directory} and prepare again")
 
 
+def _workers(data_args: DataArguments, rows: int) -> int:
+    """Tokenising processes: as asked for, else the cores this process may use; one where more are not worth it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if rows < 1024 else data_args.preprocessing_num_workers or min(cores, 64)
+
+
 def write_cache(
     directory: Path, data_args: DataArguments, sources: list[Source], chat: ChatFormat, progress: bool
 ) -> None:
@@ -171,11 +177,8 @@ def write_cache(
     nothing."""
     from tqdm import tqdm
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = data_args.preprocessing_num_workers or min(cores, 64)
     total = sum(source.count for source in sources)
-    if total < 1024:  # not worth a process
-        workers = 1
+    workers = _workers(data_args, total)
     temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.tmp-", dir=directory.parent))
     try:
         lengths: list[int] = []
