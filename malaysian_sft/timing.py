@@ -73,7 +73,7 @@ class Rates:
     device: str
     rates: dict  # component -> FLOP/s or byte/s; attention has one a kernel ("attention, flash-attn-4")
     host_ms: dict  # "fused" or "unfused", ", one GPU" or ", several" -> ms a layer, forward and backward
-    source: str
+    origin: str
     tolerance: float = 0.10  # of a step's time
     unexplained: dict = field(default_factory=dict)  # trainer -> share of its GPU work that no component explains
 
@@ -257,8 +257,8 @@ def known_rates(device, records):
     rates = {name: rate * (by_memory if UNITS.get(name) == "bytes" else 1) for name, rate in other.rates.items()}
     if "links" in rates:
         rates["links"] = other.rates["links"] * data_sheet(device)[1] / data_sheet(other.device)[1]
-    source = f"{other.source}, measured on {other.device}; bytes by memory bandwidth"
-    return Rates(device, rates, other.host_ms, source, other.tolerance + 0.05, other.unexplained)
+    origin = f"{other.origin}, measured on {other.device}; bytes by memory bandwidth"
+    return Rates(device, rates, other.host_ms, origin, other.tolerance + 0.05, other.unexplained)
 
 
 def together(gpu_ms, host_ms):

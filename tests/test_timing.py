@@ -1,4 +1,4 @@
-"""The time of a step: planned against measured steps that were left out of the fit, and its parts worked out by hand."""
+"""The time of a step: planned against measured steps left out of the fit, and its parts worked out by hand."""
 
 import json
 import sys
@@ -168,7 +168,7 @@ def test_a_device_of_the_same_chip_has_the_same_products_and_its_own_memory():
     other = known_rates(H100, [own.record()])
     assert other.rates["dense products"] == own.rates["dense products"]
     assert other.rates["element-wise passes"] == pytest.approx(own.rates["element-wise passes"] * 3350 / 4800)
-    assert other.tolerance > own.tolerance and H200 in other.source
+    assert other.tolerance > own.tolerance and H200 in other.origin
     assert known_rates("NVIDIA A100-SXM4-80GB", [own.record()]) is None
     assert known_rates("cpu", [own.record()]) is None
     newer = own.record() | {"rates": own.rates | {"dense products": 1.0}}
