@@ -211,22 +211,20 @@ def read_results(directory):
     return records
 
 
-def device_name(wanted):
-    """The CUDA name of the device that is planned for: the one asked for, else this machine's if `wanted` has its
-    memory, else the usual one of that memory."""
+def device_name(wanted, gpu_memory_gib):
+    """The CUDA name of the device that is planned for: the one asked for, else this machine's if it has the memory that
+    is planned for, else the usual one that has."""
     if wanted.device:
         return wanted.device
-    if torch.cuda.is_available() and round(torch.cuda.get_device_properties(0).total_memory / GIB) == round(
-        wanted.gpu_memory
-    ):
+    if torch.cuda.is_available() and this_machine()["gpu_memory_gib"] == gpu_memory_gib:
         return torch.cuda.get_device_name()
-    return "NVIDIA H200" if wanted.gpu_memory > 100 else "NVIDIA H100 80GB HBM3"
+    return "NVIDIA H200" if gpu_memory_gib > 100 else "NVIDIA H100 80GB HBM3"
 
 
 def run_time(config, plan, run, wanted):
     """The time of a plan: `timing.step_time`'s dict with "hours" of the run (a `schedule`) and of an epoch, their
     "hours_low" and "hours_high", "tokens_per_second" of a GPU, "mfu", "source"; None for a device without rates."""
-    device = device_name(wanted)
+    device = device_name(wanted, plan["gpu_memory_gib"])
     rates = known_rates(device, read_results(wanted.results))
     if rates is None:
         return None
@@ -246,11 +244,11 @@ def run_time(config, plan, run, wanted):
     }
 
 
-def print_time(time, wanted):
+def print_time(time, wanted, device):
     """Print `run_time`'s dict: the range, the components, and what would shorten the largest."""
     if time is None:
         print(
-            f"Time: no rates of {device_name(wanted)} in {wanted.results}/rates.json; measure them there with"
+            f"Time: no rates of {device} in {wanted.results}/rates.json; measure them there with"
             " `python3 plan.py --measure` (two minutes), or name a device with --device"
         )
         return
@@ -258,7 +256,7 @@ def print_time(time, wanted):
     print(
         f"Time on {time['device']}, attention by {wanted.attention}: {time['hours_low']:.1f} to"
         f" {time['hours_high']:.1f} hours, {time['hours_an_epoch']:.1f} an epoch;"
-        f" {time['tokens_per_second']:,.0f} tokens/s a GPU{share}. Rates: {time["source"]}\n"
+        f" {time['tokens_per_second']:,.0f} tokens/s a GPU{share}. Rates: {time['source']}\n"
     )
     rows = {name: [f"{ms / 1e3:.2f}", f"{ms / time['ms']:.0%}"] for name, ms in time["components"].items()}
     rows["a step"] = [f"{time['ms'] / 1e3:.2f}", "100%"]
@@ -274,18 +272,19 @@ def print_run(arguments, plan, config, epochs):
         f" {epochs:g} epochs = {run['steps']:,} steps, {plan['flops_per_token'] * run['tokens_per_epoch'] * epochs:.3g}"
         " useful FLOPs"
     )
-    print_time(run_time(config, plan, run, arguments), arguments)
-    print_evaluation(plan_engine(config, arguments))
+    device = device_name(arguments, plan["gpu_memory_gib"])
+    print_time(run_time(config, plan, run, arguments), arguments, device)
+    print_evaluation(plan_engine(config, arguments, plan["gpu_memory_gib"]))
 
 
-def plan_engine(config, arguments):
+def plan_engine(config, arguments, gpu_memory_gib):
     """`plan_evaluation` of as few GPUs an engine as hold the model, or of --gpu_partition."""
     partitions = (
         [arguments.gpu_partition]
         if arguments.gpu_partition
         else [n for n in (1, 2, 4, 8) if config.num_attention_heads % n == 0]
     )
-    engines = [plan_evaluation(config, gpu_partition=n, gpu_memory_gib=arguments.gpu_memory) for n in partitions]
+    engines = [plan_evaluation(config, gpu_partition=n, gpu_memory_gib=gpu_memory_gib) for n in partitions]
     return next((vllm for vllm in engines if vllm["fits"]), engines[-1])
 
 

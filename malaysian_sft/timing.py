@@ -40,6 +40,7 @@ UNITS = {
     "element-wise passes": "bytes",
     "optimiser": "bytes",
     "links": "link bytes",
+    "node links": "link bytes",
     "host": "layers",
 }
 # Components of results/step.json's profiles that make up each of ours.
@@ -58,6 +59,7 @@ SHORTER = {
     "element-wise passes": "LoRA in place of DoRA; --activations none",
     "optimiser": "a larger --global_batch_size, or a smaller rank",
     "links": "--gather_base False where it fits; more packs a GPU and step; faster links",
+    "node links": "a larger --global_batch_size; faster links between nodes",
     "host, not hidden": "LoRA in place of DoRA, whose layers launch twice as much; a faster CPU; longer packs",
     "waiting for the longest documents": "fewer GPUs, or shorter documents",
     "gaps": "longer packs",
@@ -151,16 +153,16 @@ def passed_bytes(config, plan):
 
 
 def link_bytes(config, plan):
-    """(bytes a GPU receives in a micro-batch, in a step on top), over the links of the slowest kind that they pass."""
+    """(bytes a GPU receives in a micro-batch, in a step on top, in a step between copies of the model on other nodes)."""
     counts, gpus = plan["parameters"], plan["gpus"] * plan["nodes"]
     adapter = counts["trainable"]
     if gpus == 1:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     others = (gpus - 1) / gpus
     if plan["kind"] == "dense":
         if not plan["zero3"]:
-            return 0.0, 4 * adapter * 2 * others
-        return (2 * 2 * (counts["total"] + adapter) + 4 * adapter) * others, 0.0
+            return 0.0, 8 * adapter * others, 0.0
+        return (2 * 2 * (counts["total"] + adapter) + 4 * adapter) * others, 0.0, 0.0
     shard = plan["gpus"] * plan["shard_nodes"]
     inside = (shard - 1) / shard
     outside = sum(counts["base"].get(k, 0) for k in ("embedding", "head"))
@@ -170,8 +172,8 @@ def link_bytes(config, plan):
     reduced = 4 * adapter * inside
     between = 8 * adapter / shard if plan["nodes"] > plan["shard_nodes"] else 0
     if plan["reduce_every_micro_batch"]:
-        return micro + reduced, between
-    return micro, reduced + between
+        return micro + reduced, 0.0, between
+    return micro, reduced, between
 
 
 def work(config, plan):
@@ -179,7 +181,7 @@ def work(config, plan):
     "micro_batches": how many}. Units as in UNITS."""
     config = config.get_text_config()
     products, passes = experts_work(config, plan)
-    micro, once = link_bytes(config, plan)
+    micro, once, between = link_bytes(config, plan)
     shard = plan["gpus"] * (plan["nodes"] if plan["kind"] == "dense" else plan["shard_nodes"])
     return {
         "micro": {
@@ -192,11 +194,12 @@ def work(config, plan):
             "host": config.num_hidden_layers,
         },
         # AdamW reads four fp32 values of a parameter and writes three, clipping reads one and passes one
-        "step": {"optimiser": 40 * plan["parameters"]["trainable"] / shard, "links": once},
+        "step": {"optimiser": 40 * plan["parameters"]["trainable"] / shard, "links": once, "node links": between},
         "micro_batches": plan["accumulation"],
         "kind": plan["kind"],
         "fused": plan["kind"] == "moe" and not plan["use_dora"],
         "gpus": plan["gpus"] * plan["nodes"],
+        "nodes": plan["nodes"],
         "between_nodes": plan["nodes"] > 1 and (plan["kind"] == "dense" or plan["shard_nodes"] > 1),
     }
 
@@ -279,7 +282,11 @@ def step_time(done, rates, attention="varlen_attn"):
         known = ", ".join(name.partition(", ")[2] for name in rates.rates if name.startswith("attention, "))
         raise ValueError(f"attention by {attention}: no rate of it on {rates.device}; expected one of {known}")
     link = 1e9 * NODE_LINK if done["between_nodes"] else rates.rates["links"]
-    of = rates.rates | {"attention": rates.rates[f"attention, {attention}"], "links": link}
+    of = rates.rates | {
+        "attention": rates.rates[f"attention, {attention}"],
+        "links": link,
+        "node links": 1e9 * NODE_LINK,
+    }
     count = done["micro_batches"]
     pack = {name: 1e3 * amount / of[name] for name, amount in done["micro"].items() if name != "host"}
     if share := rates.unexplained.get(done["kind"]):
@@ -296,7 +303,7 @@ def step_time(done, rates, attention="varlen_attn"):
     total = {name: ms for name, ms in sorted(total.items(), key=lambda item: -item[1]) if ms > 1e-3}
     ms, largest = sum(total.values()), next(iter(total))
     tolerance = rates.tolerance + rates.unexplained.get(done["kind"], 0.0)
-    beyond = UNMEASURED["several nodes" if done["between_nodes"] else "more than two GPUs"] * (done["gpus"] > 2)
+    beyond = UNMEASURED["several nodes" if done["nodes"] > 1 else "more than two GPUs"] * (done["gpus"] > 2)
     return {
         "components": total,
         "ms": ms,

@@ -125,7 +125,7 @@ RATES = Rates(
 def done(gpus=1, host=0, between=False, **micro):
     micro = dict.fromkeys(("experts: products", "experts: passes", "element-wise passes", "links"), 0) | micro
     micro = {"dense products": 0, "attention": 0} | micro | {"host": host}
-    return {"micro": micro, "step": {"optimiser": 5e6, "links": 0}, "micro_batches": 4, "kind": "moe", "fused": True,
+    return {"micro": micro, "step": {"optimiser": 5e6, "links": 0}, "nodes": 1 + between, "micro_batches": 4, "kind": "moe", "fused": True,
             "gpus": gpus, "between_nodes": between}  # fmt: skip
 
 
