@@ -194,7 +194,7 @@ class Run:
             return {}
         from torch.profiler import ProfilerActivity, profile
 
-        batch = self.draw()[0]
+        batch, lengths = self.draw()
         self.micro_batch(batch)
         self.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -215,6 +215,7 @@ class Run:
         busy, computing = union(spans), union([s for s in spans if not s[2]])
         return {
             "micro_batch_ms": round(wall, 1),
+            "profiled_squares_over_tokens": round(sum(n * n for n in lengths) / sum(lengths)),
             "components_ms": {k: round(v, 1) for k, v in sorted(components.items(), key=lambda i: -i[1])},
             "other_kernels_ms": {k: round(v, 2) for k, v in sorted(others.items(), key=lambda i: -i[1])[:6]},
             "gaps_ms": round(wall - busy, 1),

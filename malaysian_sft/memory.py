@@ -18,7 +18,7 @@ def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r,
     return tokens * top_k * (2 * kept + 16)
 
 
-def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r, use_dora=False):
+def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r, use_dora=False, norms=None):
     """What one decoder layer (its `matrices`) keeps for backward over `tokens` tokens, in bytes; bf16 unless said
     otherwise.
 
@@ -33,10 +33,13 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
                (moe: silu(gate) as well, as transformers' own MLP does; dense models run Liger's); for routed experts
                `experts_saved_bytes` and the router's fp32 probabilities. DoRA keeps the output before the magnitude of
                every adapted layer, and a bf16 copy of the experts' adapter.
+    norms: whether queries and keys are normalised; by default the config is asked, which takes a millisecond.
+
     selective  the attention half is recomputed from its input (elsewhere also its normed output's input is kept); the
                MLP half is kept as under none.
     """
-    hidden, norms = config.hidden_size, architecture(config).query_key_norm
+    hidden = config.hidden_size
+    norms = architecture(config).query_key_norm if norms is None else norms
     fused = kind == "moe" and not use_dora
     attention, mlp, experts = 2 * hidden, (0 if fused and policy == "none" else 1 if fused else 2) * hidden, 0
     for m in matrices:
@@ -130,11 +133,11 @@ def moments(config, plan, layers, layer_adapter):
     reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else 10 * layer_adapter
     if kind == "moe" and plan["gpus"] * plan["nodes"] == 1:
         reduction = 6 * layer_adapter
-    found, kept = [], 0
+    found, kept, norms = [], 0, architecture(config).query_key_norm
     for number, layer in enumerate(layers):
         mode = "frugal" if number < plan["frugal_layers"] else plan["memory_mode"]
         own, everything = (
-            layer_saved_bytes(config, kind, layer, tokens, p, mode, plan["r"], plan["expert_r"], dora)
+            layer_saved_bytes(config, kind, layer, tokens, p, mode, plan["r"], plan["expert_r"], dora, norms)
             for p in (policy, "none")
         )
         kept += own

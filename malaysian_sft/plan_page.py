@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import torch
 
-from malaysian_sft.account import GIB, architecture, attention_width, count_parameters, peak_flops
+from malaysian_sft.account import GIB, attention_width, count_parameters, peak_flops
 from malaysian_sft.base_model import load_config
 from malaysian_sft.planning import GPU_MEMORY_GIB, check_fits, options, this_machine, trainer_flags
 from malaysian_sft.tables import text_table
+from malaysian_sft.timing import known_rates, step_time, work
 
 # Scicom-intl/Malaysian-Instructions, all five configs, by the original project's logs: 225,265 conversations in 10,080
 # (GLM-4.5) to 10,316 (Llama-3.1) packs of 16,384 that were 86 % full.
@@ -28,8 +30,15 @@ class PlanArguments:
     nodes: int | None = field(default=None, metadata={"help": "nodes; default: NNODES, as the launcher starts"})
     gpu_memory: float = field(default=GPU_MEMORY_GIB, metadata={"help": "GiB of one GPU"})
     reserve: float = field(default=4.0, metadata={"help": "GiB of every GPU left to CUDA, NCCL and fragmentation"})
-    device: str = field(
-        default="NVIDIA H100 80GB HBM3", metadata={"help": "device whose measured rates in results/ give the time"}
+    device: str | None = field(
+        default=None,
+        metadata={
+            "help": "device whose rates give the time; default: this machine's, or an H100 or H200 by gpu_memory"
+        },
+    )
+    attention: str = field(
+        default="varlen_attn",
+        metadata={"help": "kernel of attention: varlen_attn (PyTorch's), flash-attn-2 or flash-attn-4"},
     )
     config: str | None = field(
         default=None, metadata={"help": "config.json or directory to read instead of the launcher's model"}
@@ -79,7 +88,7 @@ def dry_run(model, revision, epochs, **arguments):
     print()
     print_options(plans, launched)
     print()
-    print_run(wanted, launched, config, model, epochs)
+    print_run(wanted, launched, config, epochs)
     if not launched["fits"] and plans[0]["fits"]:
         print(f"\nThis launch doesn't fit; with {trainer_flags(plans[0])} it does.")
     if asked or not no_gpu:
@@ -202,54 +211,60 @@ def read_results(directory):
     return records
 
 
-def expected_time(plan, config, model, tokens, device, records):
-    """Hours for `tokens` real tokens from measured rates: {"low", "high", "source"}, or None where nothing fitting was
-    measured.
+def device_name(wanted, gpu_memory_gib):
+    """The CUDA name of the device that is planned for: the one asked for, else this machine's if it has the memory that
+    is planned for, else the usual one that has."""
+    if wanted.device:
+        return wanted.device
+    if torch.cuda.is_available() and this_machine()["gpu_memory_gib"] == gpu_memory_gib:
+        return torch.cuda.get_device_name()
+    return "NVIDIA H200" if gpu_memory_gib > 100 else "NVIDIA H100 80GB HBM3"
 
-    First choice: training-step records (`mfu`) of this model, adapter and activation policy on this kind of device; the
-    time is the run's useful FLOPs over mfu x peak x GPUs, from the best to the worst such record. Records of a few
-    layers count too, and the source then says so: on fewer GPUs than planned, what gathering the weights costs is not
-    in them. Else records of the experts block alone (`total_ms`, `tokens`): a lower bound, with "high" None. `model` is
-    the hub id; a record's `model` must be part of it.
-    """
-    peak, gpus = peak_flops(device), plan["gpus"] * plan["nodes"]
-    wanted = {
-        "adapter": "dora" if plan["use_dora"] else "lora",
-        "activations": plan["activations"],
-        "mode": plan["memory_mode"],
+
+def run_time(config, plan, run, wanted):
+    """The time of a plan: `timing.step_time`'s dict with "hours" of the run (a `schedule`) and of an epoch, their
+    "hours_low" and "hours_high", "tokens_per_second" of a GPU, "mfu", "source"; None for a device without rates."""
+    device = device_name(wanted, plan["gpu_memory_gib"])
+    rates = known_rates(device, read_results(wanted.results))
+    if rates is None:
+        return None
+    time = step_time(work(config, plan), rates, wanted.attention)
+    gpus, hours = plan["gpus"] * plan["nodes"], run["steps"] / 3.6e6
+    tokens = run["tokens_per_epoch"] / run["steps_per_epoch"]
+    useful = plan["flops_per_token"] * tokens / gpus
+    return time | {
+        "hours": time["ms"] * hours,
+        "hours_low": time["low"] * hours,
+        "hours_high": time["high"] * hours,
+        "hours_an_epoch": time["ms"] * run["steps_per_epoch"] / 3.6e6,
+        "tokens_per_second": tokens / gpus / time["ms"] * 1e3,
+        "mfu": useful / (time["ms"] / 1e3) / peak_flops(device) if peak_flops(device) else None,
+        "source": rates.origin,
+        "device": device,
     }
-    fitting = [
-        r
-        for r in records
-        if str(r.get("model", "-")).lower().split("/")[-1] in model.lower()
-        and all(r.get(key, value) == value for key, value in wanted.items())
-        and peak is not None
-        and peak_flops(str(r.get("device", ""))) == peak
-    ]
-    steps = [r for r in fitting if r.get("mfu")]
-    if steps:
-        hours = [plan["flops_per_token"] * tokens / (r["mfu"] * peak * gpus) / 3600 for r in steps]
-        return {"low": min(hours), "high": max(hours), "source": _sources(steps, config.num_hidden_layers)}
-    blocks = [r for r in fitting if r.get("implementation") == "fused_moe_lora" and r.get("total_ms")]
-    if blocks:
-        layers = sum(1 for layer in architecture(config).layers() if any(m.kind == "expert" for m in layer))
-        low = min(r["total_ms"] / r["tokens"] for r in blocks) * layers * tokens / gpus / 3.6e6
-        return {"low": low, "high": None, "source": _sources(blocks, 0)}
-    return None
 
 
-def _sources(records, layers):
-    """The files of `records`, and on what they were measured where that is less than all `layers`."""
-    names = {f"results/{r['source']}" for r in records}
-    slices = {
-        f"{r['layers']} of {layers} layers on {r.get('gpus', 1)} GPUs"
-        for r in records
-        if r.get("layers", layers) < layers
-    }
-    return ", ".join([*sorted(names), *sorted(slices)])
+def print_time(time, wanted, device):
+    """Print `run_time`'s dict: the range, the components, and what would shorten the largest."""
+    if time is None:
+        print(
+            f"Time: no rates of {device} in {wanted.results}/rates.json; measure them there with"
+            " `python3 plan.py --measure` (two minutes), or name a device with --device"
+        )
+        return
+    share = "" if time["mfu"] is None else f", MFU {time['mfu']:.0%}"
+    print(
+        f"Time on {time['device']}, attention by {wanted.attention}: {time['hours_low']:.1f} to"
+        f" {time['hours_high']:.1f} hours, {time['hours_an_epoch']:.1f} an epoch;"
+        f" {time['tokens_per_second']:,.0f} tokens/s a GPU{share}. Rates: {time['source']}\n"
+    )
+    rows = {name: [f"{ms / 1e3:.2f}", f"{ms / time['ms']:.0%}"] for name, ms in time["components"].items()}
+    rows["a step"] = [f"{time['ms'] / 1e3:.2f}", "100%"]
+    print(_table("Where a step's time goes, seconds", rows, ("", "share")), end="\n\n")
+    print(f"Largest: {time['largest']}. Shorter with {time['shorter']}.")
 
 
-def print_run(arguments, plan, config, model, epochs):
+def print_run(arguments, plan, config, epochs):
     """Print tokens, steps, time and the evaluation of a plan."""
     run = schedule(arguments.dataset_tokens, plan["max_seq_length"], plan["global_batch_size"], epochs)
     print(
@@ -257,22 +272,20 @@ def print_run(arguments, plan, config, model, epochs):
         f" {epochs:g} epochs = {run['steps']:,} steps, {plan['flops_per_token'] * run['tokens_per_epoch'] * epochs:.3g}"
         " useful FLOPs"
     )
-    hours = expected_time(
-        plan, config, model, run["tokens_per_epoch"] * epochs, arguments.device, read_results(arguments.results)
-    )
-    if hours is None:
-        print(f"Time: nothing measured yet in {arguments.results}/ for this model on {arguments.device}")
-    elif hours["high"] is None:
-        print(f"Time: more than {hours['low']:.1f} hours, the experts blocks alone ({hours['source']})")
-    else:
-        print(f"Time: {hours['low']:.1f} to {hours['high']:.1f} hours ({hours['source']})")
+    device = device_name(arguments, plan["gpu_memory_gib"])
+    print_time(run_time(config, plan, run, arguments), arguments, device)
+    print_evaluation(plan_engine(config, arguments, plan["gpu_memory_gib"]))
+
+
+def plan_engine(config, arguments, gpu_memory_gib):
+    """`plan_evaluation` of as few GPUs an engine as hold the model, or of --gpu_partition."""
     partitions = (
         [arguments.gpu_partition]
         if arguments.gpu_partition
         else [n for n in (1, 2, 4, 8) if config.num_attention_heads % n == 0]
     )
-    engines = [plan_evaluation(config, gpu_partition=n, gpu_memory_gib=arguments.gpu_memory) for n in partitions]
-    print_evaluation(next((vllm for vllm in engines if vllm["fits"]), engines[-1]))
+    engines = [plan_evaluation(config, gpu_partition=n, gpu_memory_gib=gpu_memory_gib) for n in partitions]
+    return next((vllm for vllm in engines if vllm["fits"]), engines[-1])
 
 
 def print_evaluation(vllm):

@@ -1,0 +1,134 @@
+"""Rates of a device from the profiles in results/step.json, and how far a plan by them is off; no GPU.
+
+    python3 benchmarks/fit_rates.py --device "NVIDIA H200"
+
+Fits on all profiled steps of the device, and prints for every whole step what the others alone would have planned for
+it (leave one out), for the dense step what the mixtures' rates plan, and for slices of four layers on a device of the
+same chip what these rates plan for it. Appends a record for plan.py to results/rates.json.
+"""
+
+import argparse
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from malaysian_sft.account import train_flops  # noqa: E402 (the repository root must be on the path first)
+from malaysian_sft.base_model import load_config  # noqa: E402
+from malaysian_sft.plan_page import read_results  # noqa: E402
+from malaysian_sft.planning import plan_run  # noqa: E402
+from malaysian_sft.run import git_commit  # noqa: E402
+from malaysian_sft.timing import Rates, data_sheet, fit, host_table, known_rates, step_time, work  # noqa: E402
+
+NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B-Instruct-2507", "qwen3-235b-a22b": "Qwen3-235B-A22B-Instruct-2507"}
+NAMES |= {"glm-4.5-air": "GLM-4.5-Air", "qwen3-32b": "Qwen3-32B"}
+TOKENS = 0.9963  # of a pack's places that benchmarks fill: random_documents leaves up to a hundredth
+
+
+def work_of(record, squares_over_tokens):
+    """`work` of the run that a record of step.json, train_moe.json or multi_gpu.json was measured in."""
+    config = load_config(str(ROOT / "tests/configs" / f"{NAMES[record['model']]}.json"), None)
+    config.num_hidden_layers = record["layers"]
+    kind = "dense" if record.get("part") == "dense" else "moe"
+    planned = plan_run(
+        config,
+        kind=kind,
+        gpus=record["gpus"],
+        global_batch_size=record["gpus"] * record.get("packs", 1),
+        max_seq_length=record["tokens"],
+        r=record["r"],
+        use_dora=record["adapter"] == "dora",
+        activations=record["activations"],
+        memory_mode=record.get("mode"),
+        frugal_layers=record.get("frugal_layers", 0),
+        gather_base=record.get("gather_base", False),
+        document_length=squares_over_tokens,
+    )
+    return config, work(config, planned)
+
+
+def squares_by_mfu(record, seconds):
+    """Sum of squared lengths over tokens of a record that keeps only its MFU: what its FLOPs leave for attention."""
+    config, _ = work_of(record, 0)
+    tokens = record["tokens_per_second_per_gpu"] * seconds
+    flops = record["mfu"] * 989.4e12 * seconds
+    dora = record["adapter"] == "dora"
+    none, some = (train_flops(config, tokens, tokens * n, record["r"], use_dora=dora) for n in (0, 1000))
+    return max(1000 * (flops - none) / (some - none), 0.0)
+
+
+def rates_of(device, records, unexplained=True):
+    """`Rates` of a device from records: profiles, the host's times, and the dense run for what they leave unexplained
+    of one."""
+    here = [r for r in records if r.get("device") == device]
+    profiles = [r for r in here if r.get("components_ms")]
+    rates = fit((work_of(r, r["profiled_squares_over_tokens"])[1], r) for r in profiles)
+    rates["links"] = 1e9 * data_sheet(device)[1]
+    files = sorted({f"results/{r['source']}" for r in here if r.get("components_ms") or r.get("host_ms_a_layer")})
+    source = f"{', '.join(files)}, links by NVIDIA's data sheet"
+    found = Rates(device, rates, host_table([r for r in here if r.get("host_ms_a_layer")]), source)
+    if unexplained:
+        for r in (r for r in here if r.get("part") == "dense"):
+            measured, planned = dense_step(r, found)
+            found.unexplained["dense"] = round(measured / planned["ms"] - 1, 3)
+    return found
+
+
+def dense_step(record, rates):
+    """(measured ms, planned) of the dense step."""
+    measured = 1e3 * record["tokens"] / record["tokens_per_second_per_gpu"]
+    _, done = work_of(record, squares_by_mfu(record, measured / 1e3))
+    return measured, step_time(done, rates, record["attention"])
+
+
+def leave_one_out(device, records, which=None):
+    """[(record, measured ms, planned ms without it)] of every whole step of a device, or of those numbered `which`."""
+    steps = [r for r in records if r.get("device") == device and r.get("step_ms") and r.get("components_ms")]
+    found = []
+    for record in steps if which is None else [steps[i] for i in which]:
+        rates = rates_of(device, [r for r in records if r is not record], unexplained=False)
+        _, done = work_of(record, record["squares_over_tokens"])
+        planned = step_time(done, rates, record["attention"])
+        found.append((record, sum(record["step_ms"]) / len(record["step_ms"]), TOKENS * planned["ms"]))
+    return found
+
+
+def slices(rates, records):
+    """[(record, measured ms a pack, planned)] of the slices of results/train_moe.json on the device of `rates`."""
+    found = []
+    for record in (r for r in records if r.get("pack_ms") and r["device"] == rates.device and not r["sharded"]):
+        _, done = work_of(record, squares_by_mfu(record, record["pack_ms"] / 1e3))
+        done["step"] = {}
+        found.append((record, record["pack_ms"], TOKENS * step_time(done, rates, record["attention"])["ms"]))
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="NVIDIA H200", help="CUDA name of the device whose records are used")
+    parser.add_argument("--slices", default="NVIDIA H100 80GB HBM3", help="device of the slices")
+    parser.add_argument("--out", default=str(ROOT / "results" / "rates.json"))
+    args = parser.parse_args()
+    records = read_results(ROOT / "results")
+    rates = rates_of(args.device, records)
+    rows = [(r, m, p, "left out") for r, m, p in leave_one_out(args.device, records)]
+    cold = rates_of(args.device, records, unexplained=False)
+    for r in (r for r in records if r.get("part") == "dense" and r["device"] == args.device):
+        measured, planned = dense_step(r, cold)
+        rows.append((r, measured, planned["ms"], "by the mixtures' rates"))
+    other = known_rates(args.slices, [rates.record()])
+    rows += [(r, m, p, "slice, by the other device's rates") for r, m, p in slices(other, records)]
+    for r, measured, planned, how in rows:
+        what = f"{r['model']} {r['adapter']} {r['activations']} {r.get('mode') or ''} {r['gpus']} x {r['device']}"
+        print(f"{what:66} measured {measured:7.0f} ms, planned {planned:7.0f} ({planned / measured - 1:+.1%}; {how})")
+    out = Path(args.out)
+    earlier = json.loads(out.read_text()) if out.exists() else []
+    record = rates.record() | {"commit": git_commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
+    out.write_text(json.dumps([*earlier, record], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""One table over all launchers, and what is written from it: README's launcher table and the launchers' headers."""
+
+import importlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+from transformers import HfArgumentParser
+
+from malaysian_sft.account import GIB
+from malaysian_sft.base_model import load_config
+from malaysian_sft.conversations import DataArguments
+from malaysian_sft.lora import LoraArguments
+from malaysian_sft.plan_page import FREE, PlanArguments, plan_engine, run_time, schedule
+from malaysian_sft.planning import options, trainer_flags
+from malaysian_sft.tables import text_table
+
+# (nodes, GPUs of a node, GiB of a GPU): what the second table compares, and where README takes the first that fits.
+HARDWARE = ((1, 8, 80), (1, 8, 141), (2, 8, 80))
+# In place of python3: says what it was to run.
+STAND_IN = '#!/bin/sh\nfor word in "$@"; do printf "%s\\0" "$word"; done\n'
+UNMEASURED_LINE = re.compile(r"^# Planned for .* Measured: not yet\.$", re.MULTILINE)
+BEGIN, END = "<!-- launchers: python3 plan.py --all --write -->", "<!-- end of launchers -->"
+
+
+def launched_words(launcher):
+    """(trainer's script, its flags) that a launcher starts first, by running it with a stand-in for python3."""
+    with tempfile.TemporaryDirectory() as folder:
+        stand_in = Path(folder, "python3")
+        stand_in.write_text(STAND_IN)
+        stand_in.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+        command = ["bash", str(launcher), "--dry_run", "True"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    words = done.stdout.split("\0")[:-1]
+    if done.returncode or not words:
+        what = done.stderr.strip().splitlines()[-1:] or ["it starts nothing"]
+        raise ValueError(f"{launcher}: {what[0]}")
+    return words[0], words[1:]
+
+
+def launched_run(launcher):
+    """(model, revision, epochs, planning's arguments) of a launcher, by its trainer's own reading of its flags."""
+    script, flags = launched_words(launcher)
+    trainer = importlib.import_module(Path(script).stem)
+    if trainer.__name__ == "train_moe":
+        kinds = (trainer.TrainingArguments, DataArguments, LoraArguments)
+        args, data_args, lora_args = HfArgumentParser(kinds).parse_args_into_dataclasses(flags)
+        planned = trainer.plan_arguments(args, data_args, lora_args)
+        return args.model_name_or_path, args.model_revision, args.num_train_epochs, planned
+    kinds = (trainer.ModelArguments, DataArguments, LoraArguments, trainer.DenseTrainingArguments)
+    model, data_args, lora_args, args = HfArgumentParser(kinds).parse_args_into_dataclasses(flags)
+    planned = trainer.plan_arguments(data_args, lora_args, args)
+    return model.model_name_or_path, model.model_revision, args.num_train_epochs, planned
+
+
+def read_config(model, revision, configs):
+    """The model's config: <configs>/<name>.json where there is such a directory, else from the model itself."""
+    if configs is None:
+        return load_config(model, revision)
+    path = Path(configs, f"{model.rpartition('/')[2]}.json")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; --configs DIRECTORY expects one for each launcher's model")
+    return load_config(str(path), None)
+
+
+def plan_launcher(launcher, hardware, wanted, configs=None):
+    """What a launcher needs and reaches on each (nodes, gpus, gib) of `hardware`: a list of {"launcher", "model",
+    "epochs", "hardware", "plan", "flags" (what the launch lacks to fit), "time", "engine"}. `plan` is the launch's, or,
+    where that doesn't fit, the best one."""
+    model, revision, epochs, planned = launched_run(launcher)
+    config = read_config(model, revision, configs)
+    fixed = {name: value for name, value in planned.items() if value is not None}
+    found = []
+    for nodes, gpus, memory in hardware:
+        machine = dict(nodes=nodes, gpus=gpus, gpu_memory_gib=memory, reserve_gib=wanted.reserve)
+        machine["document_length"] = wanted.document_length
+        plan, flags = options(config, **fixed | machine)[0], ""
+        if not plan["fits"]:
+            free = {name: value for name, value in fixed.items() if name not in FREE}
+            plan = options(config, **free | machine)[0]
+            flags = trainer_flags(plan) if plan["fits"] else ""
+        run = schedule(wanted.dataset_tokens, plan["max_seq_length"], plan["global_batch_size"], epochs)
+        found.append(
+            {
+                "launcher": Path(launcher).name,
+                "model": model,
+                "epochs": epochs,
+                "hardware": (nodes, gpus, memory),
+                "plan": plan,
+                "flags": flags,
+                "time": run_time(config, plan, run, wanted) if plan["fits"] else None,
+                "engine": plan_engine(config, wanted, memory),
+            }
+        )
+    return found
+
+
+def machine_name(hardware):
+    """ "8 x 80 GB", "2 nodes of 8 x 80 GB"."""
+    nodes, gpus, memory = hardware
+    return f"{f'{nodes} nodes of ' if nodes > 1 else ''}{gpus} x {memory:g} GB"
+
+
+def hours(time):
+    """A range of hours in words; blank for none."""
+    if time is None:
+        return ""
+    digits = 0 if time["hours_low"] >= 10 else 1
+    return f"{time['hours_low']:.{digits}f} to {time['hours_high']:.{digits}f}"
+
+
+def table(rows):
+    """What each launcher needs and reaches on its hardware, as text; a row of `plan_launcher` a line."""
+    lines = {}
+    for row in rows:
+        plan, time, engine = row["plan"], row["time"], row["engine"]
+        host, disk = (sum(plan[key].values()) / GIB for key in ("host_bytes", "disk_bytes"))
+        cache = f"{engine['cache_tokens']:,}" if engine["fits"] else "none"
+        lines[row["launcher"].removesuffix(".sh")] = {
+            "fits": "yes" if plan["fits"] else "no",
+            "activations": f"{plan['activations']}, {plan['memory_mode']}"
+            if plan["kind"] == "moe"
+            else plan["activations"],
+            "GiB a GPU": f"{plan['peak_bytes'] / GIB:.0f}",
+            "host GiB": f"{host:.0f}",
+            "disk GiB": f"{disk:.0f}",
+            "tokens/s a GPU": f"{time['tokens_per_second']:,.0f}" if time else "",
+            "hours an epoch": f"{time['hours_an_epoch']:.1f}" if time else "",
+            f"{row['epochs']:g} epochs": hours(time),
+            "engine's GPUs": str(engine["gpu_partition"]),
+            "KV cache, tokens": cache,
+        }
+    return text_table(pd.DataFrame.from_dict(lines, orient="index").fillna(""))
+
+
+def comparison(plans):
+    """What a change of hardware does: launchers in lines, GiB a GPU and hours in all on each hardware in columns."""
+    lines = {}
+    for rows in plans:
+        lines[rows[0]["launcher"].removesuffix(".sh")] = {
+            machine_name(row["hardware"]): f"{row['plan']['peak_bytes'] / GIB:.0f} GiB, {hours(row['time']) or '?'} h"
+            if row["plan"]["fits"]
+            else "does not fit"
+            for row in rows
+        }
+    return text_table(pd.DataFrame.from_dict(lines, orient="index"))
+
+
+def print_all(launchers, wanted, configs=None, write=False):
+    """Print the tables of all launchers; with `write` also write README's and the launchers' headers."""
+    if write and wanted != PlanArguments():
+        raise ValueError("--write writes what the defaults plan: give it no flag but --configs")
+    asked = (wanted.nodes or 1, wanted.gpus or 8, wanted.gpu_memory)
+    hardware = list(dict.fromkeys([asked, *HARDWARE]))
+    plans = [plan_launcher(launcher, hardware, wanted, configs) for launcher in launchers]
+    print(f"On {machine_name(asked)}; attention by {wanted.attention}; hours are planned\n")
+    print(table([rows[0] for rows in plans]), end="\n\n")
+    for row in (rows[0] for rows in plans):
+        if row["flags"]:
+            print(f"{row['launcher']} fits with {row['flags']}")
+    sources = dict.fromkeys(row["time"]["source"] for rows in plans for row in rows if row["time"])
+    print(f"Answers/s: not measured. Rates: {'; '.join(sources) or 'none'}\n")
+    print("Other hardware: GiB a GPU, hours in all\n")
+    print(comparison(plans))
+    if write:
+        root = Path(launchers[0]).parent
+        for path, text in written(plans, root).items():
+            path.write_text(text)
+            print(f"wrote {path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is written
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def first_that_fits(rows):
+    """The plan of the first hardware that holds the launch, as it is if it can be."""
+    as_launched = [row for row in rows if row["plan"]["fits"] and not row["flags"]]
+    return (as_launched or [row for row in rows if row["plan"]["fits"]] or rows)[0]
+
+
+def readme_table(plans):
+    """README's launcher table in Markdown, between its marks."""
+    lines = [
+        "| launcher | model | GPUs | activations | GiB a GPU | hours | tokens/s a GPU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in map(first_that_fits, plans):
+        plan, time = row["plan"], row["time"]
+        kept = f"{plan['activations']}, {plan['memory_mode']}" if plan["kind"] == "moe" else plan["activations"]
+        model = f"{row['model']}{', DoRA' * plan['use_dora']}"
+        speed = f"{time['tokens_per_second']:,.0f}" if time else ""
+        cells = [f"`{row['launcher']}`", model, machine_name(row["hardware"]), kept]
+        cells += [f"{plan['peak_bytes'] / GIB:.0f}", hours(time), speed]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([BEGIN, *lines, END])
+
+
+def header(row):
+    """The line of a launcher's header that says what it needs and reaches."""
+    plan, time = row["plan"], row["time"]
+    speed = f", {hours(time)} hours for {row['epochs']:g} epochs" if time else ""
+    return (
+        f"# Planned for {machine_name(row['hardware'])}: {plan['peak_bytes'] / GIB:.0f} GiB a GPU{speed}. Measured: not"
+        " yet."
+    )
+
+
+def written(plans, root):
+    """{path: text} of README.md and the launchers under `root`, with the figures of `plans` in them. A launcher whose
+    header has measured figures is left as it is."""
+    readme = Path(root, "README.md")
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{readme}: no table between {BEGIN} and {END}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    found = {readme: f"{before}{readme_table(plans)}{after}"}
+    for rows in plans:
+        path, row = Path(root, rows[0]["launcher"]), first_that_fits(rows)
+        found[path] = UNMEASURED_LINE.sub(header(row), path.read_text())
+    return found
