@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
 
-from conftest import tiny_config
+from conftest import real_config, tiny_config
 from malaysian_sft.plan_page import read_results
 from malaysian_sft.planning import plan_run
 from malaysian_sft.timing import Rates, known_rates, slowest, step_time, together, work
@@ -18,10 +17,6 @@ import fit_rates  # noqa: E402 (benchmarks/ must be on the path first)
 
 RECORDS = read_results(ROOT / "results")
 H200, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
-
-
-def real_config(name):
-    return AutoConfig.from_pretrained(ROOT / "tests/configs" / f"{name}.json")
 
 
 @pytest.mark.parametrize("index", range(len([r for r in RECORDS if r.get("components_ms")])))
