@@ -46,7 +46,9 @@ def parse(words=None):
     parser = HfArgumentParser(PlanArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("launcher", nargs="?", help="a launcher of this repository, such as ds3-qwen3-32b-lora-256.sh")
     parser.add_argument("--all", action="store_true", help="one table over all launchers")
-    parser.add_argument("--configs", help="with --all: directory of <model's name>.json, where the hub can't be asked")
+    parser.add_argument(
+        "--configs", help="with --all or --compare: directory of <model's name>.json, where the hub can't be asked"
+    )
     parser.add_argument("--write", action="store_true", help="with --all: write README's table and launchers' headers")
     parser.add_argument("--measure", action="store_true", help="measure this machine's rates into <results>/rates.json")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="directories of runs, such as outputs/NAME")
@@ -55,9 +57,11 @@ def parse(words=None):
     modes = [name for name in ("launcher", "all", "measure", "compare") if getattr(asked, name)]
     if len(modes) != 1:
         parser.error("expected one of LAUNCHER, --all, --measure and --compare")
-    for name, mode in {"configs": "all", "write": "all", "plot": "compare"}.items():
+    for name, mode in {"write": "all", "plot": "compare"}.items():
         if getattr(asked, name) and mode not in modes:
             parser.error(f"--{name} goes with --{mode}")
+    if asked.configs and not (asked.all or asked.compare):
+        parser.error("--configs goes with --all or --compare; a launcher takes --config FILE")
     if flags and modes != ["launcher"]:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
     return arguments, asked, flags
@@ -88,7 +92,7 @@ def main():
         else:
             from malaysian_sft.run_plots import compare
 
-            compare(asked.compare, asked.plot)
+            compare(asked.compare, asked.plot, arguments, asked.configs)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -13,7 +14,7 @@ from malaysian_sft.account import GIB, attention_width, count_parameters, peak_f
 from malaysian_sft.base_model import load_config
 from malaysian_sft.planning import GPU_MEMORY_GIB, check_fits, options, this_machine, trainer_flags
 from malaysian_sft.tables import text_table
-from malaysian_sft.timing import known_rates, step_time, work
+from malaysian_sft.timing import known_rates, lacks, step_time, work
 
 # Scicom-intl/Malaysian-Instructions, all five configs, by the original project's logs: 225,265 conversations in 10,080
 # (GLM-4.5) to 10,316 (Llama-3.1) packs of 16,384 that were 86 % full.
@@ -36,9 +37,9 @@ class PlanArguments:
             "help": "device whose rates give the time; default: this machine's, or an H100 or H200 by gpu_memory"
         },
     )
-    attention: str = field(
+    attention: Literal["varlen_attn", "flash-attn-2", "flash-attn-4"] = field(
         default="varlen_attn",
-        metadata={"help": "kernel of attention: varlen_attn (PyTorch's), flash-attn-2 or flash-attn-4"},
+        metadata={"help": "kernel of attention; varlen_attn is PyTorch's own"},
     )
     config: str | None = field(
         default=None, metadata={"help": "config.json or directory to read instead of the launcher's model"}
@@ -223,12 +224,13 @@ def device_name(wanted, gpu_memory_gib):
 
 def run_time(config, plan, run, wanted):
     """The time of a plan: `timing.step_time`'s dict with "hours" of the run (a `schedule`) and of an epoch, their
-    "hours_low" and "hours_high", "tokens_per_second" of a GPU, "mfu", "source"; None for a device without rates."""
+    "hours_low" and "hours_high", "tokens_per_second" of a GPU, "mfu", "source"; None for a device without its rates."""
     device = device_name(wanted, plan["gpu_memory_gib"])
     rates = known_rates(device, read_results(wanted.results))
-    if rates is None:
+    done = work(config, plan)
+    if rates is None or lacks(done, rates, wanted.attention):
         return None
-    time = step_time(work(config, plan), rates, wanted.attention)
+    time = step_time(done, rates, wanted.attention)
     gpus, hours = plan["gpus"] * plan["nodes"], run["steps"] / 3.6e6
     tokens = run["tokens_per_epoch"] / run["steps_per_epoch"]
     useful = plan["flops_per_token"] * tokens / gpus
@@ -248,8 +250,8 @@ def print_time(time, wanted, device):
     """Print `run_time`'s dict: the range, the components, and what would shorten the largest."""
     if time is None:
         print(
-            f"Time: no rates of {device} in {wanted.results}/rates.json; measure them there with"
-            " `python3 plan.py --measure` (two minutes), or name a device with --device"
+            f"Time: {wanted.results}/rates.json has not all that this run takes on {device}; measure it there with"
+            " `python3 plan.py --measure` (two minutes), or name another --device"
         )
         return
     share = "" if time["mfu"] is None else f", MFU {time['mfu']:.0%}"

@@ -163,6 +163,8 @@ def write_arguments(arguments, facts, planned, world_size):
         "commit": git_commit(),
         "data": facts["data"],
         "world_size": world_size,
+        "nodes": world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "planned_gib": planned and round(planned["peak_bytes"] / 2**30, 2),
         "facts": facts,
         "arguments": arguments,

@@ -17,6 +17,7 @@ the link: two H200 took 134 ms more a pack for 142 ms of it. So links are added;
 Ranks wait for the one whose documents are longest, pack by pack.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 
@@ -153,7 +154,7 @@ def passed_bytes(config, plan):
 
 
 def link_bytes(config, plan):
-    """(bytes a GPU receives in a micro-batch, in a step on top, in a step between copies of the model on other nodes)."""
+    """Bytes that a GPU receives: (in a micro-batch, in a step on top, in a step from copies of the model elsewhere)."""
     counts, gpus = plan["parameters"], plan["gpus"] * plan["nodes"]
     adapter = counts["trainable"]
     if gpus == 1:
@@ -274,14 +275,23 @@ def slowest(ranks):
     return 0.0 if ranks == 1 else NormalDist().inv_cdf(0.5264 ** (1 / ranks))
 
 
+def lacks(done, rates, attention):
+    """What of `rates` the step that `done` is of would take and is not there, in words."""
+    wanted = (
+        {*MEASURED, "optimiser"} - {"attention"}
+        | {f"attention, {attention}"}
+        | ({"links"} if done["gpus"] > 1 else set())
+    )
+    return sorted(wanted - rates.rates.keys()) + sorted({host_key(done["fused"], done["gpus"])} - rates.host_ms.keys())
+
+
 def step_time(done, rates, attention="varlen_attn"):
-    """The time of an optimiser step: {"components": {name: ms}, "ms": their sum, "low", "high", "largest": name,
-    "shorter": what would shorten that}. done: `work`'s dict; attention: the kernel, by attention.py's names. Raises
-    ValueError for a kernel without a rate."""
-    if f"attention, {attention}" not in rates.rates:
-        known = ", ".join(name.partition(", ")[2] for name in rates.rates if name.startswith("attention, "))
-        raise ValueError(f"attention by {attention}: no rate of it on {rates.device}; expected one of {known}")
-    link = 1e9 * NODE_LINK if done["between_nodes"] else rates.rates["links"]
+    """The time of an optimiser step: {"components": {name: ms}, "micro_batches", "ms": their sum, "low", "high",
+    "largest": name, "shorter": what would shorten that}. done: `work`'s dict; attention: the kernel, by attention.py's
+    names. Raises ValueError where a rate that it takes is not known."""
+    if missing := lacks(done, rates, attention):
+        raise ValueError(f"no rate of {', '.join(missing)} on {rates.device}; measure it with plan.py --measure")
+    link = 1e9 * NODE_LINK if done["between_nodes"] else rates.rates.get("links", math.inf)
     of = rates.rates | {
         "attention": rates.rates[f"attention, {attention}"],
         "links": link,
@@ -306,6 +316,7 @@ def step_time(done, rates, attention="varlen_attn"):
     beyond = UNMEASURED["several nodes" if done["nodes"] > 1 else "more than two GPUs"] * (done["gpus"] > 2)
     return {
         "components": total,
+        "micro_batches": count,
         "ms": ms,
         "low": (1 - tolerance) * (ms - total.get("links", 0.0)),
         "high": (1 + tolerance + beyond) * ms,

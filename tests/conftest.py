@@ -1,6 +1,7 @@
 """Tiny models and a tiny tokenizer, made from configs alone, that every test file shares."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -141,3 +142,30 @@ def process_group():
     setup_distributed()
     yield
     dist.destroy_process_group()
+
+
+CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
+
+
+def real_config(name):
+    """The published config of one of the launchers' models, by its name on the hub."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(CONFIGS[name])
+
+
+def adapted_model(family, r=8, use_dora=False):
+    """(tiny fp32 model with the trainers' adapters, ready for a backward pass through every layer; LoraArguments)."""
+    from fused_moe_lora import wrap_experts
+    from malaysian_sft.lora import LoraArguments, apply_lora
+
+    model = tiny_model(family)
+    config = model.config
+    lora_args = LoraArguments(r=r, use_dora=use_dora)
+    if family in MOE_FAMILIES:
+        wrap_experts(model, lora_args.expert_rank(config), lora_args.expert_alpha(config), use_dora=use_dora)
+    model = apply_lora(model, lora_args)
+    model.set_attn_implementation("eager")
+    model.enable_input_require_grads()
+    model.train()
+    return model, lora_args
