@@ -56,7 +56,8 @@ def parse(words=None):
     arguments, asked, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     modes = [name for name in ("launcher", "all", "measure", "compare") if getattr(asked, name)]
     if len(modes) != 1:
-        parser.error("expected one of LAUNCHER, --all, --measure and --compare")
+        got = ", ".join(asked.launcher if name == "launcher" else f"--{name}" for name in modes) or "none"
+        parser.error(f"expected one of LAUNCHER, --all, --measure and --compare; got {got}")
     for name, mode in {"write": "all", "plot": "compare"}.items():
         if getattr(asked, name) and mode not in modes:
             parser.error(f"--{name} goes with --{mode}")

@@ -220,13 +220,17 @@ def train_flops(config, tokens, sum_squared_lengths, r, expert_r=None, use_dora=
         per_token += 4 * m.active * m.out_features * m.in_features
         if m.adapted:
             per_token += 6 * m.active * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features)
+    return float(
+        per_token * tokens + 12 * attention_width(config) * attention_pairs(config, tokens, sum_squared_lengths)
+    )
+
+
+def attention_pairs(config, tokens, sum_squared_lengths):
+    """Query-key pairs that all layers score, forward, over `tokens` tokens in documents of that sum of squares; a
+    sliding window caps a token's."""
     pairs = (sum_squared_lengths + tokens) / 2
     window = getattr(config, "sliding_window", None) or pairs
-    width = attention_width(config)
-    attention = sum(
-        12 * width * min(pairs, tokens * window if sliding else pairs) for sliding in _sliding_layers(config)
-    )
-    return float(per_token * tokens + attention)
+    return sum(min(pairs, tokens * window if sliding else pairs) for sliding in _sliding_layers(config))
 
 
 def attention_width(config):

@@ -21,7 +21,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 
-from malaysian_sft.account import architecture, attention_width, peak_flops
+from malaysian_sft.account import architecture, attention_pairs, attention_width, peak_flops
 
 FLOOR = 1050  # tokens; by packs of several lengths in results/step.json, for both attention kernels alike
 # GB/s of memory, and GB/s of the links between a node's GPUs in one direction (NVIDIA's data sheets).
@@ -93,8 +93,12 @@ def experts_work(config, plan):
             continue
         size, inner = m.out_features * m.in_features, plan["expert_r"] * (m.out_features + m.in_features)
         frugal = plan["memory_mode"] == "frugal" or m.layer < plan["frugal_layers"]
-        again = plan["activations"] == "full" or (frugal and not m.name.endswith("down_proj"))
-        flops += tokens * m.active * ((4 + 2 * again) * size + (6 + 2 * again) * inner)
+        flops += tokens * m.active * (4 * size + 6 * inner)
+        if plan["activations"] == "full":
+            flops += tokens * m.active * 2 * (size + inner)
+        if frugal:  # gate and up again, and of down what A makes
+            down = m.name.endswith("down_proj")
+            flops += tokens * m.active * 2 * (plan["expert_r"] * m.in_features if down else size + inner)
         if m.name.endswith("down_proj"):
             rows, hidden, width = tokens * m.active, m.out_features, m.in_features
             # combine writes and reads H twice, SwiGLU's backward passes I ten times; DoRA scales and reads what it kept
@@ -119,9 +123,8 @@ def dense_flops(config, plan):
 def attention_flops(config, plan):
     """FLOPs of the scores of one micro-batch; a document counts FLOOR tokens more than it has."""
     tokens = plan["micro_batch"] * plan["max_seq_length"]
-    pairs = tokens * (plan["document_length"] + FLOOR + 1) / 2
-    again = 4 * (plan["activations"] != "none")
-    return config.num_hidden_layers * (12 + again) * attention_width(config) * pairs
+    pairs = attention_pairs(config, tokens, tokens * (plan["document_length"] + FLOOR))
+    return (12 + 4 * (plan["activations"] != "none")) * attention_width(config) * pairs
 
 
 def passed_bytes(config, plan):

@@ -103,12 +103,13 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "expected one of LAUNCHER, --all, --measure and --compare"),
+        ([], "expected one of LAUNCHER, --all, --measure and --compare; got none"),
         (["a.sh", "--all"], "expected one of LAUNCHER"),
         (["--all", "--plot", "x.png"], "--plot goes with --compare"),
         (["a.sh", "--write"], "--write goes with --all"),
         (["a.sh", "--configs", "x"], "--configs goes with --all or --compare"),
-        (["--all", "--r", "8"], "unrecognized arguments: --r 8"),
+        (["--all", "--r=8"], "unrecognized arguments: --r=8"),
+        (["--all", "--r", "8"], "got 8, --all"),
     ],
 )
 def test_flags_that_do_not_go_together(words, message, monkeypatch, capsys):

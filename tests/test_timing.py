@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from conftest import real_config, tiny_config
+from conftest import FAMILIES, MOE_FAMILIES, real_config, tiny_config
 from malaysian_sft.plan_page import read_results
-from malaysian_sft.planning import plan_run
-from malaysian_sft.timing import Rates, known_rates, slowest, step_time, together, work
+from malaysian_sft.planning import CHOICES, plan_run
+from malaysian_sft.timing import UNITS, Rates, known_rates, slowest, step_time, together, work
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -77,7 +77,7 @@ def test_work_by_hand():
     assert done["micro"]["experts: products"] == layers * rows * (4 * size + 6 * inner)
     # frugal computes gate and up again, not down
     frugal = work(config, plan_run(config, memory_mode="frugal", **way))["micro"]["experts: products"]
-    again = 2 * (2 * 2048 * 768 + 2 * 32 * (2048 + 768))
+    again = 2 * (2 * 2048 * 768 + 2 * 32 * (2048 + 768) + 32 * 768)
     assert frugal - done["micro"]["experts: products"] == layers * rows * again
     # the base twice in bf16, the adapter twice in bf16, half of each from the other GPU; gradients once a step in fp32
     base, outside, adapter = 30_532_122_624, 2 * 151936 * 2048, 1_874_853_888
@@ -87,6 +87,22 @@ def test_work_by_hand():
     assert whole["micro"]["links"] == 4 * adapter / 2
     alone = work(config, plan_run(config, **way | dict(gpus=1)))
     assert alone["micro"]["links"] == 0 == alone["step"]["links"] and alone["micro_batches"] == 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_are_those_of_the_account(family, monkeypatch):
+    """Of every family: what is useful, which torch's counter holds in test_account.py, and what is computed again."""
+    monkeypatch.setattr("malaysian_sft.timing.FLOOR", 0)
+    config, kind = tiny_config(family), "moe" if family in MOE_FAMILIES else "dense"
+    for policy, modes in CHOICES[kind].items():
+        for mode in modes:
+            way = dict(
+                kind=kind, gpus=1, r=8, activations=policy, memory_mode=mode, max_seq_length=64, document_length=20.0
+            )
+            plan = plan_run(config, **way)
+            micro = work(config, plan)["micro"]
+            flops = sum(micro[name] for name, unit in UNITS.items() if unit == "FLOPs")
+            assert flops / 64 == pytest.approx(plan["flops_per_token"] + plan["recompute_per_token"])
 
 
 @pytest.mark.parametrize("kind, family", [("dense", "llama"), ("moe", "qwen3_moe")])
