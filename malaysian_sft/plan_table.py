@@ -113,6 +113,11 @@ def hours(time):
     return f"{time['hours_low']:.{digits}f} to {time['hours_high']:.{digits}f}"
 
 
+def speed(time):
+    """Planned tokens/s a GPU to two digits, which is what a range of a tenth and more leaves; blank for none."""
+    return f"{float(format(time['tokens_per_second'], '.2g')):,.0f}" if time else ""
+
+
 def table(rows):
     """What each launcher needs and reaches on its hardware, as text; a row of `plan_launcher` a line."""
     lines = {}
@@ -128,7 +133,7 @@ def table(rows):
             "GiB a GPU": f"{plan['peak_bytes'] / GIB:.0f}",
             "host GiB": f"{host:.0f}",
             "disk GiB": f"{disk:.0f}",
-            "tokens/s a GPU": f"{time['tokens_per_second']:,.0f}" if time else "",
+            "tokens/s a GPU": speed(time),
             "hours an epoch": f"{time['hours_an_epoch']:.1f}" if time else "",
             f"{row['epochs']:g} epochs": hours(time),
             "engine's GPUs": str(engine["gpu_partition"]),
@@ -194,9 +199,8 @@ def readme_table(plans):
         plan, time = row["plan"], row["time"]
         kept = f"{plan['activations']}, {plan['memory_mode']}" if plan["kind"] == "moe" else plan["activations"]
         model = f"{row['model']}{', DoRA' * plan['use_dora']}"
-        speed = f"{time['tokens_per_second']:,.0f}" if time else ""
         cells = [f"`{row['launcher']}`", model, machine_name(row["hardware"]), kept]
-        cells += [f"{plan['peak_bytes'] / GIB:.0f}", hours(time), speed]
+        cells += [f"{plan['peak_bytes'] / GIB:.0f}", hours(time), speed(time)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([BEGIN, *lines, END])
 
@@ -204,9 +208,9 @@ def readme_table(plans):
 def header(row):
     """The line of a launcher's header that says what it needs and reaches."""
     plan, time = row["plan"], row["time"]
-    speed = f", {hours(time)} hours for {row['epochs']:g} epochs" if time else ""
+    lasts = f", {hours(time)} hours for {row['epochs']:g} epochs" if time else ""
     return (
-        f"# Planned for {machine_name(row['hardware'])}: {plan['peak_bytes'] / GIB:.0f} GiB a GPU{speed}. Measured: not"
+        f"# Planned for {machine_name(row['hardware'])}: {plan['peak_bytes'] / GIB:.0f} GiB a GPU{lasts}. Measured: not"
         " yet."
     )
 

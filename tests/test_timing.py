@@ -1,6 +1,7 @@
 """The time of a step: planned against measured steps left out of the fit, and its parts worked out by hand."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import fit_rates  # noqa: E402 (benchmarks/ must be on the path first)
 
 RECORDS = read_results(ROOT / "results")
+PAGE = ROOT / "docs/planning.md"
 H200, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
 
 
@@ -42,6 +44,14 @@ def test_the_dense_step_is_in_the_range_that_is_printed():
     _, planned = fit_rates.dense_step(record, known_rates(H200, RECORDS))
     assert planned["low"] < 0.9 * measured and planned["high"] > 1.1 * measured
     assert planned["components"]["ZeRO-3 (one run measured)"] > 0
+
+
+def test_the_page_says_how_far_off_it_is():
+    rows = re.findall(r"^\| \d \| .* \| ([\d,]+) \| ([\d,]+) \| (\S+) % \|$", PAGE.read_text(), re.MULTILINE)
+    expected = {
+        (f"{m:,.0f}", f"{p:,.0f}", f"{100 * (p / m - 1):+.1f}") for _, m, p in fit_rates.leave_one_out(H200, RECORDS)
+    }
+    assert set(rows) == expected and len(rows) == 7
 
 
 def test_the_rates_of_plan_are_those_of_the_records():
