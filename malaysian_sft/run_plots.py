@@ -45,7 +45,7 @@ def read_run(directory):
         raise ValueError(f"{arguments}: no such file; --compare expects directories of runs, such as outputs/RUN")
     try:
         args = json.loads(arguments.read_text())
-        flags = dict(args["arguments"])
+        flags, _ = dict(args["arguments"]), int(args["world_size"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{arguments}: not what a trainer writes there; --compare expects a run of this one") from None
     log = directory / "log.jsonl"
@@ -94,10 +94,19 @@ def planned_run(run, wanted, configs=None):
         document_length=wanted.document_length,
         **chosen,
     )
-    steps = {"steps": args["facts"]["total_steps"], "steps_per_epoch": 1, "tokens_per_epoch": tokens_a_step(run)}
+    steps = {
+        "steps": total_steps(run) or run["steps"][-1]["step"],
+        "steps_per_epoch": 1,
+        "tokens_per_epoch": tokens_a_step(run),
+    }
     if args.get("device") and not wanted.device:
         wanted = PlanArguments(**{**vars(wanted), "device": args["device"]})
     return config, plan, run_time(config, plan, steps, wanted)
+
+
+def total_steps(run):
+    """Optimiser steps that the run was to make; None in a record older than that fact."""
+    return run["args"].get("facts", {}).get("total_steps")
 
 
 def warm(run):
@@ -120,7 +129,7 @@ def comparison(run, plan=None, time=None):
         "a step, seconds": (time and time["ms"] / 1e3, seconds, ".2f"),
         "tokens/s a GPU": (time and time["tokens_per_second"], tokens_a_step(run) / seconds / world, ",.0f"),
         "MFU": (time and time["mfu"], median(shares) if shares else None, ".1%"),
-        "steps": (run["args"]["facts"]["total_steps"], run["steps"][-1]["step"], ",d"),
+        "steps": (total_steps(run), run["steps"][-1]["step"], ",d"),
         "tokens": (None, sum(record["tokens"] for record in run["steps"]), ",d"),
         "hours": (
             time and time["hours"],

@@ -81,6 +81,17 @@ def test_a_run_whose_model_is_not_at_hand_is_measured_all_the_same(tmp_path, cap
     assert "run: not planned anew" in printed and "21,667" in printed
 
 
+def test_a_run_older_than_a_fact_is_compared(tmp_path, capsys):
+    run = make_run(tmp_path)
+    args = json.loads((run / "args.json").read_text())
+    for name in ("facts", "device", "nodes"):
+        del args[name]
+    (run / "args.json").write_text(json.dumps(args))
+    run_plots.compare([run], None, PlanArguments(device="NVIDIA H200"), CONFIGS["Qwen3-32B"].parent)
+    (steps,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("steps")]
+    assert steps == ["steps", "6"]
+
+
 def test_a_dense_run_is_planned_as_one(tmp_path):
     run = make_run(tmp_path)
     args = json.loads((run / "args.json").read_text())
