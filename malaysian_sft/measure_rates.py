@@ -1,8 +1,9 @@
-"""A device's rates for plan.py: `python3 plan.py --measure`, about two minutes on one GPU and four on several.
+"""A device's rates for plan.py: `python3 plan.py --measure`, on one GPU and on all of the machine.
 
-Four layers of Qwen3-30B-A3B with random weights make a few steps on one GPU and on all, with LoRA and with DoRA
+Eight layers of Qwen3-30B-A3B with random weights make a few steps on one GPU and on all, with LoRA and with DoRA
 (benchmarks/bench_step.py: the trainer's own functions, profiled), and the GPUs gather 256 MiB each from the others.
-Rates are fitted as those of results/step.json are (timing.py); a record is appended to results/rates.json.
+Rates are fitted as those of results/step.json are (timing.py). The host's time of a layer is what eight take longer
+than two: embedding, head and loss would weigh too much in a slice. A record is appended to results/rates.json.
 """
 
 import json
@@ -21,25 +22,27 @@ from malaysian_sft.timing import Rates, data_sheet, fit, host_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node".split()
-MODEL, LAYERS = "qwen3-30b-a3b", 4
+MODEL, LAYERS = "qwen3-30b-a3b", (2, 8)
 SEVERAL = 1.5  # host time of a layer on several GPUs over that on one, results/step.json: 11.4 ms over 7.7
 
 
-def profile_steps(gpus, flags=()):
-    """Records of bench_step.py on one GPU and on `gpus`, LoRA and DoRA. Raises ValueError for one that didn't end."""
+def profile_steps(gpus):
+    """Records of bench_step.py: of LAYERS layers, on one GPU and on `gpus`, LoRA and DoRA. Raises ValueError for one
+    that didn't end."""
     counts = "1" if gpus == 1 else f"1,{gpus}"
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "step.json")
-        command = [sys.executable, str(ROOT / "benchmarks/bench_step.py"), "--models", MODEL, "--layers", str(LAYERS)]
-        command += ["--gpus", counts, "--adapters", "lora,dora", "--steps", "2", "--packs", "2", "--out", str(out)]
-        subprocess.run([*command, *flags], check=False)
+        for layers in LAYERS:
+            command = [sys.executable, str(ROOT / "benchmarks/bench_step.py"), "--models", MODEL, "--out", str(out)]
+            command += ["--layers", str(layers), "--gpus", counts, "--adapters", "lora,dora", "--steps", "2"]
+            subprocess.run([*command, "--packs", "2"], check=False)
         records = json.loads(out.read_text()) if out.is_file() else []
     for record in records:
         if record["outcome"] != "measured":
             raise ValueError(
                 f"{record['adapter']} on {record['gpus']} GPUs: {record['outcome']}, {record.get('why', '')}"
             )
-    if len(records) != 2 * (1 + (gpus > 1)):
+    if len(records) != len(LAYERS) * 2 * (1 + (gpus > 1)):
         raise ValueError("benchmarks/bench_step.py left no records; what it printed says why")
     return records
 
@@ -76,6 +79,21 @@ def gather(mebibytes, repeats=10):
     dist.destroy_process_group()
 
 
+def host_of_a_layer(records):
+    """Records with the host's ms of one layer alone, from pairs of `records` that differ in their layers only."""
+    few, many = ([r for r in records if r["layers"] == layers] for layers in LAYERS)
+    found = []
+    for small in few:
+        (large,) = [r for r in many if (r["adapter"], r["gpus"]) == (small["adapter"], small["gpus"])]
+        longer = large["layers"] * large["host_ms_a_layer"] - small["layers"] * small["host_ms_a_layer"]
+        if longer <= 0:
+            raise ValueError(
+                f"{large['layers']} layers launched faster than {small['layers']}: the host is busy; again"
+            )
+        found.append(large | {"host_ms_a_layer": longer / (large["layers"] - small["layers"])})
+    return found
+
+
 def rates_of(records, links=None):
     """`Rates` from profiles of one device; links in byte/s, by default its data sheet's.
 
@@ -85,14 +103,14 @@ def rates_of(records, links=None):
     from fit_rates import work_of
 
     device = records[0]["device"]
-    lora = [r for r in records if r["adapter"] == "lora"]
+    lora = [r for r in records if r["adapter"] == "lora" and r["layers"] == max(LAYERS)]
     rates = fit((work_of(r, r["profiled_squares_over_tokens"])[1], r) for r in lora)
     origin = "plan.py --measure"
     if links is None and (known := data_sheet(device)):
         links, origin = 1e9 * known[1], f"{origin}, links by NVIDIA's data sheet"
     if links is not None:
         rates["links"] = links
-    host = host_table(records)
+    host = host_table(host_of_a_layer(records))
     for fused in ("fused", "unfused"):
         host.setdefault(f"{fused}, several", SEVERAL * host[f"{fused}, one GPU"])
     return Rates(device, rates, host, origin)

@@ -16,35 +16,38 @@ PROFILES = [r for r in read_results(ROOT / "results") if r.get("components_ms")]
 
 
 def records(gpus):
-    """What bench_step.py leaves: a profile of LoRA and of DoRA on one GPU and on `gpus`, of twice the work a second of
-    an H200."""
+    """What bench_step.py leaves of a device twice an H200: slices of LoRA and DoRA on one GPU and on `gpus`, whose host
+    takes 10 ms beside its layers."""
     found = []
-    for count in sorted({1, gpus}):
-        for adapter in ("lora", "dora"):
-            (record, *_) = [copy.deepcopy(r) for r in PROFILES if r["gpus"] == 1]
-            record |= {"gpus": count, "adapter": adapter, "device": "NVIDIA GeForce RTX 4090", "outcome": "measured"}
-            record["components_ms"] = {k: v / 2 for k, v in record["components_ms"].items()}
-            record["host_ms_a_layer"] = 4.0 * count * (2 if adapter == "dora" else 1)
-            found.append(record)
+    for layers in measure_rates.LAYERS:
+        for count in sorted({1, gpus}):
+            for adapter in ("lora", "dora"):
+                record = copy.deepcopy(PROFILES[0])
+                record |= {"gpus": count, "adapter": adapter, "layers": layers, "outcome": "measured"}
+                record["components_ms"] = {k: v / 2 for k, v in record["components_ms"].items()}
+                record["host_ms_a_layer"] = 10 / layers + 4 * count * (2 if adapter == "dora" else 1)
+                found.append(record | {"device": "NVIDIA GeForce RTX 4090"})
     return found
 
 
 def test_profiles_become_rates_that_the_plan_takes(tmp_path, monkeypatch, capsys):
-    (h200,) = [r for r in PROFILES if r is PROFILES[0]]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(measure_rates, "profile_steps", records)
     monkeypatch.setattr(measure_rates, "measure_links", lambda ranks: 1e11)
     path = tmp_path / "results" / "rates.json"
     measure_rates.measure(path)
     rates = known_rates("NVIDIA GeForce RTX 4090", read_results(path.parent))
-    # 142.8 ms of dense products were halved; the work is counted here by hand: 48 layers of q, k, v, o, router and
+    # the record's dense products were halved; the work is counted here by hand: eight layers of q, k, v, o, router and
     # rank 256 on the first four, and the head; 4 FLOPs a frozen and 6 a trained weight
     projections, router, head = 2 * 2048 * (4096 + 512), 128 * 2048, 151936 * 2048
     adapter = 256 * (2 * (2048 + 4096) + 2 * (2048 + 512))
-    flops = 16384 * (48 * (4 * (projections + router) + 6 * adapter) + 4 * head)
-    assert rates.rates["dense products"] == pytest.approx(flops / (h200["components_ms"]["dense products"] / 2e3))
+    flops = 16384 * (8 * (4 * (projections + router) + 6 * adapter) + 4 * head)
+    assert rates.rates["dense products"] == pytest.approx(
+        flops / (PROFILES[0]["components_ms"]["dense products"] / 2e3)
+    )
     assert rates.rates["links"] == 1e11
-    assert rates.host_ms == {"fused, one GPU": 4, "unfused, one GPU": 8, "fused, several": 8, "unfused, several": 16}
+    host = {"fused, one GPU": 4, "unfused, one GPU": 8, "fused, several": 8, "unfused, several": 16}
+    assert rates.host_ms == pytest.approx(host)
     assert "wrote" in capsys.readouterr().out
     measure_rates.measure(path)
     assert len(json.loads(path.read_text())) == 2
@@ -54,10 +57,15 @@ def test_one_gpu_measures_what_it_can():
     rates = measure_rates.rates_of(records(1))
     assert "links" not in rates.rates  # no data sheet here has this card's
     assert rates.host_ms["fused, several"] == pytest.approx(1.5 * 4)
-    for record in (h200 := records(1)):
-        record["device"] = "NVIDIA H200"
-    known = measure_rates.rates_of(h200)
+    known = measure_rates.rates_of([r | {"device": "NVIDIA H200"} for r in records(1)])
     assert known.rates["links"] == 450e9 and "data sheet" in known.origin
+
+
+def test_a_busy_host_is_measured_again():
+    busy = records(1)
+    busy[0]["host_ms_a_layer"] = 1000.0
+    with pytest.raises(ValueError, match="8 layers launched faster than 2: the host is busy; again"):
+        measure_rates.host_of_a_layer(busy)
 
 
 def test_links_between_two_processes():
