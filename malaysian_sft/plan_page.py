@@ -251,7 +251,7 @@ def print_time(time, wanted, device):
     if time is None:
         print(
             f"Time: {wanted.results}/rates.json has not all that this run takes on {device}; measure it there with"
-            " `python3 plan.py --measure` (two minutes), or name another --device"
+            " `python3 plan.py --measure`, or name another --device"
         )
         return
     share = "" if time["mfu"] is None else f", MFU {time['mfu']:.0%}"
