@@ -204,7 +204,7 @@ def work(config, plan):
         "fused": plan["kind"] == "moe" and not plan["use_dora"],
         "gpus": plan["gpus"] * plan["nodes"],
         "nodes": plan["nodes"],
-        "between_nodes": plan["nodes"] > 1 and (plan["kind"] == "dense" or plan["shard_nodes"] > 1),
+        "sharing_nodes": plan["nodes"] if plan["kind"] == "dense" else plan["shard_nodes"],
     }
 
 
@@ -288,13 +288,23 @@ def lacks(done, rates, attention):
     return sorted(wanted - rates.rates.keys()) + sorted({host_key(done["fused"], done["gpus"])} - rates.host_ms.keys())
 
 
+def through_a_port(done):
+    """Share of what a GPU receives that comes through its port from other nodes, so small that it is never 0.
+
+    A ring over all GPUs brings into a node what the others hold, once, through the ports of all its GPUs together.
+    """
+    nodes, gpus = done["sharing_nodes"], done["gpus"] // done["nodes"]
+    everything = (nodes * gpus - 1) / (nodes * gpus)
+    return max((nodes - 1) / nodes / gpus / everything, 1e-9) if nodes > 1 else 1e-9
+
+
 def step_time(done, rates, attention="varlen_attn"):
     """The time of an optimiser step: {"components": {name: ms}, "micro_batches", "ms": their sum, "low", "high",
     "largest": name, "shorter": what would shorten that}. done: `work`'s dict; attention: the kernel, by attention.py's
     names. Raises ValueError where a rate that it takes is not known."""
     if missing := lacks(done, rates, attention):
         raise ValueError(f"no rate of {', '.join(missing)} on {rates.device}; measure it with plan.py --measure")
-    link = 1e9 * NODE_LINK if done["between_nodes"] else rates.rates.get("links", math.inf)
+    link = min(rates.rates.get("links", math.inf), 1e9 * NODE_LINK / through_a_port(done))
     of = rates.rates | {
         "attention": rates.rates[f"attention, {attention}"],
         "links": link,

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,7 @@ def done(gpus=1, host=0, between=False, **micro):
         "fused": True,
         "gpus": gpus,
         "nodes": 1 + between,
-        "between_nodes": between,
+        "sharing_nodes": 1 + between,
     }
 
 
@@ -180,7 +181,18 @@ def test_links_are_added_and_a_range_begins_without_them():
     assert time["components"]["links"] == pytest.approx(200)
     assert time["low"] == pytest.approx(0.9 * (time["ms"] - 200))
     between = step_time(done(gpus=16, between=True, links=5e7, **{"dense products": 1e11}), RATES)
-    assert between["components"]["links"] == pytest.approx(4) and between["high"] == pytest.approx(1.3 * between["ms"])
+    # at 1 GB/s the ports of 50 GB/s are not what limits
+    assert between["components"]["links"] == pytest.approx(200) and between["high"] == pytest.approx(
+        1.3 * between["ms"]
+    )
+
+
+def test_ports_between_nodes_carry_what_is_elsewhere_once():
+    """16 GPUs receive 15 sixteenths of 16 GB each; a node of eight lacks 8 GB, one through each port, in 20 ms."""
+    whole = 16e9
+    fast = replace(RATES, rates=RATES.rates | {"links": 1e15})
+    time = step_time(done(gpus=16, between=True, links=whole * 15 / 16), fast)
+    assert time["components"]["links"] == pytest.approx(4 * 20)
 
 
 def test_the_slowest_of_several_ranks():
