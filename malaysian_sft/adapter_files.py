@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from malaysian_sft.base_model import base_faults
-from malaysian_sft.disk_names import by_role
+from malaysian_sft.disk_names import common_name
 from malaysian_sft.lora import CONFIG, DISK_NAME, EXPERT, MANIFEST, PREFIX, PROJECTIONS, WEIGHTS, disk_name
 from malaysian_sft.safetensors_files import DTYPES, read_header, tensor_checksum
 
@@ -73,7 +73,7 @@ class Adapter:
                 )
             if info["dtype"] not in DTYPES:
                 raise ValueError(f"{self.path}: {key} is {info['dtype']}; expected one of {', '.join(DTYPES)}")
-            modules[by_role(match["module"])][match["part"]] = key
+            modules[common_name(match["module"])][match["part"]] = key
         if not modules:
             raise ValueError(f"{self.path}: holds no tensors")
         for module, parts in sorted(modules.items()):
@@ -207,7 +207,7 @@ class Adapter:
 
         A stack of experts (E, out, in) counts as E * out rows. Raises ValueError if the shapes do not fit.
         """
-        plain, shape = by_role(name.removesuffix(".weight")), tuple(shape)
+        plain, shape = common_name(name.removesuffix(".weight")), tuple(shape)
         found = []
         if plain in self.slots:
             found = [(plain, 0, shape[0])]

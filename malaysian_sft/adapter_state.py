@@ -11,7 +11,7 @@ from torch import nn
 
 from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.base_model import base_fingerprint, local_base, shape_fields
-from malaysian_sft.disk_names import by_role, disk_names
+from malaysian_sft.disk_names import common_name, disk_names
 from malaysian_sft.lora import (
     CONFIG,
     EXPERT_PARAMETER,
@@ -114,7 +114,7 @@ def load_adapter(model: nn.Module, directory) -> None:
             )
         shape = getattr(parameter, "ds_shape", parameter.shape)
         places = [(module,)] if projection is None else [(module, e, projection) for e in range(shape[0])]
-        names = [by_role(disk.module(*place)) for place in places]
+        names = [common_name(disk.module(*place)) for place in places]
         for name in names:
             if name not in adapter.slots:
                 raise ValueError(f"{adapter.path}: no {disk_name(name, part)}, which the model has")
@@ -314,8 +314,8 @@ def _adapter_config(model, base_model) -> dict:
 def _expert_patterns_on_disk(model, stack) -> dict:
     """{projection: a pattern of its names on disk, from below the layer}, by those of the first expert of a stack."""
     names = disk_names(model)
-    tails = {role: LAYER.split(names.module(stack, 0, role), maxsplit=1)[-1] for role in PROJECTIONS}
-    return {role: re.escape(tail).replace(r"experts\.0\.", r"experts\.\d+\.") for role, tail in tails.items()}
+    tails = {name: LAYER.split(names.module(stack, 0, name), maxsplit=1)[-1] for name in PROJECTIONS}
+    return {name: re.escape(tail).replace(r"experts\.0\.", r"experts\.\d+\.") for name, tail in tails.items()}
 
 
 def _config_dict(config) -> dict:

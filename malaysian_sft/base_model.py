@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from malaysian_sft.disk_names import attach, by_role, disk_names
+from malaysian_sft.disk_names import attach, common_name, disk_names
 from malaysian_sft.lora import DISK_NAME, EXPERT, base_shapes
 from malaysian_sft.safetensors_files import read_sources, tensor_checksum
 
@@ -83,7 +83,7 @@ def base_fingerprint(base_model, keys) -> dict[str, str]:
     base is not here."""
     directory = local_base(base_model)
     modules = sorted({DISK_NAME.match(key)["module"] for key in keys})
-    modules = [module for module in modules if not EXPERT.match(by_role(module))]
+    modules = [module for module in modules if not EXPERT.match(common_name(module))]
     chosen = [modules[i * len(modules) // 16] for i in range(16)] if len(modules) > 16 else modules
     return _row_checksums(directory, [f"{module}.weight" for module in dict.fromkeys(chosen)]) if directory else {}
 

@@ -18,21 +18,18 @@ class ChatFormat:
 
     Nothing is known about any template: everything is found by rendering.
 
-    - A turn begins where the generation prompt ends, `render(messages[:i], add_generation_prompt=True)`, so the model
-    is trained from
-      exactly the text that it is given when it is asked to answer. What the template puts after that by itself
-      (Qwen3's empty think block) is something the model has to write, and is supervised.
-    - A turn's text ends where the text that the template puts after it begins. That text is found by rendering the same
-    conversation with
-      the turn's content replaced by a sentinel, because a template may rewrite earlier turns (Qwen3 and GLM-4.5
-      strip their reasoning), so that the rendering of `messages[:i + 1]` need not be a prefix of the whole.
+    - A turn begins where the generation prompt ends, `render(messages[:i], add_generation_prompt=True)`: the model is
+      trained from exactly the text that it is given when it is asked to answer. What the template puts after that by
+      itself (Qwen3's empty think block) is something the model has to write, and is supervised.
+    - A turn's text ends where the text that the template puts after it begins. That text is found by rendering the
+      conversation with the turn's content replaced by a sentinel, because a template may rewrite earlier turns (Qwen3
+      and GLM-4.5 strip their reasoning): the rendering of `messages[:i + 1]` need not be a prefix of the whole.
     - The end-of-turn text (`<|im_end|>`, `<|eot_id|>`) belongs to the turn; white space after it does not. A template
-    without one (GLM-4.5)
-      ends a turn with the token that the user's turn begins with, which is then supervised, and the last turn gets the
-      tokenizer's end-of-sequence token.
+      without one (GLM-4.5) ends a turn with the token that the user's turn begins with, which is then supervised, and
+      the last turn gets the tokenizer's end-of-sequence token.
     - One situation has one target: what the model would see if it were asked for this turn. A template that writes an
-    earlier turn otherwise
-      than the same turn at the end (Qwen3's empty think block, reasoning that is stripped) gives one document a turn.
+      earlier turn otherwise than the same turn at the end (Qwen3's empty think block, reasoning that is stripped)
+      gives one document a turn.
     """
 
     def __init__(self, tokenizer):
@@ -61,10 +58,10 @@ class ChatFormat:
             [user, {"role": "assistant", "content": SENTINEL, "reasoning_content": "q7Zreasoningq7Z"}]
         )
         self.keeps_reasoning = "q7Zreasoningq7Z" in thinking
-        # what a generation prompt adds, if it and the end of a turn have control tokens: see _segments_by_tokens
+        # what a generation prompt adds, if it and what ends a turn have control tokens: see _segments_by_tokens
         alone, asked = self.render([user]), self.render([user], add_generation_prompt=True)
         prompt = asked.removeprefix(alone) if asked.startswith(alone) else ""
-        marked = all(any(token in text for token in self.control) for text in (prompt, self.stop))
+        marked = all(any(token in text for token in self.control) for text in (prompt, self.stop or prompt))
         self.prompt = prompt if marked else ""
         self.rewrites_history = self._rewrites_history()
         pieces = self.segments([user, {"role": "assistant", "content": SENTINEL}])
@@ -81,16 +78,9 @@ class ChatFormat:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except (
-            TemplateError,
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RecursionError,
-            TypeError,
-            ValueError,
-        ) as e:
-            raise BadRow(f"the chat template refuses this conversation: {e or type(e).__name__}") from None
+        except TEMPLATE_ERRORS as error:
+            what = str(error) or type(error).__name__
+            raise BadRow(f"the chat template refuses this conversation: {what}") from None
 
     def _rewrites_history(self) -> bool:
         """Whether an earlier turn without reasoning is written otherwise than the same turn at the end."""
@@ -179,21 +169,29 @@ class ChatFormat:
                     return f"the reasoning in messages[{i}]"
         return None
 
-    def _segments_by_tokens(self, messages, full, turns) -> list[tuple[str, bool]] | None:
+    def _segments_by_tokens(self, messages, full) -> list[tuple[str, bool]] | None:
         """`segments` of a long conversation in one pass: a turn lies between the generation prompt and the end-of-turn
-        text, which no message can contain, as both have a control token. None where that finds another number of
-        turns."""
+        text, or the token that the next turn begins with, and no message can contain these. None where that finds
+        another number of turns."""
         pieces, at = [], 0
         starts = [match.end() for match in re.finditer(re.escape(self.prompt), full)]
-        if len(starts) != turns:
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(starts) != len(turns):
             return None
-        for start in starts:
-            end = full.find(self.stop, start)
-            if end < 0 or end <= start:
+        ends = re.compile(re.escape(self.stop) if self.stop else "|".join(map(re.escape, self.control)))
+        for i, start in zip(turns, starts, strict=True):
+            end = ends.search(full, start)
+            if end is not None and (self.stop or messages[i + 1]["role"] == "user"):
+                stop = end.end()
+            elif end is not None:
+                stop = end.start()
+            elif self.stop:
                 return None
-            end += len(self.stop)
-            pieces += [(full[at:start], False), (full[start:end], True)]
-            at = end
+            else:  # nothing ends the last turn
+                full = full[: len(full) - len(self.tail)] + self.tokenizer.eos_token
+                stop = len(full)
+            pieces += [(full[at:start], False), (full[start:stop], True)]
+            at = stop
         return [*pieces, (full[at:], False)] if at < len(full) else pieces
 
     def last_turn(self, messages: list[dict]) -> list[tuple[str, bool]]:
@@ -218,7 +216,7 @@ class ChatFormat:
             messages = [_reasoning_in_content(message) for message in messages]
         full = self.render(messages)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(turns) > MANY_TURNS and self.prompt and (pieces := self._segments_by_tokens(messages, full, len(turns))):
+        if len(turns) > MANY_TURNS and self.prompt and (pieces := self._segments_by_tokens(messages, full)):
             return pieces
         prompts = [self.render(messages[:i], add_generation_prompt=True) for i in turns]
         pieces, at = [], 0
@@ -243,9 +241,8 @@ class ChatFormat:
                 end += len(self.stop)
             elif n + 1 < len(turns) and messages[i + 1]["role"] == "user":
                 end += max((len(token) for token in self.control if after.startswith(token)), default=0)
-            elif n + 1 == len(
-                turns
-            ):  # nothing ends the last turn: the end-of-sequence token does, in place of trailing white space
+            elif n + 1 == len(turns):
+                # nothing ends the last turn: the end-of-sequence token does, in place of trailing white space
                 full = full[:end] + self.tokenizer.eos_token
                 end = len(full)
             pieces.append((full[len(prompt) : end], True))

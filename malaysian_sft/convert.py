@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from malaysian_sft.adapter_files import Adapter, in_groups, is_tokenizer_file
-from malaysian_sft.disk_names import by_role
+from malaysian_sft.disk_names import common_name
 from malaysian_sft.lora import (
     CONFIG,
     DISK_NAME,
@@ -39,7 +39,7 @@ def convert_adapter(directory, out, layout="2d", dtype=None) -> None:
     experts = {name: slot for name, slot in adapter.slots.items() if EXPERT.match(name)}
     changes = bool(experts) and (layout == "stacked") != adapter.stacked
     modules = {key: DISK_NAME.match(key)["module"] for key in adapter.header}
-    if changes and any(by_role(module) != module for module in modules.values()):
+    if changes and any(common_name(module) != module for module in modules.values()):
         raise ValueError(f"{adapter.path}: PEFT's stacked layout has other names than this family's checkpoint")
     stacks = {key for key, module in modules.items() if module.endswith((".experts", ".experts.base_layer"))}
     tensors = {key: adapter.tensor(key) for key in adapter.header if not (changes and key in stacks)}

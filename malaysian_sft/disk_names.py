@@ -3,7 +3,8 @@
 A mixture's checkpoint has a two-dimensional tensor for each expert and projection, transformers' model two stacks,
 `gate_up_proj (E, 2I, H)` and `down_proj (E, H, I)`. What the projections are called differs between families
 (gate_proj, up_proj, down_proj; Mixtral's w1, w3, w2), and so may the path before them. An adapter on disk has the
-checkpoint's names. In this package, names have the checkpoint's path and end in a role: gate_proj, up_proj, down_proj.
+checkpoint's names. In this package names have the checkpoint's path and the common projection: gate_proj, up_proj or
+down_proj (`common_name`).
 """
 
 import functools
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-ROLES = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 STACK_OF = {"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1), "down_proj": ("down_proj", 0)}
 STACKING = ["MergeModulelist", "Concatenate"]  # experts along dimension 0, then gate and up along dimension 1
 
@@ -69,18 +70,18 @@ class DiskNames:
             )
         return Place(name, int(match[1]), list(converter.source_patterns).index(pattern))
 
-    def module(self, name, expert=None, role=None):
+    def module(self, name, expert=None, projection=None):
         """The checkpoint's name of linear layer `name` of the model, or of one projection of stack `name`; without
         ".weight". A stack that the checkpoint keeps whole has its experts named as the common families do."""
-        if role is None:
+        if projection is None:
             return self.names.get(Place(f"{name}.weight"), f"{name}.weight").removesuffix(".weight")
-        parameter, part = STACK_OF[role]
+        parameter, part = STACK_OF[projection]
         if key := self.names.get(Place(f"{name}.{parameter}", expert, part)):
             return key.removesuffix(".weight")
         whole = self.names.get(Place(f"{name}.{parameter}"), f"{name}.{parameter}")
         if not whole.endswith(f".experts.{parameter}"):
             raise ValueError(f"{whole}: experts that a checkpoint keeps whole under this name cannot be adapted")
-        return f"{whole.rpartition('.')[0]}.{expert}.{role}"
+        return f"{whole.rpartition('.')[0]}.{expert}.{projection}"
 
 
 def checkpoint_names(model):
@@ -113,12 +114,13 @@ class OwnNames(DiskNames):
 
 
 @functools.cache
-def _role_of_leaf():
-    """{what some family calls an expert's projection: its role}, read off transformers' conversions."""
+def _projection_of_leaf():
+    """{what some family calls an expert's projection: its common name}, read off transformers' conversions."""
     from transformers import CONFIG_MAPPING
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-    roles = {role: role for role in ROLES}
+    of_stack = {place: projection for projection, place in STACK_OF.items()}
+    found = {projection: projection for projection in PROJECTIONS}
     for model_type in CONFIG_MAPPING:
         for transform in get_checkpoint_conversion_mapping(model_type) or ():
             operations = [type(operation).__name__ for operation in getattr(transform, "operations", ())]
@@ -126,13 +128,15 @@ def _role_of_leaf():
             if others or operations not in (STACKING, STACKING[:1]) or not re.search(r"\*\.\w+\.weight$", sources[0]):
                 continue
             for part, source in enumerate(sources):
-                role = next((r for r, place in STACK_OF.items() if place == (target.rpartition(".")[2], part)), None)
-                if role is not None:
-                    roles.setdefault(re.search(r"\*\.(\w+)\.weight$", source)[1], role)
-    return roles
+                leaf = re.search(r"\*\.(\w+)\.weight$", source)[1]
+                projection = of_stack.get((target.rpartition(".")[2], part))
+                if projection is not None and found.setdefault(leaf, projection) != projection:
+                    raise ValueError(f"{leaf} is {found[leaf]} in one family and {projection} in {model_type}")
+    return found
 
 
-def by_role(name: str) -> str:
-    """A module's name in a checkpoint, an expert by its role: ...experts.3.w1 is ...experts.3.gate_proj."""
+def common_name(name: str) -> str:
+    """A module's name in a checkpoint with an expert's projection as it is commonly called: ...experts.3.w1 is
+    ...experts.3.gate_proj."""
     match = re.fullmatch(r"(.+\.experts\.\d+\.)(\w+)", name)
-    return match[1] + _role_of_leaf().get(match[2], match[2]) if match else name
+    return match[1] + _projection_of_leaf().get(match[2], match[2]) if match else name

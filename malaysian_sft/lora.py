@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from malaysian_sft.disk_names import ROLES as PROJECTIONS
-from malaysian_sft.disk_names import STACK_OF, attach, by_role, disk_names
+from malaysian_sft.disk_names import PROJECTIONS, STACK_OF, attach, common_name, disk_names
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "adapter_manifest.json"
 PREFIX = "base_model.model."  # PEFT puts it before every name of the base model
@@ -81,7 +80,7 @@ def expert_rank(config, r, expert_r=None):
 
 def adaptable(model: nn.Module) -> dict[tuple, tuple[int, int]]:
     """(out, in) of every weight of the decoder layers that an adapter may change, by the model's own names: (linear
-    layer,) or (stack of experts, expert, role).
+    layer,) or (stack of experts, expert, projection).
 
     Works on the plain model (also on the meta device) and on one already wrapped by PEFT, wrap_experts, FSDP2 or
     ZeRO-3: shapes are the whole weight's. Experts in another arrangement (transposed, biased) are left out.
@@ -109,9 +108,9 @@ def adaptable(model: nn.Module) -> dict[tuple, tuple[int, int]]:
 
 
 def base_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """`adaptable` by names in the base checkpoint without ".weight", an expert's projection by its role (by_role)."""
+    """`adaptable` by `common_name` in the base checkpoint, without ".weight"."""
     names = disk_names(model)
-    return {by_role(names.module(*place)): shape for place, shape in adaptable(model).items()}
+    return {common_name(names.module(*place)): shape for place, shape in adaptable(model).items()}
 
 
 def lora_targets(model: nn.Module) -> list[str]:

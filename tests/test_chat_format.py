@@ -100,6 +100,7 @@ def test_a_template_that_fails_on_a_row_is_a_bad_row(fault):
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_a_long_conversation_in_one_pass_is_the_same(family, monkeypatch):
     chat = ChatFormat(family_tokenizer(family))
+    assert chat.prompt, "every launcher's family has control tokens"
     draw = random.Random(0)
     words = ["satu", " dua ", "\ntiga\n", "çé", "<think>", "{{", "jawapan"]
     for turns in (1, 2, 5, 12):
@@ -113,9 +114,12 @@ def test_a_long_conversation_in_one_pass_is_the_same(family, monkeypatch):
         slow = chat.segments(messages)
         monkeypatch.setattr(chat_format, "MANY_TURNS", 0)
         assert chat.segments(messages) == slow
+        # the one pass itself, not what it falls back to
+        rendered = messages if chat.keeps_reasoning else [chat_format._reasoning_in_content(m) for m in messages]
+        assert chat._segments_by_tokens(rendered, chat.render(rendered)) == slow
 
 
-@pytest.mark.parametrize("family", ["qwen2.5", "llama3.1"])
+@pytest.mark.parametrize("family", ["qwen2.5", "llama3.1", "glm4.5"])
 def test_a_conversation_of_thousands_of_turns_is_rendered_a_few_times(family, monkeypatch):
     chat = ChatFormat(family_tokenizer(family))
     rendered, render = [], chat.render

@@ -102,7 +102,7 @@ def test_names_are_those_that_transformers_writes(family, tmp_path):
     adapted = {f"{name}.weight" for name in base_shapes(model)}
     experts = {key for key, place in names.places.items() if place.expert is not None}
     assert len(adapted) == len(adapted & disk.keys()) + len(experts - adapted), (
-        "an expert's projection goes by its role"
+        "an expert's projection goes by its common name"
     )
 
 
