@@ -262,16 +262,17 @@ class DenseTrainer(Trainer):
     def training_step(self, model, inputs, *args, **kwargs):
         if not self.documents_apart:
             model.eval()
-            check_documents_apart(self.model.get_base_model(), self.without_logits, self.args.device)
+            check_documents_apart(self.model.get_base_model(), self.without_logits)
             model.train()
             self.documents_apart = True
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def without_logits(self, batch):
-        """The model's forward, for what happens inside it."""
+    def without_logits(self, pack):
+        """The model's forward over a pack in which nothing is supervised, for what happens inside it."""
+        batch = self._prepare_inputs(self.data_collator([pack]))
         if self.args.use_liger_kernel:
-            labels = torch.full_like(batch["input_ids"], multipack.IGNORE)
-            return self.model_wrapped(**batch, labels=labels, skip_logits=True)
+            return self.model_wrapped(**batch, skip_logits=True)
+        del batch["labels"]
         return self.model_wrapped(**batch, logits_to_keep=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

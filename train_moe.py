@@ -314,9 +314,8 @@ def clip_gradients(parameters, max_norm, mesh):
 
 def refuse_leaks(model, device):
     """Raise ValueError if documents in a pack see each other. Collective."""
-    no_loss = {name: torch.zeros(1, dtype=torch.int64, device=device) for name in ("predicting", "targets")}
     model.eval()
-    check_documents_apart(model.causal_lm, lambda batch: model(batch | no_loss), device)
+    check_documents_apart(model.causal_lm, lambda pack: model(to_device(to_batch(pack), device)))
     model.train()
 
 

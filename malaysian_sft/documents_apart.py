@@ -25,27 +25,15 @@ def with_document_numbers(batch):
     return batch | {"seq_idx": (batch["position_ids"] == 0).cumsum(dim=-1, dtype=torch.int32) - 1}
 
 
-def two_documents(first, second, device):
-    """A batch as multipack.collate makes it, without labels, of two documents (n,)."""
-    lengths = len(first), len(second)
-    batch = {
-        "input_ids": torch.cat([first, second])[None],
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "cu_seq_lens_q": torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32),
-    }
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    longest = max(lengths)
-    return batch | {"cu_seq_lens_k": batch["cu_seq_lens_q"], "max_length_q": longest, "max_length_k": longest}
-
-
 @torch.no_grad()
-def check_documents_apart(causal_lm, forward, device):
+def check_documents_apart(causal_lm, forward):
     """Raise ValueError, naming the first module where it happens, if a document's hidden states depend on the document
     before it in a pack.
 
-    causal_lm: transformers' model, however adapted or sharded; forward(batch) runs it in evaluation mode. Two packs
-    differ in their first document alone; what the modules of the decoder layers give for the second must be the same.
-    Collective where the model is sharded: every rank takes the same tokens.
+    causal_lm: transformers' model, however adapted or sharded; forward(pack) runs it in evaluation mode, as the trainer
+    would, on a list of documents in which nothing is supervised. Two packs differ in their first document alone; what
+    the modules of the decoder layers give for the second must be the same. Collective where the model is sharded: every
+    rank takes the same tokens.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = causal_lm.get_input_embeddings().num_embeddings
@@ -63,10 +51,14 @@ def check_documents_apart(causal_lm, forward, device):
                 seen[module] = output.reshape(FIRST + SECOND, -1)[FIRST:].float()
 
         hooks = [module.register_forward_hook(keep) for module in watched]
-        forward(two_documents(tokens, second, device))
+        forward([{"input_ids": ids, "labels": torch.full_like(ids, -100)} for ids in (tokens, second)])
         for hook in hooks:
             hook.remove()
         runs.append(seen)
+    if not all(layer in runs[0] for layer in layers):
+        raise ValueError(
+            f"{type(causal_lm).__name__}: what its layers give is not (tokens, width): not checked for leaks"
+        )
     dtype = min(causal_lm.parameters(), key=lambda p: p.requires_grad).dtype  # the base's; adapters are fp32
     for module, hidden in runs[0].items():  # in the order in which they ran
         change = (hidden - runs[1][module]).norm(dim=-1) / hidden.norm(dim=-1).clamp_min(1e-12)

@@ -13,7 +13,7 @@ import train_moe
 from conftest import COMMON, FAMILIES, tiny_model, tiny_tokenizer
 from malaysian_sft.account import architecture, check_trainer
 from malaysian_sft.attention import register_attention
-from malaysian_sft.documents_apart import check_documents_apart, two_documents, with_document_numbers
+from malaysian_sft.documents_apart import check_documents_apart, with_document_numbers
 from malaysian_sft.planning import plan_run
 
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32)
@@ -45,7 +45,12 @@ def stateful_config(name):
 
 
 def forward_of(model):
-    return lambda batch: model.base_model(**batch, use_cache=False)
+    def forward(pack):
+        batch = multipack.collate([pack])
+        assert (batch.pop("labels") == multipack.IGNORE).all()
+        return model.base_model(**batch, use_cache=False)
+
+    return forward
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -56,7 +61,7 @@ def test_layers_with_a_state_are_refused_by_name(name):
     with pytest.raises(
         ValueError, match=rf"documents in a pack see each other in model\.layers.*\({STATEFUL[name][1]}"
     ):
-        check_documents_apart(model, forward_of(model), "cpu")
+        check_documents_apart(model, forward_of(model))
     assert architecture(config).stateful == (STATEFUL[name][1],), "the plan says so before anything is loaded"
 
 
@@ -65,7 +70,7 @@ def test_layers_with_a_state_are_refused_by_name(name):
 def test_attention_keeps_documents_apart(family, dtype):
     model = tiny_model(family, dtype=dtype).eval()
     model.set_attn_implementation(register_attention())
-    check_documents_apart(model, forward_of(model), "cpu")
+    check_documents_apart(model, forward_of(model))
     assert architecture(model.config).stateful == ()
 
 
@@ -73,22 +78,22 @@ def test_attention_that_ignores_the_boundaries_is_found():
     model = tiny_model("llama").eval()
     model.set_attn_implementation("eager")
 
-    def one_document(batch):
-        return model.base_model(input_ids=batch["input_ids"], use_cache=False)
+    def one_document(pack):
+        return model.base_model(input_ids=multipack.collate([pack])["input_ids"], use_cache=False)
 
     with pytest.raises(ValueError, match=r"model.layers.0.self_attn \(LlamaAttention\)"):
-        check_documents_apart(model, one_document, "cpu")
+        check_documents_apart(model, one_document)
 
 
-def test_the_batch_is_collates():
-    first, second = torch.arange(9), torch.arange(7)
-    ours = two_documents(first, second, "cpu")
-    theirs = multipack.collate([[{"input_ids": tokens, "labels": tokens} for tokens in (first, second)]])
-    del theirs["labels"]
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert torch.equal(torch.as_tensor(ours[name]), torch.as_tensor(value)), name
-    assert with_document_numbers(theirs)["seq_idx"].tolist() == [[0] * 9 + [1] * 7]
+def test_numbers_of_documents():
+    pack = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in (9, 7)]
+    assert with_document_numbers(multipack.collate([pack]))["seq_idx"].tolist() == [[0] * 9 + [1] * 7]
+
+
+def test_a_model_whose_layers_say_nothing_is_not_taken_for_checked():
+    model = tiny_model("llama").eval()
+    with pytest.raises(ValueError, match="LlamaForCausalLM: .* not checked for leaks"):
+        check_documents_apart(model, lambda pack: None)
 
 
 def checkpoint(directory, name):
