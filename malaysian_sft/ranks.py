@@ -10,6 +10,18 @@ import torch
 import torch.distributed as dist
 
 
+def start_deepspeed_on_cpus():
+    """The default group, gloo, as DeepSpeed starts it; without the extension that it would compile for inference.
+
+    Every process of a user compiles and loads that one under a lock file that a kill leaves behind, and for which all
+    later runs would wait without a word (torch.utils.file_baton).
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+
+
 def everyone_s(value, group=None):
     """[value of every rank]. Collective."""
     if not dist.is_initialized():

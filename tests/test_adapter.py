@@ -32,6 +32,7 @@ from malaysian_sft.lora import (
     reset_lora_parameters,
 )
 from malaysian_sft.merge import merge_adapter
+from malaysian_sft.ranks import start_deepspeed_on_cpus
 from malaysian_sft.verify import verify_adapter
 
 HEAD_DIM = 32  # the least that vLLM's CPU attention takes
@@ -947,7 +948,6 @@ def test_merge_refuses_what_would_be_silently_lost(trained, tmp_path):
 
 def sharded_worker(rank, port, moe, dense, out):
     """One of two ranks: load, save and a refused save, on an FSDP2 model and then on a ZeRO-3 model."""
-    import deepspeed
     import torch.distributed as dist
 
     os.environ |= {
@@ -958,7 +958,7 @@ def sharded_worker(rank, port, moe, dense, out):
         "LOCAL_RANK": str(rank),
     }
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
+    start_deepspeed_on_cpus()
     fsdp2(rank, moe, out / "fsdp2")
     zero3(dense, out / "zero3")
     dist.barrier()
