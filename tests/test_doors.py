@@ -164,5 +164,17 @@ def test_tokenizers(files, tmp_path):
         shutil.copy(files / "model" / name, tmp_path / "model")
 
 
+@pytest.mark.parametrize("raised, passes", [(Exception("no\nvocabulary"), False), (MemoryError(), True)])
+def test_a_tokenizer_s_file_is_at_fault_or_the_code(raised, passes, monkeypatch):
+    """tokenizers raises Exception itself for a file; what else goes wrong is not the file's fault."""
+
+    def broken(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", broken)
+    with pytest.raises(MemoryError if passes else ValueError, match=None if passes else r"x: no tokenizer .*\(no\)$"):
+        load_tokenizer("x")
+
+
 def test_others_may_read_what_is_saved(files):
     assert (files / "adapter" / WEIGHTS).stat().st_mode & 0o777 == (files / "adapter" / CONFIG).stat().st_mode & 0o777
