@@ -12,7 +12,7 @@ import pandas as pd
 from malaysian_sft.extraction import extract
 from malaysian_sft.generations import read_generations
 from malaysian_sft.plots import draw
-from malaysian_sft.statistics import MEASURES, original_scores
+from malaysian_sft.statistics import FEWEST, MEASURES, original_scores
 from malaysian_sft.tables import text_table
 
 
@@ -79,11 +79,15 @@ def tables(report):
 def notes(report, rows):
     """What a reader must know beside the numbers."""
     lines = ["chance: " + ", ".join(f"{100 * value:.2f} % for {name}" for name, value in report["chance"].items())]
+    if report["pooled"]:
+        pooled = ", ".join(name or "-" for name in report["pooled"])
+        lines.append(f"categories of fewer than {FEWEST} questions are pooled for their spread: {pooled}")
     for row in report["checkpoints"]:
         if row["answers"]["missing"]:
             lines.append(
                 f"{row['name']}: NOT FINISHED, {row['answers']['missing']:,} of {sum(row['answers'].values()):,}"
-                " samples are missing and count as wrong; malaymmlu.py makes them, or --limit scores a beginning"
+                " samples are missing and count as wrong (not in the comparisons, which use what both answered);"
+                " malaymmlu.py makes them, or --limit scores a beginning"
             )
         if row["protocol"] == "first_token":
             lines.append(
@@ -108,7 +112,7 @@ def as_text(report, rows):
     for title, frame in tables(report):
         lines += ["", title, text_table(frame)]
     if report["comparisons"]:
-        lines += ["", "paired comparisons (average of the samples; question by question)"]
+        lines += ["", "paired comparisons (average of the samples; question by question, by sign-flip permutation)"]
         lines += [item["verdict"] for item in report["comparisons"]]
     if "contamination" in report:
         part = report["contamination"]

@@ -28,17 +28,13 @@ from malaysian_sft.questions import (
     load_questions,
     parse_options,
     read_lock,
-    strata,
 )
 from malaysian_sft.report import notes, percent
 from malaysian_sft.statistics import (
     Row,
     bootstrap,
-    compare,
     count_outcomes,
-    holm,
     interval,
-    mcnemar,
     measure,
     original_scores,
     score,
@@ -372,6 +368,12 @@ def test_a_limit_below_one_is_refused(tmp_path, call):
     assert "--limit must be at least 1, got 0" in call(tmp_path, "--pattern", "x", "--limit", 0).stderr
 
 
+@pytest.mark.parametrize("count", [0, -1, 100_000_000])
+def test_an_impossible_number_of_resamples_is_refused(tmp_path, call, count):
+    shown = call(tmp_path, "--pattern", "x", "--resamples", count)
+    assert shown.returncode == 1 and f"--resamples must be 10 to 100,000, got {count}" in shown.stderr
+
+
 def test_a_half_written_last_line_is_passed_over_and_damage_is_not(tmp_path, capsys):
     path = save(tmp_path / "a", [{"index": 0, "id": 0, "sample": 0, "text": "A"}]) / "generations.jsonl"
     whole = path.read_text()
@@ -477,53 +479,6 @@ def test_intervals_of_all_right_and_all_wrong_are_the_exact_binomial_ones():
     values = np.random.default_rng(0).random(30)
     expected = stats.t.interval(0.95, 29, loc=values.mean(), scale=stats.sem(values))
     assert t_interval(values) == pytest.approx(expected)
-
-
-def test_mcnemar_and_holm_against_scipy_and_by_hand():
-    generator = np.random.default_rng(3)
-    first, second = generator.random(300) < 0.7, generator.random(300) < 0.6
-    b, c, p = mcnemar(first, second)
-    table = np.array([[(first & second).sum(), b], [c, (~first & ~second).sum()]])
-    assert table.sum() == 300
-    # the exact McNemar test, written out
-    assert p == pytest.approx(min(1.0, 2 * stats.binom.cdf(min(b, c), b + c, 0.5)))
-    assert mcnemar(first, first) == (0, 0, 1.0)
-    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
-    assert holm([]) == []
-
-
-def rows_of(values, keys_seed=0):
-    """Rows whose answers are right where `values` says so."""
-    return [
-        Row(f"malaymmlu-{name}", Path("."), {}, np.where(right == 1, 0, 1).astype(np.int8))
-        for name, right in values.items()
-    ]
-
-
-def test_paired_comparison_keeps_its_level_and_finds_a_real_difference():
-    """Two equal checkpoints are called different in about 5 % of 300 simulations; ten points of difference are found,
-    the truth inside."""
-    generator = np.random.default_rng(7)
-    questions = [question(i, ["STEM", "Language"][i % 2]) for i in range(200)]
-    groups = list(strata(questions).values())
-    rejected = 0
-    for trial in range(300):
-        difficulty = generator.beta(2, 1.3, 200)[:, None]
-        pair = {name: (generator.random((200, 3)) < difficulty).astype(float) for name in ("a", "b")}
-        values = np.stack([measure(row.answers, np.zeros(200, np.int8)) for row in rows_of(pair)], 1)
-        means = bootstrap(values.reshape(200, -1), groups, 300, trial).reshape(300, 2, 2, 4)
-        (item,) = compare(rows_of(pair), values, means.mean(1), "all")
-        rejected += item["p_bootstrap"] < 0.05
-    assert stats.binomtest(rejected, 300, 0.05).pvalue > 0.005, rejected / 300
-    difficulty = generator.beta(2, 1.3, 200)[:, None] * 0.8
-    good = {
-        "worse": generator.random((200, 3)) < difficulty,
-        "better": generator.random((200, 3)) < difficulty + 0.1,
-    }
-    report = score(rows_of({k: v.astype(float) for k, v in good.items()}), questions, 500)
-    (item,) = report["comparisons"]
-    assert item["difference"]["low"] <= -0.1 <= item["difference"]["high"] < 0
-    assert item["verdict"].startswith("malaymmlu-better is better than malaymmlu-worse (")
 
 
 def test_micro_macro_chance_and_protocols():
