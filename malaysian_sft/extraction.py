@@ -11,7 +11,6 @@ import re
 from malaysian_sft.answer_text import (
     AMBIGUOUS,
     BOX,
-    CUE_WORDS,
     NAMED,
     ONE_LETTER,
     Options,
@@ -19,6 +18,7 @@ from malaysian_sft.answer_text import (
     plain,
     read_piece,
 )
+from malaysian_sft.quick_reading import after_heading, quick
 
 FINAL, CONCLUSION, MENTION = range(3)  # the kinds, strongest first
 MOST_CLAUSES = (
@@ -35,7 +35,8 @@ ASIDE = (
     r"selain|other than"
 )
 THUS = r"jadi|maka|justeru|oleh (?:itu|sebab itu|kerana itu|karena itu)|therefore|thus|hence|so"
-HARD_BREAK = re.compile(r"\n\s{0,9}|[?!;]+\s{0,9}|\.(?=\s|$)\s{0,9}")
+# line ends, "?!;" and full stops before a space; a set of characters stands first, so that the search skips to them
+HARD_BREAK = re.compile(r"[\n?!;.](?<!\.(?!\s|$))(?:(?<=[?!;])[?!;]+)?\s{0,9}")
 SOFT_BREAK = re.compile(
     rf",?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|"
     rf"i|yang|pilihan yang)\b)",
@@ -134,8 +135,13 @@ AFTER_LINK = re.compile(
     rf"(?:\b(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)"
 )
 LETTER = re.compile(r"(?<![\w\\'’+.*^])(?<!\d-)([A-F])(?![\w'’+*^-]|\s?=)(?=(?P<gap>\s+)?(?P<word>[^\W\d_]+)?)")
+# supersets of what LETTER, boxes and SMALL take
+LONE_OR_BOX = re.compile(rf"[A-F{BOX}](?:(?<={BOX})|(?<![A-Za-z0-9].)(?!\w))", re.S)
+LONE_SMALL = re.compile(r"[^A-Za-z0-9][a-f](?!\w)")
+LINK_SIGNS = ("ialah", "adalah", "iaitu", "yaitu", "yakni", "merupakan", "is", "are", "be", *"是:：=→>–-")
+LINKED = re.compile(rf"(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b.{{0,40}}?{LINK}")
 SMALL = re.compile(
-    rf"(?:{LINK}|\b(?:jawapan|jawaban)(?:nya)?|\bpilihan|\boption)\s*[(\[]*([a-f])[)\]]*"
+    rf"(?:{LINK}|\b(?:jawapan|jawaban)(?:nya)?|\bpilihan|\boption)\s*[(\[]*(?<![a-z0-9])([a-f])[)\]]*"
     r"(?=\s*$|[.,]|\s+(?:kerana|karena|sebab|iaitu|because|since|lah)\b)"
 )
 FOLLOWERS = frozenset(
@@ -150,38 +156,85 @@ FOLLOWERS = frozenset(
 
 
 def sentences_of(text):
-    """(sentence, what ended it) of a plain text, in order, without blank ones.
+    """(start, end, what ended it) of the sentences of a plain text, in order; blank ones too.
 
     A heading ("### Jawapan") takes its next line along.
     """
-    found, at = [], 0
+    found, at, length = [], 0, len(text)
     for match in HARD_BREAK.finditer(text):
-        sentence, mark = text[at : match.start()].strip(), match.group()
-        if mark[0] == "\n" and len(sentence) <= 60 and match.end() < len(text) and HEADING.fullmatch(sentence.lower()):
+        start, end = match.span()
+        mark = text[start]
+        if mark == "\n" and end < length and is_heading(text[at:start]):
             continue
-        if sentence:
-            found.append((sentence, mark[0]))
-        at = match.end()
-    rest = text[at:].strip()
-    return [*found, (rest, "")] if rest else found
+        found.append((at, start, mark))
+        at = end
+    found.append((at, length, ""))
+    return found
 
 
-def clauses_of(sentences):
-    """Sentences with a cue, the last ones, cut before "tetapi", "kerana", ", jadi" -> [(clause, what ended it, the
-    next sentence)].
+def is_heading(line):
+    line = line.strip()
+    return len(line) <= 60 and bool(HEADING.fullmatch(line.lower()))
+
+
+def naming_places(text, lower, options):
+    """Where something may name an option: lone letters, boxes, options' texts, and values said to be the answer.
+
+    More than the rules will take, never less, and found at the speed of a search: what has none needs no rules.
     """
-    found = []
-    for index in range(len(sentences) - 1, -1, -1):
-        sentence, mark = sentences[index]
-        lower = sentence.lower()
-        if not any(stem in lower for stem in STEMS):
-            continue
-        parts = [part for part in SOFT_BREAK.split(sentence) if part.strip()]
-        following = sentences[index + 1][0] if index + 1 < len(sentences) else ""
-        found.extend((part, mark if at == 0 else ",", following) for at, part in enumerate(reversed(parts)))
-        if len(found) >= MOST_CLAUSES:
+    found = [match.start() for match in LONE_OR_BOX.finditer(text)]
+    found += [match.start() + 1 for match in LONE_SMALL.finditer(lower)]
+    for own, _ in options.texts:
+        at = lower.find(own)
+        while at >= 0:
+            found.append(at)
+            at = lower.find(own, at + len(own))
+    for word in ("jawa", "answer", "betul", "tepat"):
+        at = lower.find(word)
+        while at >= 0:
+            near = lower[at : at + 70]
+            if any([sign in near for sign in LINK_SIGNS]) and LINKED.match(near):
+                found.append(at)
+            at = lower.find(word, at + 4)
+    return sorted(found)
+
+
+def clauses_of(text, options):
+    """Clauses of the sentences that have a cue and may name something, the last ones, cut before "tetapi", "kerana",
+    ", jadi" -> [(clause, what ended it, the next sentence, whether it follows on the one before)].
+    """
+    lower = text.lower()
+    if len(lower) != len(text):  # a few letters have a longer lower-case form
+        text = lower
+    places = naming_places(text, lower, options)
+    if not places:
+        return []
+    sentences, found, index, contrast = sentences_of(text), [], len(places) - 1, None
+    for number in range(len(sentences) - 1, -1, -1):
+        start, end, mark = sentences[number]
+        if index < 0 or len(found) >= MOST_CLAUSES:
             break
+        if places[index] < start:
+            if contrast and has_cue(lower[start:end]):
+                found[-1][3] = contrast = False
+            continue
+        while index >= 0 and places[index] >= start:
+            index -= 1
+        if not has_cue(lower[start:end]):
+            continue
+        parts = [part for part in SOFT_BREAK.split(text[start:end].strip()) if part.strip()]
+        later = (text[slice(*sentences[k][:2])].strip() for k in range(number + 1, len(sentences)))
+        following = next(filter(None, later), "")
+        found.extend([part, mark if at == 0 else ",", following, True] for at, part in enumerate(reversed(parts)))
+        contrast = CONTRAST_START.match(parts[0].lower())
     return found[MOST_CLAUSES - 1 :: -1]
+
+
+def has_cue(sentence):
+    for stem in STEMS:
+        if stem in sentence:
+            return True
+    return False
 
 
 HEADING = re.compile(
@@ -210,7 +263,7 @@ def namings(clause, lower, options, boxes):
         found.append((at, at + 1, match.group(1), False))
     if not found:
         found = [(match.start(1), match.end(1), match.group(1).upper(), False) for match in SMALL.finditer(lower)]
-    at = clause.find(BOX)
+    at, boxes = clause.find(BOX), iter(boxes)
     while at >= 0:
         letter = read_piece(next(boxes, ""), options)
         if letter:
@@ -309,20 +362,21 @@ def statement(clause, ended, options, boxes, following):
 
 def read_statements(text, options, boxes):
     """Every statement of a plain text in order, as (kind, letter or AMBIGUOUS)."""
-    clauses, found, rejected = clauses_of(sentences_of(text)), [], False
-    boxes = iter(boxes[len(boxes) - sum(clause.count(BOX) for clause, *_ in clauses) :])
-    for clause, ended, following in clauses:
+    clauses, found, rejected = clauses_of(text, options), [], False
+    at = len(boxes) - sum(clause.count(BOX) for clause, *_ in clauses)
+    for clause, ended, following, adjoining in clauses:
+        rejected = rejected and adjoining
+        at += clause.count(BOX)
         if len(clause) > 600:  # no clause is that long; the naming is at one of its ends
-            for _ in range(clause.count(BOX) - clause.count(BOX, len(clause) - 300)):
-                next(boxes, None)
             clause = clause[-300:]
+        own = boxes[at - clause.count(BOX) : at]
         said = None
         contrast = CONTRAST_START.match(clause.lower()) if rejected else None
         if contrast:
             rest = clause[contrast.end() :]
-            said = read_piece(rest, options) or statement("jawapan: " + rest, ended, options, boxes, following)
+            said = read_piece(rest, options) or statement("jawapan: " + rest, ended, options, own, following)
             said = (FINAL, said) if isinstance(said, str) and said != "negated" else said
-        said = said or statement(clause, ended, options, boxes, following)
+        said = said or statement(clause, ended, options, own, following)
         rejected = said == "negated"
         if said and not rejected:
             found.append(said)
@@ -351,8 +405,6 @@ def read_lines(text, options):
 
 # ---- the decision ------------------------------------------------------------------------------------------
 
-CLOSING = frozenset("$.)]*\\ \n")
-
 
 def answer_of(text, thinking):
     """The part of a response after its reasoning, or None where the reasoning never ended."""
@@ -375,43 +427,6 @@ def options_of(question):
     return question["read"]
 
 
-def after_heading(text, start):
-    """Whether the line before `start` may be a heading that `sentences_of` joins to what follows.
-
-    When in doubt, True.
-    """
-    before = text[max(0, start - 80) : start].lower()
-    return ":" in before or "jaw" in before or "answ" in before or "simpul" in before
-
-
-def quick(text, question, thinking):
-    r"""The letter of a response whose last clause is `\boxed{B}` after words of `CUE_WORDS` alone.
-
-    None: ask the rules.
-
-    The same as the rules: the clause has a final, affirmed box, nothing follows it, and the last final statement
-    decides.
-    """
-    last = text.rfind("\\boxed{")
-    if (
-        last < 0
-        or text[last + 8 : last + 9] != "}"
-        or text[last + 7] not in question["letters"]
-        or not CLOSING.issuperset(text[last + 9 :])
-    ):
-        return None
-    line, stop = text.rfind("\n", 0, last) + 1, text.rfind(". ", 0, last) + 1
-    start = max(line, stop)
-    if text.find("box", line, last) >= 0:  # one left open earlier on the line takes the words after it away
-        return None
-    words = text[start:last].lower().replace("$", " ").replace(":", " ").replace("*", " ").split()
-    if not CUE_WORDS.issuperset(words) or (line and line == start and after_heading(text, line)):
-        return None
-    if thinking or "think>" in text or "assistantfinal" in text:
-        return None
-    return text[last + 7]
-
-
 def extract(text, question, finish_reason="stop", thinking=False):
     """Read the chosen letter out of a response.
 
@@ -420,8 +435,18 @@ def extract(text, question, finish_reason="stop", thinking=False):
     (outcome, letter): ("answered", "B"), or one of ("ambiguous", None), ("truncated", None), ("none", None). Of a cut
     response the lone lines are not read.
     """
-    letter = quick(text, question, thinking)
-    return ("answered", letter) if letter else by_rules(text, question, finish_reason, thinking)
+    found = quick(text, question, thinking)
+    return ("answered", found[0]) if found else by_rules(text, question, finish_reason, thinking)
+
+
+def extract_both(text, question, finish_reason="stop", thinking=False):
+    """`extract` and `extract_strict` of one response, at the price of one -> (outcome, letter) twice."""
+    found = quick(text, question, thinking)
+    if not found:
+        said = by_rules(text, question, finish_reason, thinking)
+        return said, extract_strict(text, question, finish_reason, thinking)
+    said = "answered", found[0]
+    return said, said if found[1] else (("truncated" if finish_reason == "length" else "none"), None)
 
 
 def by_rules(text, question, finish_reason="stop", thinking=False):

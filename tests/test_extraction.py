@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from malaysian_sft.answer_text import key, number
-from malaysian_sft.extraction import by_rules, extract, extract_strict, quick
+from malaysian_sft.extraction import by_rules, extract, extract_both, extract_strict, quick
 
 HERE = Path(__file__).parent
 
@@ -114,11 +114,16 @@ def test_the_quick_way_gives_the_answer_of_the_rules():
             text,
             text + "\n$\\boxed{B}$",
             text + " Jawapan akhir ialah $\\boxed{A}$.",
-            text + ". Jadi \\boxed{C}",
+            text + ". Jadi, \\boxed{C}",
+            text + "\n\\boxed{\\text{B. " + asked["options"]["B"] + "}}",
+            text + ".\n**Jawapan akhir:** A",
         ):
             taken += quick(form, asked, thinking) is not None
-            assert extract(form, asked, reason, thinking) == by_rules(form, asked, reason, thinking), form
-    assert taken > 1000
+            said = by_rules(form, asked, reason, thinking)
+            assert extract(form, asked, reason, thinking) == said, form
+            strict = extract_strict(form, asked, reason, thinking)
+            assert extract_both(form, asked, reason, thinking) == (said, strict), form
+    assert taken > 2000
     words = question(["Jadi", "ialah", "jawapan akhir", "maka"])
     assert (
         extract("Jawapan akhir ialah \\boxed{B}", words)
@@ -134,6 +139,13 @@ def test_a_long_text_is_read_like_a_short_one():
     assert extract(filler + r"\boxed{\text{Kuching}}", question()) == ("answered", "D")
     assert extract(filler, question()) == ("none", None)
     assert extract(filler, question(), "length") == ("truncated", None)
+
+
+def test_a_letter_inside_a_word_and_a_box_after_a_contrast_are_not_mixed_up():
+    assert extract("Jawapannya ini bisa.", question()) == ("none", None)  # no "a" after "is"
+    assert extract("正确答案是C", question()) == ("answered", "C")
+    two = "Bukan D tetapi C, \\boxed{C}? Jadi, jawapannya ialah \\boxed{B}."  # each clause has its own box
+    assert by_rules(two, question()) == extract(two, question()) == ("answered", "B")
 
 
 def test_strict_reads_only_the_last_box():
