@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from malaysian_sft.contamination import contamination_report
-from malaysian_sft.generations import find_directories, read_answers, read_args
+from malaysian_sft.generations import find_directories, read_args, read_both
 from malaysian_sft.plots import draw
 from malaysian_sft.questions import benchmark_questions
 from malaysian_sft.report import as_csv, as_markdown, as_text, audit, print_original, write_html
@@ -76,10 +76,7 @@ def main():
                     raise ValueError(f"{what}; score it apart, or against one file with --questions FILE")
                 print(f"note: {what}", file=sys.stderr)
         questions = questions[: args.limit]
-        rows = [
-            Row(name, path, made, read_answers(path, questions, bool(args.limit), made.get("samples", 1)))
-            for name, path, made in found
-        ]
+        rows = [read_row(name, path, made, questions, bool(args.limit)) for name, path, made in found]
         print_original([row.name for row in rows], [row.answers for row in rows], questions)
         report = score(rows, questions, args.resamples, args.seed, args.compare)
         if args.contamination:
@@ -90,6 +87,12 @@ def main():
             audit(rows, questions, args.audit, args.seed)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def read_row(name, path, made, questions, limited):
+    """A checkpoint's answers, read both ways where boxes were asked for."""
+    answers, strict = read_both(path, questions, limited, made.get("samples", 1))
+    return Row(name, path, made, answers, strict if made.get("protocol", "reasoning") == "reasoning" else None)
 
 
 def write(args, report, rows, questions):
