@@ -57,10 +57,11 @@ LINE_MARKS = re.compile(rf"\n(?:{LINE_MARK.pattern})")
 SIMPLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .,()/=%-]*")  # what `plain` leaves as it is, but for double spaces
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 ZEROS = re.compile(r"(\d)\.0+(?!\d)|(\d\.\d{0,20}?[1-9])0+(?!\d)")
+# what is written, the one spelling of it, and parts of the words without one of which the pattern cannot match
 UNITS = (
-    (re.compile(r"\s?\b(?:darjah|degrees?|derajat)\b(?: celsius\b)?"), "°"),
-    (re.compile(r"\s?\b(?:peratus|persen|percent)\b"), "%"),
-    (re.compile(r"\bringgit malaysia\b|\bmyr\b"), "rm"),
+    (re.compile(r"\s?\b(?:darjah|degrees?|derajat)\b(?: celsius\b)?"), "°", ("darjah", "degree", "derajat")),
+    (re.compile(r"\s?\b(?:peratus|persen|percent)\b"), "%", ("peratus", "persen", "percent")),
+    (re.compile(r"\bringgit malaysia\b|\bmyr\b"), "rm", ("ringgit", "myr", "myr")),
 )
 PER = re.compile(r"(?<=\d)\s?(k?[a-z]{1,2})/(s|h|m|kg|min|jam)(?:\^?(\d))?(?![a-z])")  # "10 m/s" is "10 m s^-1"
 LEADING_DOT = re.compile(r"(?<![\d.])\.(?=\d)")
@@ -82,10 +83,11 @@ def find_boxes(text):
     Outermost balanced boxes count, `\boxed B` and a box that only its formula closes too. Empty ones (the repeated
     instruction) go. One pass with a stack: linear, however boxes are nested or left open.
     """
-    if "box" not in text:
+    first = text.find("box")
+    if first < 0:
         return text, []
     found, stack = [], []  # found: (start, end, content); stack: where an open brace's box starts, or -1
-    for match in BRACES.finditer(text):
+    for match in BRACES.finditer(text, max(0, first - 2)):  # what is open before the first box closes after it
         token = match.group()
         if token == "{":
             stack.append((-1, 0))
@@ -154,15 +156,23 @@ def key(text):
 
     Lower case, no spaces, one form of numbers, units, dashes and lists of Roman numerals.
     """
-    simple = SIMPLE.fullmatch(text)
-    text = LEADING_DOT.sub("0.", " ".join((text if simple else plain(text)).lower().split())).strip(OUTER)
+    simple = SIMPLE.fullmatch(text)  # most options: words and numbers; a pattern without its sign in them is idle
+    text = " ".join((text if simple else plain(text)).lower().split())
+    if "." in text:
+        text = LEADING_DOT.sub("0.", text)
+    text = text.strip(OUTER)
     if not simple:
         text = text.replace("–", "-").replace("—", "-").replace("_", "")
-    text = PER.sub(lambda match: f"{match[1]}{match[2]}^-{match[3] or 1}", text)
-    for pattern, new in UNITS:
-        text = pattern.sub(new, text)
-    text = ZEROS.sub(r"\1\2", THOUSANDS.sub("", text))
-    bare = ONLY.sub("", text)
+    if "/" in text:
+        text = PER.sub(lambda match: f"{match[1]}{match[2]}^-{match[3] or 1}", text)
+    for pattern, new, signs in UNITS:
+        if signs[0] in text or signs[1] in text or signs[2] in text:
+            text = pattern.sub(new, text)
+    if "," in text:
+        text = THOUSANDS.sub("", text)
+    if "." in text:
+        text = ZEROS.sub(r"\1\2", text)
+    bare = ONLY.sub("", text) if text.endswith(("sahaja", "saja", "only")) else text
     if bare and bare[0] in "ivx" and ROMANS.fullmatch(bare.replace(" ", "")):
         return "roman:" + ",".join(sorted(re.findall(r"\b[ivx]+\b", bare)))
     return text.replace(" ", "")

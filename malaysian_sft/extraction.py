@@ -7,6 +7,7 @@ with examples. What stays unclear is ambiguous, never a guess.
 """
 
 import re
+from functools import partial
 
 from malaysian_sft.answer_text import (
     AMBIGUOUS,
@@ -18,70 +19,11 @@ from malaysian_sft.answer_text import (
     plain,
     read_piece,
 )
-from malaysian_sft.quick_reading import after_heading, quick
+from malaysian_sft.quick_reading import quick
+from malaysian_sft.sentences import ASIDE, CONTRAST, CONTRAST_START, LINK, THUS, Sentences, remember_silent
 
 FINAL, CONCLUSION, MENTION = range(3)  # the kinds, strongest first
-MOST_CLAUSES = (
-    200  # clauses with a cue that are read from the end; what a longer response said before is not its answer
-)
-LINK = r"(?:ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是|[:：=→>–-])"
-
-# ---- clauses -----------------------------------------------------------------------------------------------
-
-CONTRAST = r"tetapi|tapi|namun|sebaliknya|melainkan|but|rather"
-ASIDE = (
-    r"kerana|karena|sebab(?! itu)|because|since|manakala|sedangkan|sementara|while|whereas|walaupun|meskipun|"
-    r"walau|although|even though|"
-    r"selain|other than"
-)
-THUS = r"jadi|maka|justeru|oleh (?:itu|sebab itu|kerana itu|karena itu)|therefore|thus|hence|so"
-# line ends, "?!;" and full stops before a space; a set of characters stands first, so that the search skips to them
-HARD_BREAK = re.compile(r"[\n?!;.](?<!\.(?!\s|$))(?:(?<=[?!;])[?!;]+)?\s{0,9}")
-SOFT_BREAK = re.compile(
-    rf",?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|"
-    rf"i|yang|pilihan yang)\b)",
-    re.I,
-)
-STEMS = (
-    *(
-        "jawap",
-        "jawab",
-        "jwpn",
-        "answer",
-        "答案",
-        "pilih",
-        "milih",
-        "opsyen",
-        "opti",
-        "opsi",
-        "choice",
-        "choose",
-        "chose",
-        "select",
-        "pick",
-        "go with",
-        "go for",
-    ),
-    *(
-        "simpul",
-        "conclu",
-        "correct",
-        "betul",
-        "benar",
-        "tepat",
-        "right",
-        "best",
-        "closest",
-        "hampir",
-        "sesuai",
-        "oleh",
-        "jadi",
-        "maka",
-    ),
-    *("justeru", "therefore", "thus", "hence", "so ", BOX, "tetapi", "tapi", "sebaliknya", "melainkan", "but "),
-)
 ASIDE_START = re.compile(rf"\W*(?:{ASIDE}|jika|if|kalau|sekiranya|unless)\b")
-CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*)?")
 CONDITION = re.compile(r"\b(?:jika|if|kalau|sekiranya|unless|andai)\b")
 # "pelajar memilih A", "ramai yang memilih D": what others choose
 OTHERS = re.compile(
@@ -135,11 +77,6 @@ AFTER_LINK = re.compile(
     rf"(?:\b(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)"
 )
 LETTER = re.compile(r"(?<![\w\\'’+.*^])(?<!\d-)([A-F])(?![\w'’+*^-]|\s?=)(?=(?P<gap>\s+)?(?P<word>[^\W\d_]+)?)")
-# supersets of what LETTER, boxes and SMALL take
-LONE_OR_BOX = re.compile(rf"[A-F{BOX}](?:(?<={BOX})|(?<![A-Za-z0-9].)(?!\w))", re.S)
-LONE_SMALL = re.compile(r"[^A-Za-z0-9][a-f](?!\w)")
-LINK_SIGNS = ("ialah", "adalah", "iaitu", "yaitu", "yakni", "merupakan", "is", "are", "be", *"是:：=→>–-")
-LINKED = re.compile(rf"(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b.{{0,40}}?{LINK}")
 SMALL = re.compile(
     rf"(?:{LINK}|\b(?:jawapan|jawaban)(?:nya)?|\bpilihan|\boption)\s*[(\[]*(?<![a-z0-9])([a-f])[)\]]*"
     r"(?=\s*$|[.,]|\s+(?:kerana|karena|sebab|iaitu|because|since|lah)\b)"
@@ -152,94 +89,6 @@ FOLLOWERS = frozenset(
     " maka jadi is are was and or not because since as but while"
     " with for only if correct right wrong best seperti untuk dalam serta"
     " dipilih than over rather incorrect saya di pada ini itu".split()
-)
-
-
-def sentences_of(text):
-    """(start, end, what ended it) of the sentences of a plain text, in order; blank ones too.
-
-    A heading ("### Jawapan") takes its next line along.
-    """
-    found, at, length = [], 0, len(text)
-    for match in HARD_BREAK.finditer(text):
-        start, end = match.span()
-        mark = text[start]
-        if mark == "\n" and end < length and is_heading(text[at:start]):
-            continue
-        found.append((at, start, mark))
-        at = end
-    found.append((at, length, ""))
-    return found
-
-
-def is_heading(line):
-    line = line.strip()
-    return len(line) <= 60 and bool(HEADING.fullmatch(line.lower()))
-
-
-def naming_places(text, lower, options):
-    """Where something may name an option: lone letters, boxes, options' texts, and values said to be the answer.
-
-    More than the rules will take, never less, and found at the speed of a search: what has none needs no rules.
-    """
-    found = [match.start() for match in LONE_OR_BOX.finditer(text)]
-    found += [match.start() + 1 for match in LONE_SMALL.finditer(lower)]
-    for own, _ in options.texts:
-        at = lower.find(own)
-        while at >= 0:
-            found.append(at)
-            at = lower.find(own, at + len(own))
-    for word in ("jawa", "answer", "betul", "tepat"):
-        at = lower.find(word)
-        while at >= 0:
-            near = lower[at : at + 70]
-            if any([sign in near for sign in LINK_SIGNS]) and LINKED.match(near):
-                found.append(at)
-            at = lower.find(word, at + 4)
-    return sorted(found)
-
-
-def clauses_of(text, options):
-    """Clauses of the sentences that have a cue and may name something, the last ones, cut before "tetapi", "kerana",
-    ", jadi" -> [(clause, what ended it, the next sentence, whether it follows on the one before)].
-    """
-    lower = text.lower()
-    if len(lower) != len(text):  # a few letters have a longer lower-case form
-        text = lower
-    places = naming_places(text, lower, options)
-    if not places:
-        return []
-    sentences, found, index, contrast = sentences_of(text), [], len(places) - 1, None
-    for number in range(len(sentences) - 1, -1, -1):
-        start, end, mark = sentences[number]
-        if index < 0 or len(found) >= MOST_CLAUSES:
-            break
-        if places[index] < start:
-            if contrast and has_cue(lower[start:end]):
-                found[-1][3] = contrast = False
-            continue
-        while index >= 0 and places[index] >= start:
-            index -= 1
-        if not has_cue(lower[start:end]):
-            continue
-        parts = [part for part in SOFT_BREAK.split(text[start:end].strip()) if part.strip()]
-        later = (text[slice(*sentences[k][:2])].strip() for k in range(number + 1, len(sentences)))
-        following = next(filter(None, later), "")
-        found.extend([part, mark if at == 0 else ",", following, True] for at, part in enumerate(reversed(parts)))
-        contrast = CONTRAST_START.match(parts[0].lower())
-    return found[MOST_CLAUSES - 1 :: -1]
-
-
-def has_cue(sentence):
-    for stem in STEMS:
-        if stem in sentence:
-            return True
-    return False
-
-
-HEADING = re.compile(
-    r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|"
-    r"adalah|is)\s*:"
 )
 
 
@@ -344,7 +193,7 @@ def statement(clause, ended, options, boxes, following):
     groups = grouped(lower, found)
     start, end, letters, *_ = groups[-1]
     if ended.startswith(".") and end == len(clause) and end - start == 1:  # "B." and then an option's text
-        text = following.lower()
+        text = following().lower()
         for at, stop, letter in options.occurrences(text[: options.longest]):
             if at == 0 and (letter in letters or not text[stop:].strip(" .")):
                 letters.add(letter)
@@ -360,27 +209,49 @@ def statement(clause, ended, options, boxes, following):
     return "negated" if rejected else None
 
 
-def read_statements(text, options, boxes):
-    """Every statement of a plain text in order, as (kind, letter or AMBIGUOUS)."""
-    clauses, found, rejected = clauses_of(text, options), [], False
-    at = len(boxes) - sum(clause.count(BOX) for clause, *_ in clauses)
-    for clause, ended, following, adjoining in clauses:
-        rejected = rejected and adjoining
-        at += clause.count(BOX)
+def statements_from_end(text, options, boxes):
+    """Yield every statement of a plain text as (kind, letter or AMBIGUOUS), the last one first."""
+    sentences, at = Sentences(text, options), len(boxes)
+    stream = sentences.from_end()
+    sentence = next(stream, None)
+    while sentence:
+        chain = [sentence]  # one that opens with "tetapi" is read after the one it contrasts with
+        sentence = next(stream, None)
+        while sentence and chain[-1][2] and sentences.adjoining(sentence[0], chain[-1][0]):
+            chain.append(sentence)
+            sentence = next(stream, None)
+        clauses = [(*clause, number) for number, parts, *_ in reversed(chain) for clause in parts]
+        first = at - sum(sentences.text.count(BOX, start, end) for start, end, *_ in clauses)
+        found = [*read_clauses(clauses, sentences, options, boxes[first:at])]
+        key = chain[0][3]
+        if not found and key and len(chain) == 1:
+            remember_silent(key)
+        yield from reversed(found)
+        at = first
+
+
+def read_clauses(clauses, sentences, options, boxes):
+    """Statements of clauses that follow one another, in order; boxes: the contents of theirs."""
+    rejected, at = False, 0
+    for start, end, ended, number in clauses:
+        clause = sentences.text[start:end]
+        own = boxes[at : at + clause.count(BOX)]
+        at += len(own)
         if len(clause) > 600:  # no clause is that long; the naming is at one of its ends
             clause = clause[-300:]
-        own = boxes[at - clause.count(BOX) : at]
-        said = None
+            own = own[len(own) - clause.count(BOX) :]
+        clause, said = clause.strip(), None
+        following = partial(sentences.following, number)
         contrast = CONTRAST_START.match(clause.lower()) if rejected else None
         if contrast:
             rest = clause[contrast.end() :]
             said = read_piece(rest, options) or statement("jawapan: " + rest, ended, options, own, following)
             said = (FINAL, said) if isinstance(said, str) and said != "negated" else said
-        said = said or statement(clause, ended, options, own, following)
+        if not said and sentences.names(start, end):
+            said = statement(clause, ended, options, own, following)
         rejected = said == "negated"
         if said and not rejected:
-            found.append(said)
-    return found
+            yield said
 
 
 OPENS = re.compile(rf"(?:(?i:{NAMED})\b\W*)?\(?([A-F])(?:\s*[.):–-]\s*|\s+|\)|$)")
@@ -443,54 +314,54 @@ def extract_both(text, question, finish_reason="stop", thinking=False):
     """`extract` and `extract_strict` of one response, at the price of one -> (outcome, letter) twice."""
     found = quick(text, question, thinking)
     if not found:
-        said = by_rules(text, question, finish_reason, thinking)
-        return said, extract_strict(text, question, finish_reason, thinking)
+        return both_by_rules(text, question, finish_reason, thinking)
     said = "answered", found[0]
     return said, said if found[1] else (("truncated" if finish_reason == "length" else "none"), None)
 
 
 def by_rules(text, question, finish_reason="stop", thinking=False):
     """`extract` without its quick way; the same answer."""
-    cut = finish_reason == "length"
-    unread = ("truncated" if cut else "none"), None
+    return both_by_rules(text, question, finish_reason, thinking)[0]
+
+
+def both_by_rules(text, question, finish_reason, thinking):
+    """`extract_both` without its quick way."""
+    unread = ("truncated" if finish_reason == "length" else "none"), None
     text = answer_of(text, thinking)
     if text is None:
-        return unread
-    options = options_of(question)
+        return unread, unread
     text, boxes = find_boxes(text.replace(BOX, ""))
-    start = text.find("\n", max(0, len(text) - 300)) + 1
-    # a final statement at the end is the last one: it decides
-    if len(text) > 600 and start and not after_heading(text, start):
-        tail = text[start:]
-        said = read_statements(plain(tail), options, boxes[len(boxes) - tail.count(BOX) :])
-        final = [letter for kind, letter in said if kind == FINAL]
-        if final:
-            return (AMBIGUOUS, None) if final[-1] == AMBIGUOUS else ("answered", final[-1])
+    options = options_of(question)
+    letter = letter_of(text, boxes, options, finish_reason == "length")
+    in_box = read_piece(boxes[-1], options) if boxes else None
+    return tuple(
+        unread if said is None else (AMBIGUOUS, None) if said == AMBIGUOUS else ("answered", said)
+        for said in (letter, in_box)
+    )
+
+
+def letter_of(text, boxes, options, cut):
+    """The letter, AMBIGUOUS or None that a text says in which `BOX` stands for the boxes."""
     text = plain(text)
-    letter = decide(read_statements(text, options, boxes))
-    if letter is None and not cut:
-        letter = read_lines(text, options)
-    if letter is None:
-        return unread
-    return (AMBIGUOUS, None) if letter == AMBIGUOUS else ("answered", letter)
+    letter = decide(statements_from_end(text, options, boxes))
+    return read_lines(text, options) if letter is None and not cut else letter
 
 
 def decide(statements):
-    """The last final statement; without one the last conclusion; without one what all affirming mentions agree on."""
-    for kind in (FINAL, CONCLUSION):
-        said = [letter for found, letter in statements if found == kind]
-        if said:
-            return said[-1]
-    said = {letter for _, letter in statements}
-    return said.pop() if len(said) == 1 else AMBIGUOUS if said else None
+    """The last final statement; without one the last conclusion; without one what all affirming mentions agree on.
+
+    statements: the last one first. What stands before a final statement is not read.
+    """
+    conclusion, mentioned = None, set()
+    for kind, letter in statements:
+        if kind == FINAL:
+            return letter
+        if kind == CONCLUSION:
+            conclusion = conclusion or letter
+        mentioned.add(letter)
+    return conclusion or (mentioned.pop() if len(mentioned) == 1 else AMBIGUOUS if mentioned else None)
 
 
 def extract_strict(text, question, finish_reason="stop", thinking=False):
     r"""`extract` by the last `\boxed{...}` alone: what a response is worth without reading its sentences."""
-    unread = ("truncated" if finish_reason == "length" else "none"), None
-    text = answer_of(text, thinking)
-    boxes = find_boxes(text)[1] if text else []
-    letter = read_piece(boxes[-1], options_of(question)) if boxes else None
-    if letter is None:
-        return unread
-    return (AMBIGUOUS, None) if letter == AMBIGUOUS else ("answered", letter)
+    return extract_both(text, question, finish_reason, thinking)[1]

@@ -11,6 +11,7 @@ import pytest
 
 from malaysian_sft.answer_text import key, number
 from malaysian_sft.extraction import by_rules, extract, extract_both, extract_strict, quick
+from malaysian_sft.sentences import silent
 
 HERE = Path(__file__).parent
 
@@ -130,6 +131,20 @@ def test_the_quick_way_gives_the_answer_of_the_rules():
         == by_rules("Jawapan akhir ialah \\boxed{B}", words)
         == ("answered", "B")
     )
+
+
+def test_sentences_that_are_remembered_change_no_answer():
+    cases = [given(case) for case in COMMITTED + HOSTILE] + [(*pair, "stop", False) for *pair, _ in filled()]
+    draw = random.Random(5)
+    mixed = [
+        (draw.choice(("\n", ". ", "? ")).join((draw.choice(cases)[0], text)), *rest)
+        for text, *rest in draw.choices(cases, k=1500)
+    ]
+    warm = [by_rules(*case) for case in mixed + mixed][len(mixed) :]
+    assert len(silent) > 20
+    for case, said in zip(mixed, warm, strict=True):
+        silent.clear()
+        assert by_rules(*case) == said, case
 
 
 def test_a_long_text_is_read_like_a_short_one():
