@@ -14,9 +14,10 @@ macro every category. A sample without an answer is wrong. Intervals resample qu
 samples of a question are not independent; they are stratified by category.
 """
 
+import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from malaysian_sft.contamination import contamination_report
@@ -52,10 +53,21 @@ class Arguments:
     html: str | None = field(default=None, metadata={"help": "write a self-contained report"})
 
 
-def main():
-    from transformers import HfArgumentParser
+def parse_arguments():
+    """The flags of `Arguments`. Not by transformers' HfArgumentParser: to import that takes longer than to score a
+    checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for one in fields(Arguments):
+        required = one.default is MISSING
+        kind = int if one.type in (int, int | None) else str
+        note = "" if required or one.default is None else f" (default: {one.default})"
+        text = (one.metadata["help"] + note).replace("%", "%%")
+        parser.add_argument(f"--{one.name}", type=kind, required=required, default=one.default, help=text)
+    return Arguments(**vars(parser.parse_args()))
 
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+
+def main():
+    args = parse_arguments()
     try:
         if args.limit is not None and args.limit < 1:
             raise ValueError(f"--limit must be at least 1, got {args.limit}")

@@ -100,6 +100,12 @@ def sign_flip_p(splits):
     return min(1.0, float(weight[(low <= 0) & (high >= 0)].sum()))
 
 
+def is_bound(splits, p):
+    """Whether only the split that flips nothing was as extreme, of those drawn: the p-value is at most this."""
+    weight = splits[2]
+    return bool(np.ptp(weight) == 0 and p < 1.5 * weight[0])
+
+
 def sign_flip_interval(splits, alpha=ALPHA):
     """All shifts that the test does not reject at `alpha` -> (low, high), in units, infinite if it cannot reject."""
     low, high, weight = splits
@@ -123,13 +129,14 @@ def same_everywhere(value, n, alpha):
 
 
 def paired_test(differences, denominator, draws=9_999, seed=0):
-    """Sign-flip test of differences question by question -> (p, interval), where interval(alpha) -> (low, high).
+    """Sign-flip test of differences question by question -> (p, whether it is only a bound, interval), where
+    interval(alpha) -> (low, high).
 
     differences: float64 (questions,) in [-1, 1], multiples of 1 / denominator.
     """
     n = len(differences)
     if n == 0:
-        return 1.0, lambda alpha: (-1.0, 1.0)
+        return 1.0, False, lambda alpha: (-1.0, 1.0)
     units = np.rint(differences * denominator).astype(np.int64)
     splits = sign_flips(units, draws, seed)
 
@@ -140,7 +147,8 @@ def paired_test(differences, denominator, draws=9_999, seed=0):
             low, high = (end / denominator for end in sign_flip_interval(splits, alpha))
         return max(-1.0, low), min(1.0, high)
 
-    return sign_flip_p(splits), interval
+    p = sign_flip_p(splits)
+    return p, is_bound(splits, p), interval
 
 
 def chosen_pairs(pairs, rows):
@@ -200,7 +208,7 @@ def compare(rows, keys, pairs="all", missing=-4, seed=0):
         both = (first_made > 0) & (second_made > 0)
         denominator = min(math.lcm(*map(int, np.unique([first_made[both], second_made[both]])), 1), 10**9)
         differences = (first - second)[both]
-        p, interval = paired_test(differences, denominator, draws, seed)
+        p, bound, interval = paired_test(differences, denominator, draws, seed)
         right = [(rows[k].answers[both, 0] == keys[both]) for k in (i, j)]
         only_first, only_second, p_mcnemar = mcnemar(*right)
         found.append(
@@ -211,6 +219,7 @@ def compare(rows, keys, pairs="all", missing=-4, seed=0):
                 "questions": int(both.sum()),
                 "difference": {"value": float(differences.mean()) if both.any() else 0.0},
                 "p_sign_flip": p,
+                "p_is_bound": bound,
                 "only_first_right": only_first,
                 "only_second_right": only_second,
                 "p_mcnemar": p_mcnemar,

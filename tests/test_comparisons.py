@@ -36,7 +36,7 @@ def flip_p(differences, shift=0.0):
 @pytest.mark.parametrize("seed", range(6))
 def test_the_test_and_its_interval_against_every_flip(seed):
     differences = np.random.default_rng(seed).integers(-3, 4, 9) / 3
-    p, interval = paired_test(differences, 3)
+    p, _, interval = paired_test(differences, 3)
     assert p == pytest.approx(flip_p(differences))
     low, high = interval(0.05)
     for inside, outside in ((low + 1e-6, low - 1e-6), (high - 1e-6, high + 1e-6)):
@@ -49,10 +49,11 @@ def test_the_p_value_is_scipys_and_drawn_flips_agree_with_enumerated_ones(monkey
     expected = stats.permutation_test((differences,), np.sum, permutation_type="samples", n_resamples=np.inf)
     assert paired_test(differences, 3)[0] == pytest.approx(expected.pvalue)
     many = np.random.default_rng(1).choice([-1, -2 / 3, -1 / 3, 0, 0, 0, 1 / 3, 2 / 3, 1], 400)
-    drawn, (low, high) = paired_test(many, 3, draws=99_999)[0], paired_test(many, 3)[1](0.05)
+    drawn, (low, high) = paired_test(many, 3, draws=99_999)[0], paired_test(many, 3)[2](0.05)
     wilcoxon_like = stats.ttest_1samp(many, 0)  # the limit for many questions
     assert drawn == pytest.approx(wilcoxon_like.pvalue, abs=0.01)
     assert (low, high) == pytest.approx(tuple(wilcoxon_like.confidence_interval()), abs=0.005)
+    assert paired_test(np.ones(400) / 3 + many / 3, 3)[1] and not paired_test(many, 3)[1]  # beyond what was drawn
     sparse = np.concatenate([np.zeros(500), [1] * 9, [-1] * 2])  # the sign test, however many questions are equal
     assert paired_test(sparse, 1)[0] == pytest.approx(stats.binomtest(9, 11).pvalue)
 
@@ -83,7 +84,7 @@ def test_intervals_of_a_difference_cover_it():
             difficulty = generator.beta(2, 2, n)[:, None]
             first = (generator.random((n, 3)) < 0.5 * difficulty + 0.4).mean(1)  # 0.65 on average
             second = (generator.random((n, 3)) < difficulty).mean(1)  # 0.50
-            low, high = paired_test(first - second, 3)[1](0.05)
+            low, high = paired_test(first - second, 3)[2](0.05)
             hits += low <= 0.15 <= high
         assert stats.binomtest(hits, trials, 0.95, alternative="less").pvalue > 0.005, (n, hits / trials)
 
@@ -114,7 +115,7 @@ def test_verdict_p_value_and_interval_agree_in_every_comparison(seed):
 @pytest.mark.parametrize("n", range(1, 13))
 @pytest.mark.parametrize("value", [0, 1, -1, 1 / 3])
 def test_where_all_differences_are_the_same_interval_and_test_agree(n, value):
-    p, interval = paired_test(np.full(n, value), 3)
+    p, _, interval = paired_test(np.full(n, value), 3)
     low, high = interval(0.05)
     assert (p < 0.05) == (low > 0 or high < 0)
     assert low < high and low <= value <= high
