@@ -101,9 +101,28 @@ def tables(report):
                 for value in values
             ]
             found.append(Table(title, kind, ["questions", *names], cells))
+    if "contamination" in report:
+        found.append(contamination_table(report["contamination"], report["questions"]))
     outcomes = list(rows[0]["answers"]) if rows else []
     found.append(of_checkpoints("responses", outcomes, lambda row: [f"{row['answers'][name]:,}" for name in outcomes]))
     return found
+
+
+def contamination_table(part, questions):
+    """Averages with and without the questions that the training data has."""
+
+    def cell(row, name):
+        if row[name] is None:
+            return "-"
+        low, high = row["intervals"][name]
+        return percent({"value": row[name], "low": low, "high": high})
+
+    title = (
+        f"contamination: {part['count']:,} of {questions:,} questions overlap {part['source']}"
+        f" ({len(part['with_options']):,} with all their options); average of the samples"
+    )
+    cells = [[row["name"], *(cell(row, name) for name in ("all", "without", "only"))] for row in part["checkpoints"]]
+    return Table(title, "checkpoint", ["all questions", "without them", "on them"], cells)
 
 
 def notes(report, rows):
@@ -144,19 +163,7 @@ def as_text(report, rows):
     if report["comparisons"]:
         lines += ["", "paired comparisons (average of the samples; question by question, by sign-flip permutation)"]
         lines += [item["verdict"] for item in report["comparisons"]]
-    if "contamination" in report:
-        part = report["contamination"]
-        lines += ["", f"contamination: {part['count']} of {report['questions']} questions overlap {part['source']}"]
-        lines += [
-            f"{row['name']}: average {show(row['all'])} on all, {show(row['without'])} without them,"
-            f" {show(row['only'])} on them"
-            for row in part["checkpoints"]
-        ]
     return "\n".join(lines)
-
-
-def show(value):
-    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def as_markdown(report, rows):
@@ -186,6 +193,11 @@ def as_csv(report):
             for value, items in row[kind].items():
                 measures = {name: item for name, item in items.items() if name != "questions"}
                 found += [(row["name"], kind, value, items["questions"], name, item) for name, item in measures.items()]
+    for row in report["contamination"]["checkpoints"] if "contamination" in report else []:
+        for name, ends in row["intervals"].items():
+            if ends:
+                item = {"value": row[name], "low": ends[0], "high": ends[1]}
+                found.append((row["name"], "contamination", name, row["counts"][name], "average", item))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["checkpoint", "kind", "name", "questions", "measure", "value", "low", "high"])

@@ -534,10 +534,43 @@ def test_contamination_finds_shared_runs_of_words_and_whole_short_questions(tmp_
     answers = np.array([[0], [1], [0], [0], [1]], np.int8)
     report = contamination_report([Row("m", Path("."), {}, answers)], questions, str(tmp_path / "train"))
     assert report["questions"] == [0, 2] and report["count"] == 2
-    scores = {"name": "m", "all": 3 / 5, "without": 1 / 3, "only": 1.0}
-    assert report["checkpoints"][0] == pytest.approx(scores)
+    (row,) = report["checkpoints"]
+    assert [row[name] for name in ("all", "without", "only")] == pytest.approx([3 / 5, 1 / 3, 1.0])
+    assert row["counts"] == {"all": 5, "without": 3, "only": 2}
     with pytest.raises(ValueError, match="no .jsonl, .json or .parquet file"):
         contaminated(questions, str(tmp_path / "nowhere"))
+
+
+def test_contamination_takes_stems_and_options_apart(tmp_path):
+    instruction = "Baca petikan di bawah dengan teliti kemudian pilih satu jawapan yang paling tepat."
+    assert len(instruction.split()) == 13
+
+    def asked(index, stem, *options):
+        lettered = dict(zip("ABCD", options, strict=False))
+        prompt = stem + "\n" + "\n".join(f"{letter}. {text}" for letter, text in lettered.items())
+        return question(index, prompt=prompt, options=lettered, letters="ABCD"[: len(options)])
+
+    long = "Apakah nama sungai terpanjang di negeri yang terletak di pantai timur Semenanjung Malaysia itu?"
+    questions = [
+        asked(0, f"{instruction} {long}", "Pahang", "Perak", "Kelantan"),
+        asked(1, f"{instruction} Siapakah pengarang novel Salina?", "A. Samad Said", "Usman Awang", "Shahnon Ahmad"),
+        asked(2, "Pilih ejaan yang betul.", "menyapu", "mensapu"),  # the same stem twice
+        asked(3, "Pilih ejaan yang betul.", "mengecat", "mencat"),
+    ]
+    rows = [
+        {"question": f"{long}\nA. Kelantan\nB. Pahang\nC. Perak", "answer": "B"},  # shuffled
+        {"question": f"{instruction} Sesuatu yang lain sama sekali."},
+        {"question": "Pilih ejaan yang betul.", "options": ["mencat", "mengecat"]},
+    ]
+    text = "\n\n".join(json.dumps(row) for row in rows) + "\n\n"  # blank lines
+    (tmp_path / "train.jsonl").write_text(text)
+    report = contamination_report([], questions, str(tmp_path / "train.jsonl"))
+    assert report["questions"] == [0, 3] and report["with_options"] == [0, 3]
+    (tmp_path / "train.jsonl").write_text(text + "{broken\n")
+    with pytest.raises(ValueError, match="train.jsonl, line 7: not JSONL"):
+        contaminated(questions, str(tmp_path / "train.jsonl"))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": long}))
+    assert contamination_report([], questions, str(tmp_path / "train.jsonl"))["with_options"] == []
 
 
 # ---- written files ---------------------------------------------------------------------------------------------------
@@ -576,6 +609,8 @@ def written(tmp_path_factory):
         "--html",
         "out/s.html",
     ]
+    (folder / "train.jsonl").write_text(json.dumps({"question": raw(3)["prompt"]}) + "\n\n")
+    flags += ["--contamination", "train.jsonl"]
     shown = run(folder, "--pattern", "malaymmlu-*", "--questions", "q.json", "--resamples", 200, "--audit", 2, *flags)
     assert shown.returncode == 0, shown.stderr
     return folder / "out", shown.stdout
@@ -597,6 +632,16 @@ def test_json_csv_and_markdown_hold_the_same_numbers(written):
     assert line["questions"] == "40" and float(line["value"]) == best["micro"]["average"]["value"]
     text = percent(best["micro"]["average"])
     assert text in (folder / "s.md").read_text() and text in shown
+    contamination = "contamination: 1 of 40 questions overlap train.jsonl (1 with all their options)"
+    markdown = (folder / "s.md").read_text()
+    assert contamination in shown and contamination in markdown and contamination in (folder / "s.html").read_text()
+    without = report["contamination"]["checkpoints"][2]["without"]
+    [line] = [line for line in table if line["kind"] == "contamination" and line["name"] == "without"][2:]
+    assert line["questions"] == "39" and float(line["value"]) == without
+    strict = [line for line in table if line["kind"] == "strict micro" and line["measure"] == "average"]
+    assert [float(line["value"]) for line in strict] == [
+        row["micro"]["average"]["value"] for row in report["checkpoints"]
+    ]
     assert len(report["comparisons"]) == 3 and shown.count("---- read as:") == 2
     assert "malaymmlu-run-checkpoint-10 is better than malaymmlu-Base" in shown
 
