@@ -270,3 +270,20 @@ def ranks(names, comparisons):
         if item["differs"]:
             rank[item["second"] if item["difference"]["value"] > 0 else item["first"]] += 1
     return rank
+
+
+def leaderboard(entries, comparisons):
+    """Checkpoints by protocol, best average first -> [{"protocol", "rows": [{"rank", "name"}]}].
+
+    entries: the report's checkpoints. comparisons: all pairs of one protocol. A rank is shared by those that cannot be
+    told from each other. A run that has not finished has no rank (None) and stands last, for its score is not final.
+    """
+    found = []
+    for protocol in dict.fromkeys(entry["protocol"] for entry in entries):
+        mine = [entry for entry in entries if entry["protocol"] == protocol]
+        finished = [entry["name"] for entry in mine if not entry["answers"]["missing"]]
+        rank = ranks(finished, [c for c in comparisons if c["first"] in finished and c["second"] in finished])
+        mine.sort(key=lambda entry: (entry["name"] not in rank, -entry["micro"]["average"]["value"]))
+        rows = [{"rank": rank.get(entry["name"]), "name": entry["name"]} for entry in mine]
+        found.append({"protocol": protocol, "rows": rows})
+    return found

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,20 @@ MOST_SAMPLES = 1_000  # of a question; a larger number in a record is a mistake
 SURROGATE = re.compile("[\ud800-\udfff]")
 HALF_WRITTEN = "the last line is half written and is passed over; malaymmlu.py repairs it"
 OUTCOMES = {"none": NONE, "ambiguous": AMBIGUOUS, "truncated": TRUNCATED}
+
+
+# settings by which two directories of one checkpoint differ, when they do
+ASKED = (
+    "protocol",
+    "seed",
+    "sampling",
+    "samples",
+    "system_prompt",
+    "answer_prefix",
+    "chat_template_kwargs",
+    "retries",
+    "questions_sha256",
+)
 
 
 def natural(name):
@@ -45,7 +59,9 @@ def find_directories(pattern, root="."):
         matched = next((name for glob in globs for name in names if fnmatch.fnmatchcase(name, glob.rstrip("/"))), None)
         if matched is None:
             continue
-        identity = args.get("names", [path.name])[0], json.dumps(args.get("adapter_fingerprint"))
+        # another seed or protocol is another row
+        settings = [args.get(name) for name in ("adapter_fingerprint", *ASKED)]
+        identity = args.get("names", [path.name])[0], json.dumps(settings, sort_keys=True)
         if identity in seen:
             print(
                 f"note: {path} and {seen[identity]} hold the same checkpoint; only the latter is counted",
@@ -65,7 +81,15 @@ def find_directories(pattern, root="."):
             ", ".join(sorted({p.parent.name for p in Path(root).glob("*/generations.jsonl")}, key=natural)) or "none"
         )
         raise ValueError(f"no directory with a generations.jsonl matches {pattern!r}; found: {there}")
-    return sorted(found, key=lambda item: natural(item[0]))
+    return sorted(told_apart(found), key=lambda item: natural(item[0]))
+
+
+def told_apart(found):
+    """[(name, path)] where a name that several directories have becomes the directory's own, or else its path."""
+    for rename in (lambda path: path.name, str):
+        names = Counter(name for name, _ in found)
+        found = [(name if names[name] == 1 else rename(path), path) for name, path in found]
+    return found
 
 
 def read_args(directory):

@@ -70,7 +70,7 @@ def tables(report):
     def measures(part):
         return lambda row: [str(row["samples"]), *(percent(part(row)[name]) for name in MEASURES)]
 
-    columns, found = ["samples", *MEASURES], []
+    columns, found = ["samples", *MEASURES], leaderboard_tables(report)
     for kind, words in (("micro", "every question weighs the same"), ("macro", "every category weighs the same")):
         found.append(of_checkpoints(f"{kind}: {words} ({facts})", columns, measures(lambda row, kind=kind: row[kind])))
     boxed = [row for row in rows if "strict" in row]
@@ -105,6 +105,28 @@ def tables(report):
         found.append(contamination_table(report["contamination"], report["questions"]))
     outcomes = list(rows[0]["answers"]) if rows else []
     found.append(of_checkpoints("responses", outcomes, lambda row: [f"{row['answers'][name]:,}" for name in outcomes]))
+    return found
+
+
+def leaderboard_tables(report):
+    """A table a protocol, best first; none if no leaderboard was asked for."""
+    entries = {entry["name"]: entry for entry in report["checkpoints"]}
+    columns = ["rank", "samples", "average", "acc@1", "average by category", "average by strict reading", "answered"]
+    found = []
+    for part in report.get("leaderboard", []):
+        rows = []
+        for row in part["rows"]:
+            entry = entries[row["name"]]
+            strict = f"{100 * entry['strict']['micro']['average']['value']:.2f}" if "strict" in entry else "-"
+            answered = f"{100 * entry['answers']['answered'] / sum(entry['answers'].values()):.2f}"
+            micro, macro = entry["micro"], entry["macro"]["average"]["value"]
+            scores = [percent(micro["average"]), percent(micro["acc@1"]), f"{100 * macro:.2f}", strict, answered]
+            rows.append([entry["name"], str(row["rank"] or "unfinished"), str(entry["samples"]), *scores])
+        title = (
+            f"leaderboard, {part['protocol'].replace('_', '-')} protocol, {report['questions']:,} questions, in percent"
+            " (rank: one more than the number of checkpoints that are better beyond chance)"
+        )
+        found.append(Table(title, "checkpoint", columns, rows))
     return found
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from malaysian_sft.comparisons import compare
+from malaysian_sft.comparisons import compare, leaderboard
 from malaysian_sft.generations import MISSING, OUTCOMES
 from malaysian_sft.questions import LETTERS, strata
 
@@ -185,9 +185,9 @@ class Row:
         return self.args.get("protocol", "reasoning")
 
 
-def score(rows, questions, resamples=2000, seed=0, pairs="all"):
+def score(rows, questions, resamples=2000, seed=0, pairs="all", ranked=False):
     """All numbers about `rows` as one JSON-ready dict: chance levels, per checkpoint scores with intervals,
-    comparisons."""
+    comparisons; ranked: a leaderboard too, by all pairs whatever `pairs` are."""
     keys = np.array([LETTERS.index(question["key"]) for question in questions], np.int8)
     offered = np.array([len(question["letters"]) for question in questions])
     parts = Strata(strata(questions))
@@ -226,6 +226,9 @@ def score(rows, questions, resamples=2000, seed=0, pairs="all"):
             strict_at += 1
         report["checkpoints"].append(entry)
     report["comparisons"] = compare(rows, keys, pairs, MISSING, seed)
+    if ranked:
+        every = report["comparisons"] if pairs == "all" else compare(rows, keys, "all", MISSING, seed)
+        report["leaderboard"] = leaderboard(report["checkpoints"], every)
     return report
 
 

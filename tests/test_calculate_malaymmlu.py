@@ -682,6 +682,50 @@ def test_comparisons_can_be_chosen_and_unknown_names_are_refused(written, call):
     assert shown.returncode == 1 and shown.stderr.startswith("error: --compare 'Base:nobody'")
 
 
+def test_seeds_and_protocols_of_one_checkpoint_are_rows_and_a_leaderboard_ranks_them(tmp_path, call):
+    (tmp_path / "q.json").write_text(json.dumps([raw(i, key="A") for i in range(60)]))
+    sha256 = checksum(tmp_path / "q.json")
+
+    def generate(directory, right, protocol="reasoning", seed=0, count=60, questions=sha256):
+        records = [
+            {
+                "index": i,
+                "id": i,
+                "sample": 0,
+                "text": "A" if protocol == "first_token" else f"Jawapan: {'AB'[i >= right]}",
+            }
+            for i in range(count)
+        ]
+        facts = {"names": ["run-5"], "adapter_fingerprint": "x", "samples": 1, "questions_sha256": questions}
+        save(tmp_path / directory, records, protocol=protocol, seed=seed, **facts)
+
+    generate("malaymmlu-run-5", 50)
+    generate("again/malaymmlu-run-5", 48, seed=1)
+    generate("other/malaymmlu-run-5", 60, protocol="first_token")
+    generate("bad/malaymmlu-run-5", 5, seed=2)
+    generate("part/malaymmlu-run-5", 30, seed=3, count=30)
+    generate("elsewhere/malaymmlu-run-5", 60, seed=4, questions="0" * 64)
+    pattern = "malaymmlu-*,again/*,other/*,bad/*,part/*,elsewhere/*"
+    flags = ["--questions", "q.json", "--resamples", 50, "--json", "s.json", "--leaderboard"]
+    shown = call(tmp_path, "--pattern", pattern, *flags, "--compare", "malaymmlu-run-5:other/*,malaymmlu-run-5:part/*")
+    assert shown.returncode == 0, shown.stderr
+    assert "elsewhere/malaymmlu-run-5 was generated from questions with sha256 0000" in shown.stderr
+    report = json.loads((tmp_path / "s.json").read_text())
+    reasoning, official = report["leaderboard"]
+    assert [(row["rank"], row["name"]) for row in reasoning["rows"]] == [
+        (1, "malaymmlu-run-5"),
+        (1, "again/malaymmlu-run-5"),  # two questions of sixty are no difference
+        (3, "bad/malaymmlu-run-5"),
+        (None, "part/malaymmlu-run-5"),
+    ]
+    assert [row["name"] for row in official["rows"]] == ["other/malaymmlu-run-5"]
+    assert "leaderboard, reasoning protocol, 60 questions" in shown.stdout and "unfinished" in shown.stdout
+    protocols, part = report["comparisons"]
+    assert "the same questions by different protocols, reasoning and first_token" in protocols["verdict"]
+    assert part["questions"] == 30 and not part["differs"]  # 30 right of 30, and of the same 30
+
+
 def test_the_scorer_needs_neither_torch_nor_vllm():
-    code = "import sys, calculate_malaymmlu; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    modules = ("torch", "vllm", "transformers", "pandas")
+    code = f"import sys, calculate_malaymmlu; print([m for m in {modules} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "[]"
