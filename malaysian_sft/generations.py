@@ -15,12 +15,11 @@ import numpy as np
 
 from malaysian_sft.extraction import extract_both
 from malaysian_sft.locks import hold
-from malaysian_sft.questions import LETTERS
+from malaysian_sft.questions import LETTERS, SURROGATE
 
 # What became of a response. Letters are 0..5 in the arrays below, these are the rest.
 NONE, AMBIGUOUS, TRUNCATED, MISSING = -1, -2, -3, -4
 MOST_SAMPLES = 1_000  # of a question; a larger number in a record is a mistake
-SURROGATE = re.compile("[\ud800-\udfff]")
 HALF_WRITTEN = "the last line is half written and is passed over; malaymmlu.py repairs it"
 OUTCOMES = {"none": NONE, "ambiguous": AMBIGUOUS, "truncated": TRUNCATED}
 

@@ -150,6 +150,12 @@ def contamination_table(part, questions):
 def notes(report, rows):
     """What a reader must know beside the numbers."""
     lines = ["chance: " + ", ".join(f"{100 * value:.2f} % for {name}" for name, value in report["chance"].items())]
+    words = {"assistant": "begins the answer", "user": "ends the question"}
+    prefixes = {
+        row.name: f"; 'Jawapan:' {words[row.args['answer_prefix']]}"
+        for row in rows
+        if row.args.get("answer_prefix") in words
+    }
     if report["pooled"]:
         pooled = ", ".join(name or "-" for name in report["pooled"])
         lines.append(f"categories of fewer than {FEWEST} questions are pooled for their spread: {pooled}")
@@ -163,7 +169,7 @@ def notes(report, rows):
         if row["protocol"] == "first_token":
             lines.append(
                 f"{row['name']}: first-token protocol, whose official score weighs every question:"
-                f" {percent(row['micro']['acc@1'])}"
+                f" {percent(row['micro']['acc@1'])}" + prefixes.get(row["name"], "")
             )
         if row["retries"]:
             lines.append(

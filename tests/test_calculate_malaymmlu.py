@@ -135,6 +135,8 @@ def test_irregular_delimiters(line):
         ({"prompt": " "}, "`prompt` is missing"),
         ({"category": None}, "`category` is missing"),
         ({"num_options": 9}, "`num_options` must be 2 to 6"),
+        ({"num_options": None, "options": None, "prompt": "Apa?"}, "`num_options` is missing and no options stand in"),
+        ({"prompt": "Apa \ud83d?"}, "half of a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, changed, message):
@@ -362,6 +364,17 @@ def test_a_record_with_a_wrong_type_is_refused_by_line(tmp_path, field):
     save(tmp_path / "a", [good, {**good, "sample": 1} | field])
     with pytest.raises(ValueError, match="line 2: expected a text and a sample"):
         read_answers(tmp_path / "a", [question(0)])
+
+
+def test_half_a_surrogate_pair_is_refused_by_line(tmp_path, call):
+    good = {"index": 0, "id": 0, "sample": 0, "text": "Jawapan: A \U0001f600"}
+    path = save(tmp_path / "malaymmlu-a", [good]) / "generations.jsonl"
+    with open(path, "a") as file:
+        file.write(json.dumps(good | {"sample": 1, "text": "Jawapan: A \ud83d"}) + "\n")
+    (tmp_path / "q.json").write_text(json.dumps([raw(0)]))
+    shown = call(tmp_path, "--pattern", "malaymmlu-a", "--questions", "q.json")
+    assert shown.returncode == 1 and shown.stderr.count("\n") == 1
+    assert "generations.jsonl, line 2: half of a surrogate pair (such as \\ud83d alone)" in shown.stderr
 
 
 def test_a_limit_below_one_is_refused(tmp_path, call):
