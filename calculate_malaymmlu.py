@@ -14,13 +14,14 @@ macro every category. A sample without an answer is wrong. Intervals resample qu
 samples of a question are not independent; they are stratified by category.
 """
 
+import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from malaysian_sft.contamination import contamination_report
-from malaysian_sft.generations import find_directories, read_answers, read_args
+from malaysian_sft.generations import find_directories, read_args, read_both
 from malaysian_sft.plots import draw
 from malaysian_sft.questions import benchmark_questions
 from malaysian_sft.report import as_csv, as_markdown, as_text, audit, print_original, write_html
@@ -38,7 +39,18 @@ class Arguments:
     limit: int | None = field(
         default=None, metadata={"help": "score the first N questions only, as malaymmlu.py --limit asks them"}
     )
-    compare: str = field(default="all", metadata={"help": "paired comparisons: all, none, or NAME:NAME,NAME:NAME"})
+    compare: str = field(
+        default="all",
+        metadata={
+            "help": "paired comparisons: all (of one protocol), none, or NAME:NAME,NAME:NAME; a name may be a glob"
+        },
+    )
+    leaderboard: bool = field(
+        default=False,
+        metadata={
+            "help": "rank all directories that share questions and protocol; those with other questions are left out"
+        },
+    )
     resamples: int = field(default=2000, metadata={"help": "bootstrap resamples"})
     seed: int = field(default=0, metadata={"help": "seed of the bootstrap and of --audit"})
     contamination: str | None = field(
@@ -52,34 +64,39 @@ class Arguments:
     html: str | None = field(default=None, metadata={"help": "write a self-contained report"})
 
 
-def main():
-    from transformers import HfArgumentParser
+def parse_arguments():
+    """The flags of `Arguments`. Not by transformers' HfArgumentParser: to import that takes longer than to score a
+    checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    for one in fields(Arguments):
+        required = one.default is MISSING
+        kind = int if one.type in (int, int | None) else str
+        note = "" if required or one.default is None else f" (default: {one.default})"
+        text = (one.metadata["help"] + note).replace("%", "%%")
+        if one.type is bool:
+            parser.add_argument(f"--{one.name}", action="store_true", help=one.metadata["help"])
+            continue
+        parser.add_argument(f"--{one.name}", type=kind, required=required, default=one.default, help=text)
+    return Arguments(**vars(parser.parse_args()))
 
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+
+def main():
+    args = parse_arguments()
     try:
         if args.limit is not None and args.limit < 1:
             raise ValueError(f"--limit must be at least 1, got {args.limit}")
+        if not 10 <= args.resamples <= 100_000:
+            raise ValueError(f"--resamples must be 10 to 100,000, got {args.resamples}; 2,000 is enough for 95 %")
         found = [(name, path, read_args(path)) for name, path in find_directories(args.pattern)]
         # without a revision, the one that the first of them was generated from
         questions, facts = benchmark_questions(
             args.questions, args.questions_revision or found[0][2].get("questions_revision")
         )
-        for name, _, made in found:
-            if made.get("questions_sha256") not in (None, facts["sha256"]):
-                what = (
-                    f"{name} was generated from questions with sha256 {made['questions_sha256']}, these have"
-                    f" {facts['sha256']}"
-                )
-                if not args.questions:
-                    raise ValueError(f"{what}; score it apart, or against one file with --questions FILE")
-                print(f"note: {what}", file=sys.stderr)
+        found = of_these_questions(found, facts["sha256"], args)
         questions = questions[: args.limit]
-        rows = [
-            Row(name, path, made, read_answers(path, questions, bool(args.limit), made.get("samples", 1)))
-            for name, path, made in found
-        ]
+        rows = [read_row(name, path, made, questions, bool(args.limit)) for name, path, made in found]
         print_original([row.name for row in rows], [row.answers for row in rows], questions)
-        report = score(rows, questions, args.resamples, args.seed, args.compare)
+        report = score(rows, questions, args.resamples, args.seed, args.compare, args.leaderboard)
         if args.contamination:
             report["contamination"] = contamination_report(rows, questions, args.contamination)
         print(as_text(report, rows))
@@ -88,6 +105,33 @@ def main():
             audit(rows, questions, args.audit, args.seed)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def of_these_questions(found, sha256, args):
+    """The directories to score. One that was generated from other questions is an error; with --questions it is scored
+    and named, with --leaderboard left out and named."""
+    kept = []
+    for name, path, made in found:
+        if made.get("questions_sha256") in (None, sha256):
+            kept.append((name, path, made))
+            continue
+        what = f"{name} was generated from questions with sha256 {made['questions_sha256']}, these have {sha256}"
+        if args.leaderboard:
+            what += "; it is left out"
+        elif args.questions:
+            kept.append((name, path, made))
+        else:
+            raise ValueError(f"{what}; score it apart, or against one file with --questions FILE")
+        print(f"note: {what}", file=sys.stderr)
+    if not kept:
+        raise ValueError("no directory was generated from these questions; give their file with --questions")
+    return kept
+
+
+def read_row(name, path, made, questions, limited):
+    """A checkpoint's answers, read both ways where boxes were asked for."""
+    answers, strict = read_both(path, questions, limited, made.get("samples", 1))
+    return Row(name, path, made, answers, strict if made.get("protocol", "reasoning") == "reasoning" else None)
 
 
 def write(args, report, rows, questions):

@@ -90,10 +90,13 @@ class Arguments:
     )
     system_prompt: str = field(default=SYSTEM_PROMPT, metadata={"help": "system prompt of the reasoning protocol"})
     answer_prefix: str = field(
-        default="user",
+        default="auto",
         metadata={
-            "choices": ["user", "assistant"],
-            "help": "first_token: 'Jawapan:' ends the question, or begins the answer (official runs do that for Llama)",
+            "choices": ["auto", "user", "assistant"],
+            "help": (
+                "first_token: 'Jawapan:' ends the question (user) or begins the answer (assistant); auto: as the"
+                " official program, which begins the answer where the base model's name says Llama"
+            ),
         },
     )
     chat_template_kwargs: str = field(
@@ -140,7 +143,7 @@ def main():
         for job in jobs:
             outputs.append(Output(job, settings(args, job, facts, plan), questions[: args.limit], args.samples))
         for output in outputs:
-            print(output.summary())
+            print(output.summary() + said_of_prefix(output.wanted["answer_prefix"]))
         waiting = [output for output in outputs if output.queue]
         if waiting:
             Scheduler(args, plan, questions, waiting).run()
@@ -342,6 +345,20 @@ def sampling_settings(args, model):
     return {**values, "max_tokens": args.max_tokens}
 
 
+def answer_prefix(args, job):
+    """Where 'Jawapan:' stands in the official protocol: "user" or "assistant"."""
+    if args.answer_prefix != "auto":
+        return args.answer_prefix
+    return "assistant" if "llama" in base_name(job.base).lower() else "user"
+
+
+def said_of_prefix(prefix):
+    """What the official protocol does with a row, in words; empty for the other protocol."""
+    if prefix is None:
+        return ""
+    return f"; 'Jawapan:' {'begins the answer' if prefix == 'assistant' else 'ends the question'} (--answer_prefix)"
+
+
 def settings(args, job, facts, plan):
     """What goes into args.json."""
     return {
@@ -354,7 +371,7 @@ def settings(args, job, facts, plan):
         "how": None if job.adapter is None else "served as LoRA" if args.serve_lora else "merged while loading",
         "protocol": args.protocol,
         "system_prompt": args.system_prompt if args.protocol == "reasoning" else None,
-        "answer_prefix": args.answer_prefix if args.protocol == "first_token" else None,
+        "answer_prefix": answer_prefix(args, job) if args.protocol == "first_token" else None,
         "chat_template_kwargs": json.loads(args.chat_template_kwargs),
         "sampling": sampling_settings(args, job.model),
         "seed": args.seed,

@@ -8,6 +8,7 @@ the length of the text.
 import re
 import unicodedata
 from fractions import Fraction
+from functools import cached_property
 
 AMBIGUOUS = "ambiguous"
 NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer)"
@@ -50,17 +51,22 @@ MARKS = str.maketrans(dict.fromkeys('`"“”„«»{}$') | {"~": " ", "\xa0": "
 QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
 SPACES = re.compile(r" {2,}")
 STARRED = re.compile(r"(?<![\w*])\*(\S[^*\n]{0,200}?)\*(?![\w*])|(?<![\w_])_(\S[^_\n]{0,200}?)_(?![\w_])")
-LINE_MARKS = re.compile(r"(?:\A|(?<=\n))(?:[ \t>#•|]{1,40}(?:[-*+] {1,4})?|[-*+] {1,4})")
+# the first one stands for the first line; the other begins with a line end, to which the search can skip
+LINE_MARK = re.compile(r"[ \t>#•|]{1,40}(?:[-*+] {1,4})?|[-*+] {1,4}")
+LINE_MARKS = re.compile(rf"\n(?:{LINE_MARK.pattern})")
+SIMPLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 .,()/=%-]*")  # what `plain` leaves as it is, but for double spaces
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 ZEROS = re.compile(r"(\d)\.0+(?!\d)|(\d\.\d{0,20}?[1-9])0+(?!\d)")
+# what is written, the one spelling of it, and parts of the words without one of which the pattern cannot match
 UNITS = (
-    (re.compile(r"\s?\b(?:darjah|degrees?|derajat)\b(?: celsius\b)?"), "°"),
-    (re.compile(r"\s?\b(?:peratus|persen|percent)\b"), "%"),
-    (re.compile(r"\bringgit malaysia\b|\bmyr\b"), "rm"),
+    (re.compile(r"\s?\b(?:darjah|degrees?|derajat)\b(?: celsius\b)?"), "°", ("darjah", "degree", "derajat")),
+    (re.compile(r"\s?\b(?:peratus|persen|percent)\b"), "%", ("peratus", "persen", "percent")),
+    (re.compile(r"\bringgit malaysia\b|\bmyr\b"), "rm", ("ringgit", "myr", "myr")),
 )
 PER = re.compile(r"(?<=\d)\s?(k?[a-z]{1,2})/(s|h|m|kg|min|jam)(?:\^?(\d))?(?![a-z])")  # "10 m/s" is "10 m s^-1"
 LEADING_DOT = re.compile(r"(?<![\d.])\.(?=\d)")
 NUMBER = re.compile(r"(rm|\$)?(-?\d{1,20}(?:\.\d{1,20})?(?:/\d{1,20})?)(\D.{0,40})?")
+ONLY = re.compile(r"\s{1,4}(?:sahaja|saja|only)$")
 ROMANS = re.compile(r"[ivx]{1,5}(?:(?:,|&|dan|and|serta| )+[ivx]{1,5})*")
 # words that lead to an answer and name none, though an option may consist of them
 CUE_WORDS = frozenset(
@@ -77,10 +83,11 @@ def find_boxes(text):
     Outermost balanced boxes count, `\boxed B` and a box that only its formula closes too. Empty ones (the repeated
     instruction) go. One pass with a stack: linear, however boxes are nested or left open.
     """
-    if "box" not in text:
+    first = text.find("box")
+    if first < 0:
         return text, []
     found, stack = [], []  # found: (start, end, content); stack: where an open brace's box starts, or -1
-    for match in BRACES.finditer(text):
+    for match in BRACES.finditer(text, max(0, first - 2)):  # what is open before the first box closes after it
         token = match.group()
         if token == "{":
             stack.append((-1, 0))
@@ -136,7 +143,9 @@ def plain(text):
         text = LOST_BACKSLASH.sub("", text)
     if "*" in text or "_" in text:
         text = STARRED.sub(r"\1\2", text.replace("**", "").replace("__", ""))
-    text = LINE_MARKS.sub("", text.translate(MARKS)).replace("\t", " ")
+    text = text.translate(MARKS)
+    first = LINE_MARK.match(text)
+    text = LINE_MARKS.sub("\n", text[first.end() :] if first else text).replace("\t", " ")
     if "'" in text or "’" in text or "‘" in text:
         text = QUOTES.sub("", text)
     return SPACES.sub(" ", text) if "  " in text else text
@@ -147,14 +156,24 @@ def key(text):
 
     Lower case, no spaces, one form of numbers, units, dashes and lists of Roman numerals.
     """
-    text = LEADING_DOT.sub("0.", " ".join(plain(text).lower().split())).strip(OUTER)
-    text = text.replace("–", "-").replace("—", "-").replace("_", "")
-    text = PER.sub(lambda match: f"{match[1]}{match[2]}^-{match[3] or 1}", text)
-    for pattern, new in UNITS:
-        text = pattern.sub(new, text)
-    text = ZEROS.sub(r"\1\2", THOUSANDS.sub("", text))
-    bare = re.sub(r"\s{1,4}(?:sahaja|saja|only)$", "", text)
-    if ROMANS.fullmatch(bare.replace(" ", "")) and bare:
+    simple = SIMPLE.fullmatch(text)  # most options: words and numbers; a pattern without its sign in them is idle
+    text = " ".join((text if simple else plain(text)).lower().split())
+    if "." in text:
+        text = LEADING_DOT.sub("0.", text)
+    text = text.strip(OUTER)
+    if not simple:
+        text = text.replace("–", "-").replace("—", "-").replace("_", "")
+    if "/" in text:
+        text = PER.sub(lambda match: f"{match[1]}{match[2]}^-{match[3] or 1}", text)
+    for pattern, new, signs in UNITS:
+        if signs[0] in text or signs[1] in text or signs[2] in text:
+            text = pattern.sub(new, text)
+    if "," in text:
+        text = THOUSANDS.sub("", text)
+    if "." in text:
+        text = ZEROS.sub(r"\1\2", text)
+    bare = ONLY.sub("", text) if text.endswith(("sahaja", "saja", "only")) else text
+    if bare and bare[0] in "ivx" and ROMANS.fullmatch(bare.replace(" ", "")):
         return "roman:" + ",".join(sorted(re.findall(r"\b[ivx]+\b", bare)))
     return text.replace(" ", "")
 
@@ -182,16 +201,25 @@ class Options:
     def __init__(self, question):
         self.letters = question["letters"]
         self.longest = 80 + max(map(len, question["options"].values()), default=0)
-        self.keys = {letter: key(text) for letter, text in question["options"].items()}
-        self.numbers = {letter: number(spelt) for letter, spelt in self.keys.items()}
+        self.options = question["options"]
         lines = {
-            letter: " ".join(plain(text).lower().split()).strip(OUTER) for letter, text in question["options"].items()
+            letter: " ".join((text if SIMPLE.fullmatch(text) else plain(text)).lower().split()).strip(OUTER)
+            for letter, text in self.options.items()
         }
         self.texts = sorted(
             ((text, letter) for letter, text in lines.items() if not CUE_WORDS.issuperset(text.split())),
             key=lambda item: -len(item[0]),
         )
         self.read = {}
+
+    @cached_property
+    def keys(self):
+        """{letter: key of its option}"""
+        return {letter: key(text) for letter, text in self.options.items()}
+
+    @cached_property
+    def numbers(self):
+        return {letter: number(spelt) for letter, spelt in self.keys.items()}
 
     def named(self, piece):
         """Letters whose option is `piece`.

@@ -1,4 +1,4 @@
-"""Questions that overlap the training data: runs of 13 words in common."""
+"""Questions that the training data has: runs of 13 words of their stems, and all their options in the same row."""
 
 import hashlib
 import json
@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from malaysian_sft.questions import LETTERS
-from malaysian_sft.statistics import measure
+from malaysian_sft.questions import LETTERS, OPTION_LINE
+from malaysian_sft.statistics import measure, t_interval
 
 GRAM = 13
+FEWEST = 4  # words of a stem that says what is asked; "Pilih satu" does not
 WORD = re.compile(r"\w+")
 
 
@@ -26,11 +27,9 @@ def strings_of(value):
             yield from strings_of(item)
 
 
-def training_texts(source):
-    """Every text of the training data: .jsonl, .json, .parquet files or directories of them, comma-separated. Raises
-    ValueError if none."""
-    import pandas
-
+def training_rows(source):
+    """The texts of every row of the training data: .jsonl, .json, .parquet files or directories of them,
+    comma-separated. Raises ValueError if there is none or a line is not JSON."""
     paths = []
     for part in source.split(","):
         path = Path(part.strip())
@@ -42,15 +41,30 @@ def training_texts(source):
     if not paths or any(not path.is_file() for path in paths):
         raise ValueError(f"--contamination: no .jsonl, .json or .parquet file at {source}")
     for path in paths:
-        if path.suffix == ".parquet":
-            yield from strings_of(pandas.read_parquet(path).to_dict("records"))
-            continue
-        with open(path, encoding="utf-8") as file:
-            try:
-                for row in json.load(file) if path.suffix == ".json" else map(json.loads, file):
-                    yield from strings_of(row)
-            except ValueError as error:
-                raise ValueError(f"--contamination: {path} is not {path.suffix[1:].upper()} ({error})") from error
+        for row in rows_of(path):
+            yield [*strings_of(row)]
+
+
+def rows_of(path):
+    """The rows of one file; blank lines of a .jsonl are passed over. Raises ValueError naming the file and the line."""
+    if path.suffix == ".parquet":
+        import pandas
+
+        yield from pandas.read_parquet(path).to_dict("records")
+        return
+    with open(path, encoding="utf-8") as file:
+        number = 0
+        try:
+            if path.suffix == ".json":
+                rows = json.load(file)
+                yield from rows if isinstance(rows, list) else [rows]
+                return
+            for number, text in enumerate(file, 1):  # noqa: B007 (the error names it)
+                if text.strip():
+                    yield json.loads(text)
+        except ValueError as error:
+            where = f"{path}, line {number}" if number else path
+            raise ValueError(f"--contamination: {where}: not {path.suffix[1:].upper()} ({error}); mend it") from error
 
 
 def hash_words(text, known):
@@ -73,46 +87,119 @@ def hash_grams(words, n):
     return grams
 
 
-def contaminated(questions, source):
-    """Questions that share a run of 13 words with the training data; shorter ones if the whole text occurs -> bool
-    (Q,)."""
-    known, wanted = {}, {}
-    for question in questions:
-        words = hash_words(question["prompt"], known)
-        n = min(GRAM, len(words))
-        if n:
-            wanted.setdefault(n, []).append((question["index"], hash_grams(words, n)))
-    tables = {}
-    for n, items in wanted.items():
-        grams = np.concatenate([grams for _, grams in items])
-        owners = np.concatenate([np.full(len(grams), index) for index, grams in items])
-        order = np.argsort(grams, kind="stable")
-        tables[n] = grams[order], owners[order]
-    found = np.zeros(len(questions), bool)
-    for text in training_texts(source):
-        words = hash_words(text, known)
-        for n, (grams, owners) in tables.items():
-            seen = np.unique(hash_grams(words, n))
+def stem_of(question):
+    """The question without its options: the prompt up to the first of the lines that hold them."""
+    lines = question["prompt"].splitlines()
+    letters = iter(question["options"])
+    wanted = next(letters, None)
+    for number, line in enumerate(lines):
+        match = OPTION_LINE.fullmatch(line)
+        if match and match.group(1) == wanted and match.group(2) == question["options"][wanted]:
+            return "\n".join(lines[:number])
+    return question["prompt"]
+
+
+class Stems:
+    """What the training data is searched for: runs of 13 words of every stem, the whole of a shorter one.
+
+    A run that several stems share is an instruction or a passage: it marks none of them. A stem that has no run of its
+    own, or a short one that several questions ask, marks a question only beside all its options.
+    """
+
+    def __init__(self, questions, known):
+        self.options = [
+            [words for words in (hash_words(text, known) for text in question["options"].values()) if len(words)]
+            for question in questions
+        ]
+        runs, owners, stems = {}, {}, {}  # by number of words: arrays of runs, and of the stem each belongs to
+        for question in questions:
+            words = hash_words(stem_of(question), known)
+            stems.setdefault(words.tobytes(), (len(stems), words, []))[2].append(question["index"])
+        self.askers = [askers for _, _, askers in stems.values()]  # the questions of each stem
+        for number, words, _ in stems.values():
+            n = min(GRAM, len(words))
+            if n:
+                grams = np.unique(hash_grams(words, n))
+                runs.setdefault(n, []).append(grams)
+                owners.setdefault(n, []).append(np.full(len(grams), number))
+        sorted_runs, own = {}, np.zeros(len(stems), bool)
+        for n in runs:
+            grams, owner = np.concatenate(runs[n]), np.concatenate(owners[n])
+            order = np.argsort(grams, kind="stable")
+            grams, owner = grams[order], owner[order]
+            differs = grams[1:] != grams[:-1]
+            single = np.append(differs, True) & np.append(True, differs)
+            own[owner[single]] = True
+            sorted_runs[n] = grams, owner, single
+        self.tables = {}  # what a stem shares is searched for only where it has nothing of its own
+        for n, (grams, owner, single) in sorted_runs.items():
+            kept = single | ~own[owner]
+            self.tables[n] = grams[kept], owner[kept]
+        asked_once = np.array([len(askers) == 1 for askers in self.askers])
+        sizes = np.array([len(words) for _, words, _ in stems.values()])
+        # stems that mark a question without its options
+        self.enough = own & ((sizes >= GRAM) | asked_once & (sizes >= FEWEST))
+
+    def search(self, words):
+        """The stems of which a row has a run. words: of each of its texts."""
+        hits = set()
+        for n, (grams, owner) in self.tables.items():
+            seen = np.unique(np.concatenate([hash_grams(text, n) for text in words]))
             left, right = np.searchsorted(grams, seen, "left"), np.searchsorted(grams, seen, "right")
             for start, end in zip(left[right > left], right[right > left], strict=True):
-                found[owners[start:end]] = True
-    return found
+                hits.update(owner[start:end].tolist())
+        return hits
+
+    def has_options(self, question, words):
+        """Whether every option of a question stands somewhere in a row, in any order."""
+        options = self.options[question]
+        return bool(options) and all(any(contains(text, option) for text in words) for option in options)
+
+
+def contains(text, run):
+    """Whether the words `run` stand in a row in the words `text`."""
+    return bool(len(run) <= len(text) and np.isin(hash_grams(run, len(run)), hash_grams(text, len(run)))[0])
+
+
+def overlaps(questions, source):
+    """Which questions the training data has -> (stem found, all options in the same row too), bool (Q,) each."""
+    known = {}
+    stems = Stems(questions, known)
+    found, with_options = np.zeros(len(questions), bool), np.zeros(len(questions), bool)
+    for texts in training_rows(source):
+        words = [hash_words(text, known) for text in texts]
+        if not words:
+            continue
+        for stem in stems.search(words):
+            for question in stems.askers[stem]:
+                options = stems.has_options(question, words)
+                if options or stems.enough[stem]:
+                    found[question] = True
+                    with_options[question] |= options
+    return found, with_options
+
+
+def contaminated(questions, source):
+    """Questions whose stem the training data has -> bool (Q,)."""
+    return overlaps(questions, source)[0]
 
 
 def contamination_report(rows, questions, source):
     """Overlap with the training data and scores with and without the questions concerned, JSON-ready."""
-    found = contaminated(questions, source)
+    found, with_options = overlaps(questions, source)
     keys = np.array([LETTERS.index(question["key"]) for question in questions], np.int8)
     report = {
         "source": source,
         "questions": [questions[i]["id"] for i in np.flatnonzero(found)],
+        "with_options": [questions[i]["id"] for i in np.flatnonzero(with_options)],
         "count": int(found.sum()),
         "checkpoints": [],
     }
     for row in rows:
         average = measure(row.answers, keys)[:, 1]
         parts = {"all": average, "without": average[~found], "only": average[found]}
-        report["checkpoints"].append(
-            {"name": row.name} | {k: float(v.mean()) if len(v) else None for k, v in parts.items()}
-        )
+        scores = {name: float(part.mean()) if len(part) else None for name, part in parts.items()}
+        intervals = {name: list(t_interval(part)) if len(part) else None for name, part in parts.items()}
+        counts = {name: len(part) for name, part in parts.items()}
+        report["checkpoints"].append({"name": row.name, **scores, "intervals": intervals, "counts": counts})
     return report

@@ -7,11 +7,11 @@ with examples. What stays unclear is ambiguous, never a guess.
 """
 
 import re
+from functools import partial
 
 from malaysian_sft.answer_text import (
     AMBIGUOUS,
     BOX,
-    CUE_WORDS,
     NAMED,
     ONE_LETTER,
     Options,
@@ -19,68 +19,11 @@ from malaysian_sft.answer_text import (
     plain,
     read_piece,
 )
+from malaysian_sft.quick_reading import quick
+from malaysian_sft.sentences import ASIDE, CONTRAST, CONTRAST_START, LINK, THUS, Sentences, remember_silent
 
 FINAL, CONCLUSION, MENTION = range(3)  # the kinds, strongest first
-MOST_CLAUSES = (
-    200  # clauses with a cue that are read from the end; what a longer response said before is not its answer
-)
-LINK = r"(?:ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是|[:：=→>–-])"
-
-# ---- clauses -----------------------------------------------------------------------------------------------
-
-CONTRAST = r"tetapi|tapi|namun|sebaliknya|melainkan|but|rather"
-ASIDE = (
-    r"kerana|karena|sebab(?! itu)|because|since|manakala|sedangkan|sementara|while|whereas|walaupun|meskipun|"
-    r"walau|although|even though|"
-    r"selain|other than"
-)
-THUS = r"jadi|maka|justeru|oleh (?:itu|sebab itu|kerana itu|karena itu)|therefore|thus|hence|so"
-HARD_BREAK = re.compile(r"\n\s{0,9}|[?!;]+\s{0,9}|\.(?=\s|$)\s{0,9}")
-SOFT_BREAK = re.compile(
-    rf",?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|"
-    rf"i|yang|pilihan yang)\b)",
-    re.I,
-)
-STEMS = (
-    *(
-        "jawap",
-        "jawab",
-        "jwpn",
-        "answer",
-        "答案",
-        "pilih",
-        "milih",
-        "opsyen",
-        "opti",
-        "opsi",
-        "choice",
-        "choose",
-        "chose",
-        "select",
-        "pick",
-        "go with",
-        "go for",
-    ),
-    *(
-        "simpul",
-        "conclu",
-        "correct",
-        "betul",
-        "benar",
-        "tepat",
-        "right",
-        "best",
-        "closest",
-        "hampir",
-        "sesuai",
-        "oleh",
-        "jadi",
-        "maka",
-    ),
-    *("justeru", "therefore", "thus", "hence", "so ", BOX, "tetapi", "tapi", "sebaliknya", "melainkan", "but "),
-)
 ASIDE_START = re.compile(rf"\W*(?:{ASIDE}|jika|if|kalau|sekiranya|unless)\b")
-CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*)?")
 CONDITION = re.compile(r"\b(?:jika|if|kalau|sekiranya|unless|andai)\b")
 # "pelajar memilih A", "ramai yang memilih D": what others choose
 OTHERS = re.compile(
@@ -135,7 +78,7 @@ AFTER_LINK = re.compile(
 )
 LETTER = re.compile(r"(?<![\w\\'’+.*^])(?<!\d-)([A-F])(?![\w'’+*^-]|\s?=)(?=(?P<gap>\s+)?(?P<word>[^\W\d_]+)?)")
 SMALL = re.compile(
-    rf"(?:{LINK}|\b(?:jawapan|jawaban)(?:nya)?|\bpilihan|\boption)\s*[(\[]*([a-f])[)\]]*"
+    rf"(?:{LINK}|\b(?:jawapan|jawaban)(?:nya)?|\bpilihan|\boption)\s*[(\[]*(?<![a-z0-9])([a-f])[)\]]*"
     r"(?=\s*$|[.,]|\s+(?:kerana|karena|sebab|iaitu|because|since|lah)\b)"
 )
 FOLLOWERS = frozenset(
@@ -146,47 +89,6 @@ FOLLOWERS = frozenset(
     " maka jadi is are was and or not because since as but while"
     " with for only if correct right wrong best seperti untuk dalam serta"
     " dipilih than over rather incorrect saya di pada ini itu".split()
-)
-
-
-def sentences_of(text):
-    """(sentence, what ended it) of a plain text, in order, without blank ones.
-
-    A heading ("### Jawapan") takes its next line along.
-    """
-    found, at = [], 0
-    for match in HARD_BREAK.finditer(text):
-        sentence, mark = text[at : match.start()].strip(), match.group()
-        if mark[0] == "\n" and len(sentence) <= 60 and match.end() < len(text) and HEADING.fullmatch(sentence.lower()):
-            continue
-        if sentence:
-            found.append((sentence, mark[0]))
-        at = match.end()
-    rest = text[at:].strip()
-    return [*found, (rest, "")] if rest else found
-
-
-def clauses_of(sentences):
-    """Sentences with a cue, the last ones, cut before "tetapi", "kerana", ", jadi" -> [(clause, what ended it, the
-    next sentence)].
-    """
-    found = []
-    for index in range(len(sentences) - 1, -1, -1):
-        sentence, mark = sentences[index]
-        lower = sentence.lower()
-        if not any(stem in lower for stem in STEMS):
-            continue
-        parts = [part for part in SOFT_BREAK.split(sentence) if part.strip()]
-        following = sentences[index + 1][0] if index + 1 < len(sentences) else ""
-        found.extend((part, mark if at == 0 else ",", following) for at, part in enumerate(reversed(parts)))
-        if len(found) >= MOST_CLAUSES:
-            break
-    return found[MOST_CLAUSES - 1 :: -1]
-
-
-HEADING = re.compile(
-    r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|"
-    r"adalah|is)\s*:"
 )
 
 
@@ -210,7 +112,7 @@ def namings(clause, lower, options, boxes):
         found.append((at, at + 1, match.group(1), False))
     if not found:
         found = [(match.start(1), match.end(1), match.group(1).upper(), False) for match in SMALL.finditer(lower)]
-    at = clause.find(BOX)
+    at, boxes = clause.find(BOX), iter(boxes)
     while at >= 0:
         letter = read_piece(next(boxes, ""), options)
         if letter:
@@ -291,7 +193,7 @@ def statement(clause, ended, options, boxes, following):
     groups = grouped(lower, found)
     start, end, letters, *_ = groups[-1]
     if ended.startswith(".") and end == len(clause) and end - start == 1:  # "B." and then an option's text
-        text = following.lower()
+        text = following().lower()
         for at, stop, letter in options.occurrences(text[: options.longest]):
             if at == 0 and (letter in letters or not text[stop:].strip(" .")):
                 letters.add(letter)
@@ -307,26 +209,49 @@ def statement(clause, ended, options, boxes, following):
     return "negated" if rejected else None
 
 
-def read_statements(text, options, boxes):
-    """Every statement of a plain text in order, as (kind, letter or AMBIGUOUS)."""
-    clauses, found, rejected = clauses_of(sentences_of(text)), [], False
-    boxes = iter(boxes[len(boxes) - sum(clause.count(BOX) for clause, *_ in clauses) :])
-    for clause, ended, following in clauses:
+def statements_from_end(text, options, boxes):
+    """Yield every statement of a plain text as (kind, letter or AMBIGUOUS), the last one first."""
+    sentences, at = Sentences(text, options), len(boxes)
+    stream = sentences.from_end()
+    sentence = next(stream, None)
+    while sentence:
+        chain = [sentence]  # one that opens with "tetapi" is read after the one it contrasts with
+        sentence = next(stream, None)
+        while sentence and chain[-1][2] and sentences.adjoining(sentence[0], chain[-1][0]):
+            chain.append(sentence)
+            sentence = next(stream, None)
+        clauses = [(*clause, number) for number, parts, *_ in reversed(chain) for clause in parts]
+        first = at - sum(sentences.text.count(BOX, start, end) for start, end, *_ in clauses)
+        found = [*read_clauses(clauses, sentences, options, boxes[first:at])]
+        key = chain[0][3]
+        if not found and key and len(chain) == 1:
+            remember_silent(key)
+        yield from reversed(found)
+        at = first
+
+
+def read_clauses(clauses, sentences, options, boxes):
+    """Statements of clauses that follow one another, in order; boxes: the contents of theirs."""
+    rejected, at = False, 0
+    for start, end, ended, number in clauses:
+        clause = sentences.text[start:end]
+        own = boxes[at : at + clause.count(BOX)]
+        at += len(own)
         if len(clause) > 600:  # no clause is that long; the naming is at one of its ends
-            for _ in range(clause.count(BOX) - clause.count(BOX, len(clause) - 300)):
-                next(boxes, None)
             clause = clause[-300:]
-        said = None
+            own = own[len(own) - clause.count(BOX) :]
+        clause, said = clause.strip(), None
+        following = partial(sentences.following, number)
         contrast = CONTRAST_START.match(clause.lower()) if rejected else None
         if contrast:
             rest = clause[contrast.end() :]
-            said = read_piece(rest, options) or statement("jawapan: " + rest, ended, options, boxes, following)
+            said = read_piece(rest, options) or statement("jawapan: " + rest, ended, options, own, following)
             said = (FINAL, said) if isinstance(said, str) and said != "negated" else said
-        said = said or statement(clause, ended, options, boxes, following)
+        if not said and sentences.names(start, end):
+            said = statement(clause, ended, options, own, following)
         rejected = said == "negated"
         if said and not rejected:
-            found.append(said)
-    return found
+            yield said
 
 
 OPENS = re.compile(rf"(?:(?i:{NAMED})\b\W*)?\(?([A-F])(?:\s*[.):–-]\s*|\s+|\)|$)")
@@ -351,8 +276,6 @@ def read_lines(text, options):
 
 # ---- the decision ------------------------------------------------------------------------------------------
 
-CLOSING = frozenset("$.)]*\\ \n")
-
 
 def answer_of(text, thinking):
     """The part of a response after its reasoning, or None where the reasoning never ended."""
@@ -375,43 +298,6 @@ def options_of(question):
     return question["read"]
 
 
-def after_heading(text, start):
-    """Whether the line before `start` may be a heading that `sentences_of` joins to what follows.
-
-    When in doubt, True.
-    """
-    before = text[max(0, start - 80) : start].lower()
-    return ":" in before or "jaw" in before or "answ" in before or "simpul" in before
-
-
-def quick(text, question, thinking):
-    r"""The letter of a response whose last clause is `\boxed{B}` after words of `CUE_WORDS` alone.
-
-    None: ask the rules.
-
-    The same as the rules: the clause has a final, affirmed box, nothing follows it, and the last final statement
-    decides.
-    """
-    last = text.rfind("\\boxed{")
-    if (
-        last < 0
-        or text[last + 8 : last + 9] != "}"
-        or text[last + 7] not in question["letters"]
-        or not CLOSING.issuperset(text[last + 9 :])
-    ):
-        return None
-    line, stop = text.rfind("\n", 0, last) + 1, text.rfind(". ", 0, last) + 1
-    start = max(line, stop)
-    if text.find("box", line, last) >= 0:  # one left open earlier on the line takes the words after it away
-        return None
-    words = text[start:last].lower().replace("$", " ").replace(":", " ").replace("*", " ").split()
-    if not CUE_WORDS.issuperset(words) or (line and line == start and after_heading(text, line)):
-        return None
-    if thinking or "think>" in text or "assistantfinal" in text:
-        return None
-    return text[last + 7]
-
-
 def extract(text, question, finish_reason="stop", thinking=False):
     """Read the chosen letter out of a response.
 
@@ -420,52 +306,62 @@ def extract(text, question, finish_reason="stop", thinking=False):
     (outcome, letter): ("answered", "B"), or one of ("ambiguous", None), ("truncated", None), ("none", None). Of a cut
     response the lone lines are not read.
     """
-    letter = quick(text, question, thinking)
-    return ("answered", letter) if letter else by_rules(text, question, finish_reason, thinking)
+    found = quick(text, question, thinking)
+    return ("answered", found[0]) if found else by_rules(text, question, finish_reason, thinking)
+
+
+def extract_both(text, question, finish_reason="stop", thinking=False):
+    """`extract` and `extract_strict` of one response, at the price of one -> (outcome, letter) twice."""
+    found = quick(text, question, thinking)
+    if not found:
+        return both_by_rules(text, question, finish_reason, thinking)
+    said = "answered", found[0]
+    return said, said if found[1] else (("truncated" if finish_reason == "length" else "none"), None)
 
 
 def by_rules(text, question, finish_reason="stop", thinking=False):
     """`extract` without its quick way; the same answer."""
-    cut = finish_reason == "length"
-    unread = ("truncated" if cut else "none"), None
+    return both_by_rules(text, question, finish_reason, thinking)[0]
+
+
+def both_by_rules(text, question, finish_reason, thinking):
+    """`extract_both` without its quick way."""
+    unread = ("truncated" if finish_reason == "length" else "none"), None
     text = answer_of(text, thinking)
     if text is None:
-        return unread
-    options = options_of(question)
+        return unread, unread
     text, boxes = find_boxes(text.replace(BOX, ""))
-    start = text.find("\n", max(0, len(text) - 300)) + 1
-    # a final statement at the end is the last one: it decides
-    if len(text) > 600 and start and not after_heading(text, start):
-        tail = text[start:]
-        said = read_statements(plain(tail), options, boxes[len(boxes) - tail.count(BOX) :])
-        final = [letter for kind, letter in said if kind == FINAL]
-        if final:
-            return (AMBIGUOUS, None) if final[-1] == AMBIGUOUS else ("answered", final[-1])
+    options = options_of(question)
+    letter = letter_of(text, boxes, options, finish_reason == "length")
+    in_box = read_piece(boxes[-1], options) if boxes else None
+    return tuple(
+        unread if said is None else (AMBIGUOUS, None) if said == AMBIGUOUS else ("answered", said)
+        for said in (letter, in_box)
+    )
+
+
+def letter_of(text, boxes, options, cut):
+    """The letter, AMBIGUOUS or None that a text says in which `BOX` stands for the boxes."""
     text = plain(text)
-    letter = decide(read_statements(text, options, boxes))
-    if letter is None and not cut:
-        letter = read_lines(text, options)
-    if letter is None:
-        return unread
-    return (AMBIGUOUS, None) if letter == AMBIGUOUS else ("answered", letter)
+    letter = decide(statements_from_end(text, options, boxes))
+    return read_lines(text, options) if letter is None and not cut else letter
 
 
 def decide(statements):
-    """The last final statement; without one the last conclusion; without one what all affirming mentions agree on."""
-    for kind in (FINAL, CONCLUSION):
-        said = [letter for found, letter in statements if found == kind]
-        if said:
-            return said[-1]
-    said = {letter for _, letter in statements}
-    return said.pop() if len(said) == 1 else AMBIGUOUS if said else None
+    """The last final statement; without one the last conclusion; without one what all affirming mentions agree on.
+
+    statements: the last one first. What stands before a final statement is not read.
+    """
+    conclusion, mentioned = None, set()
+    for kind, letter in statements:
+        if kind == FINAL:
+            return letter
+        if kind == CONCLUSION:
+            conclusion = conclusion or letter
+        mentioned.add(letter)
+    return conclusion or (mentioned.pop() if len(mentioned) == 1 else AMBIGUOUS if mentioned else None)
 
 
 def extract_strict(text, question, finish_reason="stop", thinking=False):
     r"""`extract` by the last `\boxed{...}` alone: what a response is worth without reading its sentences."""
-    unread = ("truncated" if finish_reason == "length" else "none"), None
-    text = answer_of(text, thinking)
-    boxes = find_boxes(text)[1] if text else []
-    letter = read_piece(boxes[-1], options_of(question)) if boxes else None
-    if letter is None:
-        return unread
-    return (AMBIGUOUS, None) if letter == AMBIGUOUS else ("answered", letter)
+    return extract_both(text, question, finish_reason, thinking)[1]

@@ -6,18 +6,36 @@ import json
 import os
 import re
 import sys
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 
-from malaysian_sft.extraction import extract
+from malaysian_sft.extraction import extract_both
 from malaysian_sft.locks import hold
-from malaysian_sft.questions import LETTERS
+from malaysian_sft.questions import LETTERS, SURROGATE
 
 # What became of a response. Letters are 0..5 in the arrays below, these are the rest.
 NONE, AMBIGUOUS, TRUNCATED, MISSING = -1, -2, -3, -4
+MOST_SAMPLES = 1_000  # of a question; a larger number in a record is a mistake
+HALF_WRITTEN = "the last line is half written and is passed over; malaymmlu.py repairs it"
 OUTCOMES = {"none": NONE, "ambiguous": AMBIGUOUS, "truncated": TRUNCATED}
+
+
+# settings by which two directories of one checkpoint differ, when they do
+ASKED = (
+    "protocol",
+    "seed",
+    "sampling",
+    "samples",
+    "system_prompt",
+    "answer_prefix",
+    "chat_template_kwargs",
+    "retries",
+    "questions_sha256",
+)
 
 
 def natural(name):
@@ -40,7 +58,9 @@ def find_directories(pattern, root="."):
         matched = next((name for glob in globs for name in names if fnmatch.fnmatchcase(name, glob.rstrip("/"))), None)
         if matched is None:
             continue
-        identity = args.get("names", [path.name])[0], json.dumps(args.get("adapter_fingerprint"))
+        # another seed or protocol is another row
+        settings = [args.get(name) for name in ("adapter_fingerprint", *ASKED)]
+        identity = args.get("names", [path.name])[0], json.dumps(settings, sort_keys=True)
         if identity in seen:
             print(
                 f"note: {path} and {seen[identity]} hold the same checkpoint; only the latter is counted",
@@ -60,7 +80,15 @@ def find_directories(pattern, root="."):
             ", ".join(sorted({p.parent.name for p in Path(root).glob("*/generations.jsonl")}, key=natural)) or "none"
         )
         raise ValueError(f"no directory with a generations.jsonl matches {pattern!r}; found: {there}")
-    return sorted(found, key=lambda item: natural(item[0]))
+    return sorted(told_apart(found), key=lambda item: natural(item[0]))
+
+
+def told_apart(found):
+    """[(name, path)] where a name that several directories have becomes the directory's own, or else its path."""
+    for rename in (lambda path: path.name, str):
+        names = Counter(name for name, _ in found)
+        found = [(name if names[name] == 1 else rename(path), path) for name, path in found]
+    return found
 
 
 def read_args(directory):
@@ -91,9 +119,52 @@ def read_generations(path):
                 if line.endswith(b"\n"):
                     raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
                 print(
-                    f"note: {path}: the last line is half written and is passed over; malaymmlu.py repairs it",
+                    f"note: {path}: {HALF_WRITTEN}",
                     file=sys.stderr,
                 )
+
+
+class Record(msgspec.Struct, gc=False):
+    """What scoring needs of a line; msgspec reads it several times as fast as json does, and passes over the rest."""
+
+    index: int
+    sample: int
+    text: str
+    id: Any = msgspec.UNSET
+    finish_reason: Any = None
+    thinking: Any = False
+
+
+def read_records(path):
+    """Yield (line number, `Record`) of a generations.jsonl, as `read_generations` reads it. Raises ValueError naming
+    the line that is not a record."""
+    decode = msgspec.json.Decoder(Record).decode
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, decode(line)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                if not line.endswith(b"\n"):
+                    print(f"note: {path}: {HALF_WRITTEN}", file=sys.stderr)
+                    return
+                raise ValueError(f"{path}, line {number}: {what_is_wrong(line)}") from error
+
+
+def what_is_wrong(line):
+    """Why a line is not a record, in words."""
+    try:
+        record = json.loads(line)
+    except ValueError as failure:
+        return f"not JSON ({failure})"
+    shown = ascii(record)[:80]
+    if not isinstance(record, dict) or not {"index", "sample", "text"} <= record.keys():
+        return f"expected index, sample and text, got {shown}"
+    if SURROGATE.search(json.dumps(record, ensure_ascii=False)):
+        return (
+            "half of a surrogate pair (such as \\ud83d alone), which is no character; delete the line, and malaymmlu.py"
+            " makes the sample again"
+        )
+    return f"expected a text and a sample from 0 up, got {shown}"
 
 
 def read_answers(directory, questions, limited=False, samples=1):
@@ -103,39 +174,51 @@ def read_answers(directory, questions, limited=False, samples=1):
     limited: `questions` is only the beginning of the file, so records beyond it are passed over instead of refused.
     samples: how many were asked for; what a run that has not finished lacks is MISSING.
     """
-    path = Path(directory) / "generations.jsonl"
-    codes = {}
-    for number, record in enumerate(read_generations(path), 1):
-        try:
-            index, sample, text = record["index"], record["sample"], record["text"]
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}, line {number}: expected index, sample and text, got {str(record)[:80]}"
-            ) from error
-        if not isinstance(text, str) or not isinstance(sample, int) or sample < 0:
-            raise ValueError(f"{path}, line {number}: expected a text and a sample from 0 up, got {str(record)[:80]}")
-        if limited and isinstance(index, int) and index >= len(questions):
-            continue
-        if not isinstance(index, int) or not 0 <= index < len(questions):
-            raise ValueError(
-                f"{path}, line {number}: no question {index} in the question file (0 to {len(questions) - 1}); wrong"
-                " --questions"
-            )
+    return read_both(directory, questions, limited, samples)[0]
+
+
+def read_both(directory, questions, limited=False, samples=1):
+    """`read_answers`, and the same by strict reading, in one pass over the file -> int8 (questions, samples) twice."""
+    path, count = Path(directory) / "generations.jsonl", len(questions)
+    codes = {letter: number for number, letter in enumerate(LETTERS)} | OUTCOMES
+    width, said, strict = samples, [MISSING] * (count * samples), [MISSING] * (count * samples)
+    for number, record in read_records(path):
+        index, sample = record.index, record.sample
+        if not 0 <= index < count or sample < 0:
+            if limited and index >= count and sample >= 0:
+                continue
+            raise ValueError(f"{path}, line {number}: {out_of_range(record, count)}")
         question = questions[index]
-        if "id" in record and record["id"] != question["id"]:
+        if record.id is not msgspec.UNSET and record.id != question["id"]:
             raise ValueError(
-                f"{path}, line {number}: id {record['id']!r}, but question {index} is {question['id']!r}; wrong"
+                f"{path}, line {number}: id {record.id!r}, but question {index} is {question['id']!r}; wrong"
                 " --questions"
             )
-        if (index, sample) in codes:
+        if sample >= width:
+            said, strict = widened(said, width, sample + 1), widened(strict, width, sample + 1)
+            width = sample + 1
+        place = index * width + sample
+        if said[place] != MISSING:
             continue  # the first one written counts
-        outcome, letter = extract(text, question, record.get("finish_reason"), record.get("thinking", False))
-        codes[index, sample] = LETTERS.index(letter) if letter else OUTCOMES[outcome]
-    width = max([samples - 1, *(sample for _, sample in codes)]) + 1
-    answers = np.full((len(questions), width), MISSING, np.int8)  # (Q, samples)
-    for (index, sample), code in codes.items():
-        answers[index, sample] = code
-    return answers
+        read, read_strictly = extract_both(record.text, question, record.finish_reason, record.thinking)
+        said[place] = codes[read[1] or read[0]]
+        strict[place] = codes[read_strictly[1] or read_strictly[0]]
+    return tuple(np.array(one, np.int8).reshape(count, width) for one in (said, strict))
+
+
+def out_of_range(record, count):
+    if record.sample < 0:
+        return f"expected a text and a sample from 0 up, got sample {record.sample}"
+    return f"no question {record.index} in the question file (0 to {count - 1}); wrong --questions"
+
+
+def widened(codes, width, wanted):
+    """A flat list of rows of `width` codes with rows of `wanted`; what is new is MISSING. Raises ValueError for a
+    number of samples that is a mistake."""
+    if wanted > MOST_SAMPLES:
+        raise ValueError(f"sample {wanted - 1} is beyond the {MOST_SAMPLES:,} samples a question may have")
+    more = [MISSING] * (wanted - width)
+    return [code for at in range(0, len(codes), width) for code in codes[at : at + width] + more]
 
 
 # settings that change what is generated: output made with other values is not continued

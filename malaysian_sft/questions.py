@@ -20,6 +20,7 @@ HUB_LOCK = "malaymmlu.lock.json"
 # What every release holds: a file with other counts is not the benchmark.
 HUB_COUNTS = {"STEM": 2443, "Language": 6288, "Social science": 6918, "Others": 4169, "Humanities": 4395}
 LETTERS = "ABCDEF"
+SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 
 def download_questions(revision):
@@ -117,6 +118,13 @@ def load_questions(path, published=False):
         ) from error
     if not rows:
         raise ValueError(f"{path} holds no question")
+    if "\\ud" in text.lower():  # an escape is the only way for half a pair into a JSON string
+        for index, row in enumerate(rows):
+            if SURROGATE.search(json.dumps(row, ensure_ascii=False)):
+                raise ValueError(
+                    f"{path}, row {index}: half of a surrogate pair (such as \\ud83d alone), which is no character;"
+                    " mend the text"
+                )
     return [check_question(row, index, path, published) for index, row in enumerate(rows)]
 
 
@@ -133,6 +141,8 @@ def check_question(row, index, path, published=False):
             fail(f"`{name}` is missing or is not a non-empty string (found {row.get(name)!r})")
     options, listed = parse_options(row.get("options"), row["prompt"]), bool(row.get("options"))
     count = row.get("num_options")
+    if count is None and len(options) < 2:
+        fail("`num_options` is missing and no options stand in `options` or `prompt`; expected lines such as `A. x`")
     count = len(options) if count is None else count
     if (
         isinstance(count, bool)

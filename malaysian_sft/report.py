@@ -1,19 +1,21 @@
 """A score report as text, markdown, CSV and one self-contained HTML page (report.html is its template)."""
 
 import base64
+import csv
+import io
 import json
 import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+from tabulate import tabulate
 
 from malaysian_sft.extraction import extract
 from malaysian_sft.generations import read_generations
 from malaysian_sft.plots import draw
-from malaysian_sft.statistics import MEASURES, original_scores
-from malaysian_sft.tables import text_table
+from malaysian_sft.statistics import FEWEST, MEASURES, original_scores
 
 
 def print_original(names, all_answers, questions):
@@ -33,24 +35,48 @@ def percent(item, digits=2):
     return f"{100 * item['value']:.{digits}f} [{100 * item['low']:.{digits}f}, {100 * item['high']:.{digits}f}]"
 
 
+@dataclass
+class Table:
+    """A table of strings. Not a data frame: to import pandas takes longer than to score a checkpoint."""
+
+    title: str
+    kind: str  # what a row is: "checkpoint", "subject"
+    columns: list
+    rows: list  # [name, cells]
+
+    @property
+    def header(self):
+        return [self.kind, *self.columns]
+
+    def text(self):
+        """Aligned: names on the left, cells to the right."""
+        aligned = ("left", *("right" for _ in self.columns))
+        return tabulate(self.rows, self.header, tablefmt="plain", disable_numparse=True, colalign=aligned)
+
+    def markdown(self):
+        rows = [[escape(name), *cells] for name, *cells in self.rows]  # names come from outside, cells are numbers
+        return tabulate(rows, [escape(name) for name in self.header], tablefmt="github", disable_numparse=True)
+
+
 def tables(report):
-    """The report as [(title, frame of strings, a checkpoint or a category a row)]."""
+    """The report as [`Table`], a checkpoint or a category a row."""
     rows = report["checkpoints"]
     facts = f"{report['questions']:,} questions, 95 % intervals over questions, in percent"
     names = [row["name"] for row in rows]
 
-    def of_checkpoints(columns, cells):
-        return pd.DataFrame([cells(row) for row in rows], index=names, columns=columns).rename_axis(
-            columns="checkpoint"
-        )
+    def of_checkpoints(title, columns, cells, rows=rows):
+        return Table(title, "checkpoint", columns, [[row["name"], *cells(row)] for row in rows])
 
-    found = []
+    def measures(part):
+        return lambda row: [str(row["samples"]), *(percent(part(row)[name]) for name in MEASURES)]
+
+    columns, found = ["samples", *MEASURES], leaderboard_tables(report)
     for kind, words in (("micro", "every question weighs the same"), ("macro", "every category weighs the same")):
-        columns = ["samples", "acc@1", "average", "majority", "any"]
-        frame = of_checkpoints(
-            columns, lambda row, kind=kind: [str(row["samples"]), *(percent(row[kind][name]) for name in MEASURES)]
-        )
-        found.append((f"{kind}: {words} ({facts})", frame))
+        found.append(of_checkpoints(f"{kind}: {words} ({facts})", columns, measures(lambda row, kind=kind: row[kind])))
+    boxed = [row for row in rows if "strict" in row]
+    if boxed:
+        title = f"micro by strict reading: only the last box counts, whatever the response says ({facts})"
+        found.append(of_checkpoints(title, columns, measures(lambda row: row["strict"]["micro"]), boxed))
     for kind, title in (
         ("category", "average of the samples by category"),
         ("subject", "average by subject"),
@@ -60,35 +86,90 @@ def tables(report):
         if len(values) < 2:
             continue
         if kind == "category":
-            frame = of_checkpoints(
-                values, lambda row: [percent(row["category"][v]["average"]) for v in row["category"]]
+            found.append(
+                of_checkpoints(
+                    title, values, lambda row: [percent(row["category"][v]["average"]) for v in row["category"]]
+                )
             )
         else:  # many values: one line each, a column per checkpoint
             cells = [
-                [str(rows[0][kind][v]["questions"]), *(percent(row[kind][v]["average"], 1) for row in rows)]
-                for v in values
+                [
+                    value or "-",
+                    str(rows[0][kind][value]["questions"]),
+                    *(percent(row[kind][value]["average"], 1) for row in rows),
+                ]
+                for value in values
             ]
-            index = [value or "-" for value in values]
-            frame = pd.DataFrame(cells, index=index, columns=["questions", *names]).rename_axis(columns=kind)
-        found.append((title, frame))
+            found.append(Table(title, kind, ["questions", *names], cells))
+    if "contamination" in report:
+        found.append(contamination_table(report["contamination"], report["questions"]))
     outcomes = list(rows[0]["answers"]) if rows else []
-    responses = of_checkpoints(outcomes, lambda row: [f"{row['answers'][name]:,}" for name in outcomes])
-    return [*found, ("responses", responses)]
+    found.append(of_checkpoints("responses", outcomes, lambda row: [f"{row['answers'][name]:,}" for name in outcomes]))
+    return found
+
+
+def leaderboard_tables(report):
+    """A table a protocol, best first; none if no leaderboard was asked for."""
+    entries = {entry["name"]: entry for entry in report["checkpoints"]}
+    columns = ["rank", "samples", "average", "acc@1", "average by category", "average by strict reading", "answered"]
+    found = []
+    for part in report.get("leaderboard", []):
+        rows = []
+        for row in part["rows"]:
+            entry = entries[row["name"]]
+            strict = f"{100 * entry['strict']['micro']['average']['value']:.2f}" if "strict" in entry else "-"
+            answered = f"{100 * entry['answers']['answered'] / sum(entry['answers'].values()):.2f}"
+            micro, macro = entry["micro"], entry["macro"]["average"]["value"]
+            scores = [percent(micro["average"]), percent(micro["acc@1"]), f"{100 * macro:.2f}", strict, answered]
+            rows.append([entry["name"], str(row["rank"] or "unfinished"), str(entry["samples"]), *scores])
+        title = (
+            f"leaderboard, {part['protocol'].replace('_', '-')} protocol, {report['questions']:,} questions, in percent"
+            " (rank: one more than the number of checkpoints that are better beyond chance)"
+        )
+        found.append(Table(title, "checkpoint", columns, rows))
+    return found
+
+
+def contamination_table(part, questions):
+    """Averages with and without the questions that the training data has."""
+
+    def cell(row, name):
+        if row[name] is None:
+            return "-"
+        low, high = row["intervals"][name]
+        return percent({"value": row[name], "low": low, "high": high})
+
+    title = (
+        f"contamination: {part['count']:,} of {questions:,} questions overlap {part['source']}"
+        f" ({len(part['with_options']):,} with all their options); average of the samples"
+    )
+    cells = [[row["name"], *(cell(row, name) for name in ("all", "without", "only"))] for row in part["checkpoints"]]
+    return Table(title, "checkpoint", ["all questions", "without them", "on them"], cells)
 
 
 def notes(report, rows):
     """What a reader must know beside the numbers."""
     lines = ["chance: " + ", ".join(f"{100 * value:.2f} % for {name}" for name, value in report["chance"].items())]
+    words = {"assistant": "begins the answer", "user": "ends the question"}
+    prefixes = {
+        row.name: f"; 'Jawapan:' {words[row.args['answer_prefix']]}"
+        for row in rows
+        if row.args.get("answer_prefix") in words
+    }
+    if report["pooled"]:
+        pooled = ", ".join(name or "-" for name in report["pooled"])
+        lines.append(f"categories of fewer than {FEWEST} questions are pooled for their spread: {pooled}")
     for row in report["checkpoints"]:
         if row["answers"]["missing"]:
             lines.append(
                 f"{row['name']}: NOT FINISHED, {row['answers']['missing']:,} of {sum(row['answers'].values()):,}"
-                " samples are missing and count as wrong; malaymmlu.py makes them, or --limit scores a beginning"
+                " samples are missing and count as wrong (not in the comparisons, which use what both answered);"
+                " malaymmlu.py makes them, or --limit scores a beginning"
             )
         if row["protocol"] == "first_token":
             lines.append(
                 f"{row['name']}: first-token protocol, whose official score weighs every question:"
-                f" {percent(row['micro']['acc@1'])}"
+                f" {percent(row['micro']['acc@1'])}" + prefixes.get(row["name"], "")
             )
         if row["retries"]:
             lines.append(
@@ -105,33 +186,19 @@ def notes(report, rows):
 def as_text(report, rows):
     """Everything after the original's block, as aligned text."""
     lines = [f"note: {line}" for line in notes(report, rows)]
-    for title, frame in tables(report):
-        lines += ["", title, text_table(frame)]
+    for table in tables(report):
+        lines += ["", table.title, table.text()]
     if report["comparisons"]:
-        lines += ["", "paired comparisons (average of the samples; question by question)"]
+        lines += ["", "paired comparisons (average of the samples; question by question, by sign-flip permutation)"]
         lines += [item["verdict"] for item in report["comparisons"]]
-    if "contamination" in report:
-        part = report["contamination"]
-        lines += ["", f"contamination: {part['count']} of {report['questions']} questions overlap {part['source']}"]
-        lines += [
-            f"{row['name']}: average {show(row['all'])} on all, {show(row['without'])} without them,"
-            f" {show(row['only'])} on them"
-            for row in part["checkpoints"]
-        ]
     return "\n".join(lines)
-
-
-def show(value):
-    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def as_markdown(report, rows):
     """The same tables as markdown."""
     lines = []
-    for title, frame in tables(report):
-        escaped = frame.rename(index=escape, columns=escape)
-        table = escaped.rename_axis(escape(frame.columns.name)).to_markdown(disable_numparse=True, tablefmt="github")
-        lines += ["", f"**{escape(title)}**", "", table]
+    for table in tables(report):
+        lines += ["", f"**{escape(table.title)}**", "", table.markdown()]
     lines += ["", *(f"- {escape(line)}" for line in notes(report, rows))]
     lines += [f"- {escape(item['verdict'])}" for item in report["comparisons"]]
     return "\n".join(lines).lstrip() + "\n"
@@ -146,15 +213,24 @@ def as_csv(report):
     """Long format: checkpoint, kind, name, questions, measure, value, low, high."""
     found = []
     for row in report["checkpoints"]:
-        for kind in ("micro", "macro"):
-            found += [(row["name"], kind, "", report["questions"], name, item) for name, item in row[kind].items()]
+        totals = [(kind, row[kind]) for kind in ("micro", "macro")]
+        totals += [(f"strict {kind}", row["strict"][kind]) for kind in ("micro", "macro") if "strict" in row]
+        for kind, items in totals:
+            found += [(row["name"], kind, "", report["questions"], name, item) for name, item in items.items()]
         for kind in ("category", "subject", "level"):
             for value, items in row[kind].items():
                 measures = {name: item for name, item in items.items() if name != "questions"}
                 found += [(row["name"], kind, value, items["questions"], name, item) for name, item in measures.items()]
-    columns = ["checkpoint", "kind", "name", "questions", "measure", "value", "low", "high"]
-    lines = [(*facts, item["value"], item["low"], item["high"]) for *facts, item in found]
-    return pd.DataFrame(lines, columns=columns).to_csv(index=False)
+    for row in report["contamination"]["checkpoints"] if "contamination" in report else []:
+        for name, ends in row["intervals"].items():
+            if ends:
+                item = {"value": row[name], "low": ends[0], "high": ends[1]}
+                found.append((row["name"], "contamination", name, row["counts"][name], "average", item))
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["checkpoint", "kind", "name", "questions", "measure", "value", "low", "high"])
+    writer.writerows((*facts, item["value"], item["low"], item["high"]) for *facts, item in found)
+    return file.getvalue()
 
 
 PAGE = Path(__file__).with_name("report.html")  # the template; __DATA__ stands for the JSON
@@ -185,10 +261,7 @@ def write_html(report, rows, questions, path, budget=20_000_000):
             + ([] if texts else ["responses are left out: too many for one page"])
         ),
         "plot": plot,
-        "tables": [
-            (title, [frame.columns.name, *frame.columns], frame.reset_index().to_numpy().tolist())
-            for title, frame in tables(report)
-        ],
+        "tables": [(table.title, table.header, table.rows) for table in tables(report)],
         "comparisons": [item["verdict"] for item in report["comparisons"]],
         "names": [row.name.removeprefix("malaymmlu-") for row in rows],
         "questions": listed,

@@ -1,11 +1,11 @@
-"""Measures per question, intervals by resampling questions, paired comparisons; and the original project's block of
-scores."""
+"""Measures per question, intervals by resampling questions, and the original project's block of scores."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from malaysian_sft.comparisons import compare, leaderboard
 from malaysian_sft.generations import MISSING, OUTCOMES
 from malaysian_sft.questions import LETTERS, strata
 
@@ -72,18 +72,92 @@ def interval(resampled, n, values=None, level=0.95):
     """Percentile interval of bootstrap means, widened for small samples (the "expanded percentile" of Hesterberg 2015)
     -> (low, high).
 
-    n: questions behind the estimate (of the smallest stratum). values: the per-question values; if they are all the
-    same the bootstrap sees no spread at all, and the exact binomial interval is given instead.
+    n: questions behind the estimate. values: the per-question values; if they are all the same the bootstrap sees no
+    spread at all, and the exact binomial interval is given instead.
+    """
+    if values is not None and np.ptp(values) == 0:
+        return binomial_interval(values[0], len(values), level)
+    return expanded(resampled, np.sqrt(n / (n - 1)) if n > 1 else 1.0, max(n - 1, 1), level)
+
+
+def expanded(resampled, widening, freedom, level=0.95):
+    """Percentiles of `resampled` where Student's quantile for `freedom`, times `widening`, lies on the normal scale.
+
+    widening: how much larger the unbiased standard error is than the bootstrap's, sqrt(n / (n - 1)) for n questions.
     """
     from scipy import special
 
-    if values is not None and np.ptp(values) == 0:
-        return binomial_interval(values[0], len(values), level)
-    tail = (1 - level) / 2
-    if n > 1:
-        tail = float(special.ndtr(np.sqrt(n / (n - 1)) * special.stdtrit(n - 1, tail)))
+    tail = float(special.ndtr(widening * special.stdtrit(freedom, (1 - level) / 2)))
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return float(low), float(high)
+
+
+FEWEST = 5  # questions of a category from which its spread can be told
+POOL = 10  # questions that a pool should have
+
+
+class Strata:
+    """Categories as strata of a bootstrap. Those with fewer than FEWEST questions have no spread to speak of, one with
+    a single question has none: they are pooled.
+
+    The pool lends them the spread of all its questions. If it has fewer than POOL, the smallest other categories stand
+    in it too; those keep their own spread.
+    """
+
+    def __init__(self, groups):
+        self.groups = groups  # {category: int array of questions}
+        self.questions = sum(map(len, groups.values()))
+        self.own = {name: index for name, index in groups.items() if len(index) >= FEWEST}
+        self.small = {name: index for name, index in groups.items() if len(index) < FEWEST}
+        pool = list(self.small.values())
+        for index in sorted(self.own.values(), key=len):
+            if pool and sum(map(len, pool)) < POOL:
+                pool.append(index)
+        self.sampled = list(self.own.values())
+        if sum(map(len, pool)) > 1:
+            self.sampled.append(np.concatenate(pool))
+
+    def weights(self, by_category):
+        """What each sampled stratum weighs in the mean over questions, or over categories, and how much its deviation
+        is stretched -> float64 (strata,) twice.
+
+        The pool's questions may weigh differently (a category's share over its questions), and the pool may have other
+        questions than those it stands for: its mean is stretched to the standard error of their weighted mean.
+        """
+
+        def weight(index):
+            return 1 / len(self.groups) if by_category else len(index) / self.questions
+
+        weights, stretch = [weight(index) for index in self.own.values()], [1.0] * len(self.own)
+        if len(self.sampled) > len(self.own):
+            shares = [weight(index) for index in self.small.values()]
+            squares = sum(share**2 / len(index) for share, index in zip(shares, self.small.values(), strict=True))
+            weights.append(sum(shares))
+            stretch.append(np.sqrt(len(self.sampled[-1]) * squares) / sum(shares))
+        return np.array(weights), np.array(stretch)
+
+    def estimate(self, values, means, by_category):
+        """Mean and interval -> {"value", "low", "high"}. values: (Q,); means: the bootstrap's, (resamples, strata).
+
+        The bootstrap's deviations are stretched to the unbiased standard error of a stratified mean, and the
+        percentiles are those of Student's t with its degrees of freedom (Satterthwaite 1946), on the normal scale.
+        Where no stratum has any spread, though they differ, the questions are taken as one sample.
+        """
+        value = np.mean([values[i].mean() for i in self.groups.values()]) if by_category else values.mean()
+        if np.ptp(values) == 0:
+            return estimate(value, *binomial_interval(values[0], len(values)))
+        weights, stretch = self.weights(by_category)
+        sizes = np.array([len(index) for index in self.sampled])
+        variance = np.array([values[index].var(ddof=1) for index in self.sampled]) * (weights * stretch) ** 2 / sizes
+        if not variance.sum():
+            low, high = t_interval(values)
+            return estimate(value, max(0.0, value + low - values.mean()), min(1.0, value + high - values.mean()))
+        centres = np.array([values[index].mean() for index in self.sampled])
+        widening = np.sqrt(variance.sum() / (variance * (1 - 1 / sizes)).sum())
+        deviations = (means - centres) @ (weights * stretch) * widening
+        freedom = variance.sum() ** 2 / (variance**2 / (sizes - 1)).sum()
+        low, high = expanded(value + deviations, 1.0, freedom)
+        return estimate(value, max(0.0, low), min(1.0, high))
 
 
 def binomial_interval(share, n, level=0.95):
@@ -96,25 +170,6 @@ def binomial_interval(share, n, level=0.95):
     return low, float(special.betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
 
 
-def mcnemar(first, second):
-    """Exact McNemar test of two boolean arrays over the same questions -> (only first right, only second right,
-    two-sided p)."""
-    from scipy import special
-
-    b, c = int((first & ~second).sum()), int((~first & second).sum())
-    return b, c, min(1.0, 2 * float(special.bdtr(min(b, c), b + c, 0.5)))
-
-
-def holm(p_values):
-    """Holm's step-down correction -> adjusted p-values in the order given."""
-    order = np.argsort(p_values)
-    adjusted, running = np.empty(len(p_values)), 0.0
-    for rank, position in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[position]))
-        adjusted[position] = running
-    return [float(p) for p in adjusted]
-
-
 @dataclass
 class Row:
     """One checkpoint with its answers."""
@@ -123,38 +178,37 @@ class Row:
     path: Path
     args: dict
     answers: np.ndarray  # int8 (Q, samples)
+    strict: np.ndarray | None = None  # the same by strict reading; None where it was not read
 
     @property
     def protocol(self):
         return self.args.get("protocol", "reasoning")
 
 
-def score(rows, questions, resamples=2000, seed=0, pairs="all"):
+def score(rows, questions, resamples=2000, seed=0, pairs="all", ranked=False):
     """All numbers about `rows` as one JSON-ready dict: chance levels, per checkpoint scores with intervals,
-    comparisons."""
+    comparisons; ranked: a leaderboard too, by all pairs whatever `pairs` are."""
     keys = np.array([LETTERS.index(question["key"]) for question in questions], np.int8)
     offered = np.array([len(question["letters"]) for question in questions])
-    groups = strata(questions)
-    index = list(groups.values())
-    sizes = np.array([len(i) for i in index])
-    values = np.stack([measure(row.answers, keys) for row in rows], 1)  # (Q, rows, measures)
-    means = bootstrap(values.reshape(len(questions), -1), index, resamples, seed).reshape(
-        resamples, len(index), len(rows), len(MEASURES)
+    parts = Strata(strata(questions))
+    read = [row.answers for row in rows] + [row.strict for row in rows if row.strict is not None]
+    values = np.stack([measure(answers, keys) for answers in read], 1)  # (Q, readings, measures)
+    means = bootstrap(values.reshape(len(questions), -1), parts.sampled, resamples, seed).reshape(
+        resamples, len(parts.sampled), len(read), len(MEASURES)
     )
-    micro = np.einsum("bgrm,g->brm", means, sizes / sizes.sum())
-    macro = means.mean(1)
     report = {
         "questions": len(questions),
-        "categories": {name: len(i) for name, i in groups.items()},
+        "categories": {name: len(i) for name, i in parts.groups.items()},
+        "pooled": list(parts.small),
         "resamples": resamples,
         "seed": seed,
         "chance": {"one sample": float((1 / offered).mean())},
         "checkpoints": [],
     }
+    strict_at = len(rows)
     for r, row in enumerate(rows):
         width = row.answers.shape[1]
         report["chance"][f"any of {width}"] = float((1 - (1 - 1 / offered) ** width).mean())
-        mine = values[:, r]  # (Q, measures)
         entry = {
             "name": row.name,
             "directory": str(row.path),
@@ -163,30 +217,43 @@ def score(rows, questions, resamples=2000, seed=0, pairs="all"):
             "retries": row.args.get("retries", 0),
             "answers": count_outcomes(row.answers),
             "original": {name: list(pair) for name, pair in original_scores(row.answers, questions).items()},
-            "micro": {},
-            "macro": {},
-            "category": {},
-            "subject": {},
-            "level": {},
+            **totals(values[:, r], means[:, :, r], parts),
+            **by_part(values[:, r], means[:, :, r], parts, questions),
         }
-        for m, name in enumerate(MEASURES):
-            entry["micro"][name] = estimate(mine[:, m].mean(), *interval(micro[:, r, m], sizes.min(), mine[:, m]))
-            by_group = np.mean([mine[i, m].mean() for i in index])
-            entry["macro"][name] = estimate(by_group, *interval(macro[:, r, m], sizes.min(), mine[:, m]))
-        for g, (category, i) in enumerate(groups.items()):
-            entry["category"][category] = {"questions": len(i)} | {
-                name: estimate(mine[i, m].mean(), *interval(means[:, g, r, m], len(i), mine[i, m]))
-                for m, name in enumerate(MEASURES)
-            }
-        for kind in ("subject", "level"):
-            for value, i in strata(questions, kind).items():
-                entry[kind][value] = {
-                    "questions": len(i),
-                    "average": estimate(mine[i, 1].mean(), *t_interval(mine[i, 1])),
-                }
+        if row.strict is not None:
+            strict = totals(values[:, strict_at], means[:, :, strict_at], parts)
+            entry["strict"] = {"answers": count_outcomes(row.strict), **strict}
+            strict_at += 1
         report["checkpoints"].append(entry)
-    report["comparisons"] = compare(rows, values, micro, pairs)
+    report["comparisons"] = compare(rows, keys, pairs, MISSING, seed)
+    if ranked:
+        every = report["comparisons"] if pairs == "all" else compare(rows, keys, "all", MISSING, seed)
+        report["leaderboard"] = leaderboard(report["checkpoints"], every)
     return report
+
+
+def totals(values, means, parts):
+    """All measures over questions and over categories. values: (Q, measures); means: (resamples, strata, measures)."""
+    return {
+        kind: {name: parts.estimate(values[:, m], means[:, :, m], kind == "macro") for m, name in enumerate(MEASURES)}
+        for kind in ("micro", "macro")
+    }
+
+
+def by_part(values, means, parts, questions):
+    """All measures by category, the average by subject and level. values and means as in `totals`."""
+    entry, numbers = {"category": {}, "subject": {}, "level": {}}, {name: g for g, name in enumerate(parts.own)}
+    for category, i in parts.groups.items():
+        entry["category"][category] = {"questions": len(i)}
+        for m, name in enumerate(MEASURES):
+            mine = values[i, m]
+            ends = interval(means[:, numbers[category], m], len(i), mine) if category in numbers else t_interval(mine)
+            entry["category"][category][name] = estimate(mine.mean(), *ends)
+    for kind in ("subject", "level"):
+        for value, i in strata(questions, kind).items():
+            average = estimate(values[i, 1].mean(), *t_interval(values[i, 1]))
+            entry[kind][value] = {"questions": len(i), "average": average}
+    return entry
 
 
 def estimate(value, low, high):
@@ -209,73 +276,3 @@ def count_outcomes(answers):
     counts = {"answered": int((answers >= 0).sum())}
     counts |= {name: int((answers == code).sum()) for name, code in OUTCOMES.items()}
     return counts | {"missing": int((answers == MISSING).sum())}
-
-
-def chosen_pairs(pairs, rows):
-    """`--compare` -> index pairs. Raises ValueError for an unknown name."""
-    if pairs == "none":
-        return []
-    if pairs == "all":
-        return [(i, j) for i in range(len(rows)) for j in range(i + 1, len(rows))]
-    found = []
-    for part in pairs.split(","):
-        names = [name.strip() for name in part.split(":")]
-        where = [
-            next((i for i, row in enumerate(rows) if row.name in (name, f"malaymmlu-{name}")), None) for name in names
-        ]
-        if len(where) != 2 or None in where:
-            raise ValueError(
-                f"--compare {part!r}: expected NAME:NAME out of {', '.join(row.name for row in rows)}, or all, or none"
-            )
-        found.append(tuple(where))
-    return found
-
-
-def compare(rows, values, micro, pairs):
-    """Paired comparisons -> list of dicts. values: (Q, rows, measures); micro: (resamples, rows, measures), the same
-    resamples for all."""
-    from scipy import special
-
-    found = []
-    for i, j in chosen_pairs(pairs, rows):
-        if rows[i].protocol != rows[j].protocol:
-            continue  # a first-token score and a reasoning score are not the same quantity
-        difference = float((values[:, i, 1] - values[:, j, 1]).mean())
-        resampled = micro[:, i, 1] - micro[:, j, 1]
-        spread = float(resampled.std(ddof=1))
-        low, high = interval(resampled, len(values))
-        p = float(2 * special.ndtr(-abs(difference) / spread)) if spread > 0 else float(difference == 0)
-        only_first, only_second, p_mcnemar = mcnemar(values[:, i, 0] == 1, values[:, j, 0] == 1)
-        found.append(
-            {
-                "first": rows[i].name,
-                "second": rows[j].name,
-                "difference": estimate(difference, low, high),
-                "p_bootstrap": p,
-                "only_first_right": only_first,
-                "only_second_right": only_second,
-                "p_mcnemar": p_mcnemar,
-            }
-        )
-    for name in ("p_bootstrap", "p_mcnemar"):
-        for item, adjusted in zip(found, holm([item[name] for item in found]), strict=True):
-            item[name + "_holm"] = adjusted
-    for item in found:
-        item["verdict"] = verdict(item)
-    return found
-
-
-def verdict(item):
-    """A comparison in words."""
-    points, p = 100 * item["difference"]["value"], item["p_bootstrap_holm"]
-    better, worse = (item["first"], item["second"]) if points >= 0 else (item["second"], item["first"])
-    sides = sorted(
-        abs(100 * x) if (x >= 0) == (points >= 0) else -abs(100 * x)
-        for x in (item["difference"]["low"], item["difference"]["high"])
-    )
-    interval_text = f"95 % interval {sides[0]:.2f} to {sides[1]:.2f}"
-    p_text = f"p {p:.2g} by bootstrap, {item['p_mcnemar_holm']:.2g} by McNemar"
-    numbers = f"{abs(points):.2f} points, {interval_text}; {p_text}"
-    if p < 0.05:
-        return f"{better} is better than {worse} ({numbers}, Holm-corrected)"
-    return f"{better} and {worse} cannot be told apart ({numbers}, Holm-corrected)"

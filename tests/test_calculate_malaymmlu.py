@@ -28,17 +28,13 @@ from malaysian_sft.questions import (
     load_questions,
     parse_options,
     read_lock,
-    strata,
 )
 from malaysian_sft.report import notes, percent
 from malaysian_sft.statistics import (
     Row,
     bootstrap,
-    compare,
     count_outcomes,
-    holm,
     interval,
-    mcnemar,
     measure,
     original_scores,
     score,
@@ -139,6 +135,8 @@ def test_irregular_delimiters(line):
         ({"prompt": " "}, "`prompt` is missing"),
         ({"category": None}, "`category` is missing"),
         ({"num_options": 9}, "`num_options` must be 2 to 6"),
+        ({"num_options": None, "options": None, "prompt": "Apa?"}, "`num_options` is missing and no options stand in"),
+        ({"prompt": "Apa \ud83d?"}, "half of a surrogate pair"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, changed, message):
@@ -368,8 +366,25 @@ def test_a_record_with_a_wrong_type_is_refused_by_line(tmp_path, field):
         read_answers(tmp_path / "a", [question(0)])
 
 
+def test_half_a_surrogate_pair_is_refused_by_line(tmp_path, call):
+    good = {"index": 0, "id": 0, "sample": 0, "text": "Jawapan: A \U0001f600"}
+    path = save(tmp_path / "malaymmlu-a", [good]) / "generations.jsonl"
+    with open(path, "a") as file:
+        file.write(json.dumps(good | {"sample": 1, "text": "Jawapan: A \ud83d"}) + "\n")
+    (tmp_path / "q.json").write_text(json.dumps([raw(0)]))
+    shown = call(tmp_path, "--pattern", "malaymmlu-a", "--questions", "q.json")
+    assert shown.returncode == 1 and shown.stderr.count("\n") == 1
+    assert "generations.jsonl, line 2: half of a surrogate pair (such as \\ud83d alone)" in shown.stderr
+
+
 def test_a_limit_below_one_is_refused(tmp_path, call):
     assert "--limit must be at least 1, got 0" in call(tmp_path, "--pattern", "x", "--limit", 0).stderr
+
+
+@pytest.mark.parametrize("count", [0, -1, 100_000_000])
+def test_an_impossible_number_of_resamples_is_refused(tmp_path, call, count):
+    shown = call(tmp_path, "--pattern", "x", "--resamples", count)
+    assert shown.returncode == 1 and f"--resamples must be 10 to 100,000, got {count}" in shown.stderr
 
 
 def test_a_half_written_last_line_is_passed_over_and_damage_is_not(tmp_path, capsys):
@@ -479,53 +494,6 @@ def test_intervals_of_all_right_and_all_wrong_are_the_exact_binomial_ones():
     assert t_interval(values) == pytest.approx(expected)
 
 
-def test_mcnemar_and_holm_against_scipy_and_by_hand():
-    generator = np.random.default_rng(3)
-    first, second = generator.random(300) < 0.7, generator.random(300) < 0.6
-    b, c, p = mcnemar(first, second)
-    table = np.array([[(first & second).sum(), b], [c, (~first & ~second).sum()]])
-    assert table.sum() == 300
-    # the exact McNemar test, written out
-    assert p == pytest.approx(min(1.0, 2 * stats.binom.cdf(min(b, c), b + c, 0.5)))
-    assert mcnemar(first, first) == (0, 0, 1.0)
-    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
-    assert holm([]) == []
-
-
-def rows_of(values, keys_seed=0):
-    """Rows whose answers are right where `values` says so."""
-    return [
-        Row(f"malaymmlu-{name}", Path("."), {}, np.where(right == 1, 0, 1).astype(np.int8))
-        for name, right in values.items()
-    ]
-
-
-def test_paired_comparison_keeps_its_level_and_finds_a_real_difference():
-    """Two equal checkpoints are called different in about 5 % of 300 simulations; ten points of difference are found,
-    the truth inside."""
-    generator = np.random.default_rng(7)
-    questions = [question(i, ["STEM", "Language"][i % 2]) for i in range(200)]
-    groups = list(strata(questions).values())
-    rejected = 0
-    for trial in range(300):
-        difficulty = generator.beta(2, 1.3, 200)[:, None]
-        pair = {name: (generator.random((200, 3)) < difficulty).astype(float) for name in ("a", "b")}
-        values = np.stack([measure(row.answers, np.zeros(200, np.int8)) for row in rows_of(pair)], 1)
-        means = bootstrap(values.reshape(200, -1), groups, 300, trial).reshape(300, 2, 2, 4)
-        (item,) = compare(rows_of(pair), values, means.mean(1), "all")
-        rejected += item["p_bootstrap"] < 0.05
-    assert stats.binomtest(rejected, 300, 0.05).pvalue > 0.005, rejected / 300
-    difficulty = generator.beta(2, 1.3, 200)[:, None] * 0.8
-    good = {
-        "worse": generator.random((200, 3)) < difficulty,
-        "better": generator.random((200, 3)) < difficulty + 0.1,
-    }
-    report = score(rows_of({k: v.astype(float) for k, v in good.items()}), questions, 500)
-    (item,) = report["comparisons"]
-    assert item["difference"]["low"] <= -0.1 <= item["difference"]["high"] < 0
-    assert item["verdict"].startswith("malaymmlu-better is better than malaymmlu-worse (")
-
-
 def test_micro_macro_chance_and_protocols():
     questions = [
         question(0, "STEM"),
@@ -579,10 +547,43 @@ def test_contamination_finds_shared_runs_of_words_and_whole_short_questions(tmp_
     answers = np.array([[0], [1], [0], [0], [1]], np.int8)
     report = contamination_report([Row("m", Path("."), {}, answers)], questions, str(tmp_path / "train"))
     assert report["questions"] == [0, 2] and report["count"] == 2
-    scores = {"name": "m", "all": 3 / 5, "without": 1 / 3, "only": 1.0}
-    assert report["checkpoints"][0] == pytest.approx(scores)
+    (row,) = report["checkpoints"]
+    assert [row[name] for name in ("all", "without", "only")] == pytest.approx([3 / 5, 1 / 3, 1.0])
+    assert row["counts"] == {"all": 5, "without": 3, "only": 2}
     with pytest.raises(ValueError, match="no .jsonl, .json or .parquet file"):
         contaminated(questions, str(tmp_path / "nowhere"))
+
+
+def test_contamination_takes_stems_and_options_apart(tmp_path):
+    instruction = "Baca petikan di bawah dengan teliti kemudian pilih satu jawapan yang paling tepat."
+    assert len(instruction.split()) == 13
+
+    def asked(index, stem, *options):
+        lettered = dict(zip("ABCD", options, strict=False))
+        prompt = stem + "\n" + "\n".join(f"{letter}. {text}" for letter, text in lettered.items())
+        return question(index, prompt=prompt, options=lettered, letters="ABCD"[: len(options)])
+
+    long = "Apakah nama sungai terpanjang di negeri yang terletak di pantai timur Semenanjung Malaysia itu?"
+    questions = [
+        asked(0, f"{instruction} {long}", "Pahang", "Perak", "Kelantan"),
+        asked(1, f"{instruction} Siapakah pengarang novel Salina?", "A. Samad Said", "Usman Awang", "Shahnon Ahmad"),
+        asked(2, "Pilih ejaan yang betul.", "menyapu", "mensapu"),  # the same stem twice
+        asked(3, "Pilih ejaan yang betul.", "mengecat", "mencat"),
+    ]
+    rows = [
+        {"question": f"{long}\nA. Kelantan\nB. Pahang\nC. Perak", "answer": "B"},  # shuffled
+        {"question": f"{instruction} Sesuatu yang lain sama sekali."},
+        {"question": "Pilih ejaan yang betul.", "options": ["mencat", "mengecat"]},
+    ]
+    text = "\n\n".join(json.dumps(row) for row in rows) + "\n\n"  # blank lines
+    (tmp_path / "train.jsonl").write_text(text)
+    report = contamination_report([], questions, str(tmp_path / "train.jsonl"))
+    assert report["questions"] == [0, 3] and report["with_options"] == [0, 3]
+    (tmp_path / "train.jsonl").write_text(text + "{broken\n")
+    with pytest.raises(ValueError, match="train.jsonl, line 7: not JSONL"):
+        contaminated(questions, str(tmp_path / "train.jsonl"))
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": long}))
+    assert contamination_report([], questions, str(tmp_path / "train.jsonl"))["with_options"] == []
 
 
 # ---- written files ---------------------------------------------------------------------------------------------------
@@ -621,6 +622,8 @@ def written(tmp_path_factory):
         "--html",
         "out/s.html",
     ]
+    (folder / "train.jsonl").write_text(json.dumps({"question": raw(3)["prompt"]}) + "\n\n")
+    flags += ["--contamination", "train.jsonl"]
     shown = run(folder, "--pattern", "malaymmlu-*", "--questions", "q.json", "--resamples", 200, "--audit", 2, *flags)
     assert shown.returncode == 0, shown.stderr
     return folder / "out", shown.stdout
@@ -642,6 +645,16 @@ def test_json_csv_and_markdown_hold_the_same_numbers(written):
     assert line["questions"] == "40" and float(line["value"]) == best["micro"]["average"]["value"]
     text = percent(best["micro"]["average"])
     assert text in (folder / "s.md").read_text() and text in shown
+    contamination = "contamination: 1 of 40 questions overlap train.jsonl (1 with all their options)"
+    markdown = (folder / "s.md").read_text()
+    assert contamination in shown and contamination in markdown and contamination in (folder / "s.html").read_text()
+    without = report["contamination"]["checkpoints"][2]["without"]
+    [line] = [line for line in table if line["kind"] == "contamination" and line["name"] == "without"][2:]
+    assert line["questions"] == "39" and float(line["value"]) == without
+    strict = [line for line in table if line["kind"] == "strict micro" and line["measure"] == "average"]
+    assert [float(line["value"]) for line in strict] == [
+        row["micro"]["average"]["value"] for row in report["checkpoints"]
+    ]
     assert len(report["comparisons"]) == 3 and shown.count("---- read as:") == 2
     assert "malaymmlu-run-checkpoint-10 is better than malaymmlu-Base" in shown
 
@@ -682,6 +695,50 @@ def test_comparisons_can_be_chosen_and_unknown_names_are_refused(written, call):
     assert shown.returncode == 1 and shown.stderr.startswith("error: --compare 'Base:nobody'")
 
 
+def test_seeds_and_protocols_of_one_checkpoint_are_rows_and_a_leaderboard_ranks_them(tmp_path, call):
+    (tmp_path / "q.json").write_text(json.dumps([raw(i, key="A") for i in range(60)]))
+    sha256 = checksum(tmp_path / "q.json")
+
+    def generate(directory, right, protocol="reasoning", seed=0, count=60, questions=sha256):
+        records = [
+            {
+                "index": i,
+                "id": i,
+                "sample": 0,
+                "text": "A" if protocol == "first_token" else f"Jawapan: {'AB'[i >= right]}",
+            }
+            for i in range(count)
+        ]
+        facts = {"names": ["run-5"], "adapter_fingerprint": "x", "samples": 1, "questions_sha256": questions}
+        save(tmp_path / directory, records, protocol=protocol, seed=seed, **facts)
+
+    generate("malaymmlu-run-5", 50)
+    generate("again/malaymmlu-run-5", 48, seed=1)
+    generate("other/malaymmlu-run-5", 60, protocol="first_token")
+    generate("bad/malaymmlu-run-5", 5, seed=2)
+    generate("part/malaymmlu-run-5", 30, seed=3, count=30)
+    generate("elsewhere/malaymmlu-run-5", 60, seed=4, questions="0" * 64)
+    pattern = "malaymmlu-*,again/*,other/*,bad/*,part/*,elsewhere/*"
+    flags = ["--questions", "q.json", "--resamples", 50, "--json", "s.json", "--leaderboard"]
+    shown = call(tmp_path, "--pattern", pattern, *flags, "--compare", "malaymmlu-run-5:other/*,malaymmlu-run-5:part/*")
+    assert shown.returncode == 0, shown.stderr
+    assert "elsewhere/malaymmlu-run-5 was generated from questions with sha256 0000" in shown.stderr
+    report = json.loads((tmp_path / "s.json").read_text())
+    reasoning, official = report["leaderboard"]
+    assert [(row["rank"], row["name"]) for row in reasoning["rows"]] == [
+        (1, "malaymmlu-run-5"),
+        (1, "again/malaymmlu-run-5"),  # two questions of sixty are no difference
+        (3, "bad/malaymmlu-run-5"),
+        (None, "part/malaymmlu-run-5"),
+    ]
+    assert [row["name"] for row in official["rows"]] == ["other/malaymmlu-run-5"]
+    assert "leaderboard, reasoning protocol, 60 questions" in shown.stdout and "unfinished" in shown.stdout
+    protocols, part = report["comparisons"]
+    assert "the same questions by different protocols, reasoning and first_token" in protocols["verdict"]
+    assert part["questions"] == 30 and not part["differs"]  # 30 right of 30, and of the same 30
+
+
 def test_the_scorer_needs_neither_torch_nor_vllm():
-    code = "import sys, calculate_malaymmlu; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    modules = ("torch", "vllm", "transformers", "pandas")
+    code = f"import sys, calculate_malaymmlu; print([m for m in {modules} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == "[]"

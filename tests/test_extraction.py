@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from malaysian_sft.answer_text import key, number
-from malaysian_sft.extraction import by_rules, extract, extract_strict, quick
+from malaysian_sft.extraction import by_rules, extract, extract_both, extract_strict, quick
+from malaysian_sft.sentences import silent
 
 HERE = Path(__file__).parent
 
@@ -109,15 +110,21 @@ def test_the_quick_way_gives_the_answer_of_the_rules():
         "Langkah 1. ",
         "Pilihan A. Jawapan akhir: ",
     )
-    for text, asked, reason, thinking in cases + [(lead + text, *rest) for lead in leads for text, *rest in cases[::7]]:
+    for text, asked, reason, thinking in cases[::2] + [
+        (lead + text, *rest) for lead in leads for text, *rest in cases[::29]
+    ]:
         for form in (
             text,
             text + "\n$\\boxed{B}$",
             text + " Jawapan akhir ialah $\\boxed{A}$.",
-            text + ". Jadi \\boxed{C}",
+            text + ". Jadi, \\boxed{C}",
+            text + "\n\\boxed{\\text{B. " + asked["options"]["B"] + "}}",
+            text + ".\n**Jawapan akhir:** A",
         ):
             taken += quick(form, asked, thinking) is not None
-            assert extract(form, asked, reason, thinking) == by_rules(form, asked, reason, thinking), form
+            said = by_rules(form, asked, reason, thinking)
+            strict = extract_strict(form, asked, reason, thinking)
+            assert extract_both(form, asked, reason, thinking) == (said, strict), form
     assert taken > 1000
     words = question(["Jadi", "ialah", "jawapan akhir", "maka"])
     assert (
@@ -127,6 +134,20 @@ def test_the_quick_way_gives_the_answer_of_the_rules():
     )
 
 
+def test_sentences_that_are_remembered_change_no_answer():
+    cases = [given(case) for case in COMMITTED + HOSTILE] + [(*pair, "stop", False) for *pair, _ in filled()]
+    draw = random.Random(5)
+    mixed = [
+        (draw.choice(("\n", ". ", "? ")).join((draw.choice(cases)[0], text)), *rest)
+        for text, *rest in draw.choices(cases, k=1500)
+    ]
+    warm = [by_rules(*case) for case in mixed + mixed][len(mixed) :]
+    assert len(silent) > 20
+    for case, said in zip(mixed, warm, strict=True):
+        silent.clear()
+        assert by_rules(*case) == said, case
+
+
 def test_a_long_text_is_read_like_a_short_one():
     filler = "Mari kita fikirkan langkah demi langkah dengan teliti.\n" * 200
     assert extract(filler + "Jawapan: C", question()) == ("answered", "C")
@@ -134,6 +155,13 @@ def test_a_long_text_is_read_like_a_short_one():
     assert extract(filler + r"\boxed{\text{Kuching}}", question()) == ("answered", "D")
     assert extract(filler, question()) == ("none", None)
     assert extract(filler, question(), "length") == ("truncated", None)
+
+
+def test_a_letter_inside_a_word_and_a_box_after_a_contrast_are_not_mixed_up():
+    assert extract("Jawapannya ini bisa.", question()) == ("none", None)  # no "a" after "is"
+    assert extract("正确答案是C", question()) == ("answered", "C")
+    two = "Bukan D tetapi C, \\boxed{C}? Jadi, jawapannya ialah \\boxed{B}."  # each clause has its own box
+    assert by_rules(two, question()) == extract(two, question()) == ("answered", "B")
 
 
 def test_strict_reads_only_the_last_box():

@@ -103,6 +103,22 @@ def test_both_naming_styles_match_in_natural_order(runs):
     assert jobs[1].names == ["fsdp2-fused-moe-glm-4.5-air-lora-256-checkpoint-944", "GLM-4.5-Air-lora-256-944"]
 
 
+@pytest.mark.parametrize(
+    ("base", "asked", "expected"),
+    [
+        ("meta-llama/Llama-3.1-70B-Instruct", "auto", "assistant"),
+        ("/models/Meta-LLAMA-3-8B", "auto", "assistant"),
+        ("/llama/Qwen3-32B", "auto", "user"),
+        ("Qwen/Qwen3-32B", "assistant", "assistant"),
+        ("meta-llama/Llama-3.1-70B-Instruct", "user", "user"),
+    ],
+)
+def test_the_answer_prefix_is_the_official_programs_unless_told(base, asked, expected):
+    job = malaymmlu.Job("x", ["x"], base, base, None, Path("x"))
+    assert malaymmlu.answer_prefix(arguments(answer_prefix=asked), job) == expected
+    assert ("begins the answer" in malaymmlu.said_of_prefix(expected)) == (expected == "assistant")
+
+
 def test_a_checkpoint_that_is_still_being_written_is_passed_over(runs):
     write_adapter(runs / "outputs/ds3-qwen3-32b-lora-256/checkpoint-1600.tmp", "models/Qwen3-32B", 256)
     assert len(malaymmlu.find_jobs(arguments(pattern="ds3-*", base="none"))) == 3

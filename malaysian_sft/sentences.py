@@ -1,0 +1,163 @@
+"""The sentences of a response that may name an option, found from the end, cut into clauses."""
+
+import re
+from bisect import bisect_left
+from itertools import islice
+
+from malaysian_sft.answer_text import BOX, NAMED
+
+# clauses that are read from the end; what a longer response said before is not its answer
+MOST_CLAUSES = 200
+# sentences read before that state nothing, whatever the question ("Pilihan A kurang sesuai"): models repeat themselves
+silent, MOST_SILENT = set(), 50_000
+LINK = r"(?:ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是|[:：=→>–-])"
+
+CONTRAST = r"tetapi|tapi|namun|sebaliknya|melainkan|but|rather"
+ASIDE = (
+    r"kerana|karena|sebab(?! itu)|because|since|manakala|sedangkan|sementara|while|whereas|walaupun|meskipun|"
+    r"walau|although|even though|"
+    r"selain|other than"
+)
+THUS = r"jadi|maka|justeru|oleh (?:itu|sebab itu|kerana itu|karena itu)|therefore|thus|hence|so"
+# line ends, "?!;" and full stops before a space; a set of characters stands first, so that the search skips to them
+HARD_BREAK = re.compile(r"[\n?!;.](?<!\.(?!\s|$))(?:(?<=[?!;])[?!;]+)?\s{0,9}")
+SOFT_BREAK = re.compile(
+    rf",?[ \t]{{1,4}}(?<!oleh )(?=(?:{CONTRAST}|{ASIDE})\b)|,[ \t]{{1,4}}(?=(?:{THUS}|jawapan|jawaban|saya|the|"
+    rf"i|yang|pilihan yang)\b)",
+    re.I,
+)
+# a sentence without one of these states nothing
+STEMS = (
+    *"jawap jawab jwpn answer 答案 pilih milih opsyen opti opsi choice choose chose select pick simpul conclu".split(),
+    *"correct betul benar tepat right best closest hampir sesuai oleh jadi maka justeru therefore thus hence".split(),
+    *("go with", "go for", "so ", "tetapi", "tapi", "sebaliknya", "melainkan", "but ", BOX),
+)
+CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*)?")
+HEADING = re.compile(
+    r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|"
+    r"adalah|is)\s*:"
+)
+# supersets of what LETTER, boxes and SMALL take
+LONE_OR_BOX = re.compile(rf"[A-F{BOX}](?:(?<={BOX})|(?<![A-Za-z0-9].)(?!\w))", re.S)
+LONE_SMALL = re.compile(r"[^A-Za-z0-9][a-f](?!\w)")
+LINK_SIGNS = ("ialah", "adalah", "iaitu", "yaitu", "yakni", "merupakan", "is", "are", "be", *"是:：=→>–-")
+LINKED = re.compile(rf"(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b.{{0,40}}?{LINK}")
+
+
+def sentences_of(text):
+    """(start, end, what ended it) of the sentences of a plain text, in order; blank ones too.
+
+    A heading ("### Jawapan") takes its next line along.
+    """
+    found, at, length = [], 0, len(text)
+    for match in HARD_BREAK.finditer(text):
+        start, end = match.span()
+        mark = text[start]
+        if mark == "\n" and end < length and is_heading(text[at:start]):
+            continue
+        found.append((at, start, mark))
+        at = end
+    found.append((at, length, ""))
+    return found
+
+
+def is_heading(line):
+    line = line.strip()
+    return len(line) <= 60 and bool(HEADING.fullmatch(line.lower()))
+
+
+def naming_places(text, lower, options):
+    """Where something may name an option -> (lone letters and boxes, options' texts and values said to be the answer).
+
+    More than the rules will take, never less, and found at the speed of a search: what has none needs no rules.
+    """
+    letters = [match.start() for match in LONE_OR_BOX.finditer(text)]
+    letters += [match.start() + 1 for match in LONE_SMALL.finditer(lower)]
+    found = []
+    for own, _ in options.texts:
+        at = lower.find(own)
+        while at >= 0:
+            found.append(at)
+            at = lower.find(own, at + len(own))
+    for word in ("jawa", "answer", "betul", "tepat"):
+        at = lower.find(word)
+        while at >= 0:
+            near = lower[at : at + 70]
+            if any([sign in near for sign in LINK_SIGNS]) and LINKED.match(near):
+                found.append(at)
+            at = lower.find(word, at + 4)
+    return letters, sorted(found)
+
+
+class Sentences:
+    """The sentences of a plain text that have a cue and may name an option, from the end, cut into clauses."""
+
+    def __init__(self, text, options):
+        self.lower = text.lower()
+        # a few letters have a longer lower-case form
+        self.text = text if len(self.lower) == len(text) else self.lower
+        letters, self.values = naming_places(self.text, self.lower, options)
+        self.places = sorted(letters + self.values)
+        self.spans = sentences_of(self.text) if self.places else []
+        self.letters = options.letters
+
+    def from_end(self):
+        """Yield (number, clauses, whether it opens with "tetapi", key), the last sentence first.
+
+        clauses: [(start, end, what ended it)]. key: of `silent`, None if the sentence has a box, an option's text or a
+        value. Sentences known to be silent are passed over, unless one with "tetapi" follows.
+        """
+        places, count, contrast = self.places, 0, None
+        for number in range(len(self.spans) - 1, -1, -1):
+            start, end, mark = self.spans[number]
+            last = bisect_left(places, end)
+            if not last or count >= MOST_CLAUSES:
+                return
+            if places[last - 1] < start:
+                continue
+            key = None
+            if end - start < 200 and mark != "?" and bisect_left(self.values, start) == bisect_left(self.values, end):
+                key = self.text[start:end], self.letters
+                if not contrast and key in silent:
+                    continue
+            if not has_cue(self.lower[start:end]):
+                continue
+            clauses = self.clauses(start, end, mark)
+            count += len(clauses)
+            contrast = CONTRAST_START.match(self.lower[clauses[0][0] : clauses[0][1]])
+            yield number, clauses, contrast, None if contrast or key and BOX in key[0] else key
+
+    def clauses(self, start, end, mark):
+        """A sentence cut before "tetapi", "kerana", ", jadi" -> [(start, end, what ended it)], none of them blank."""
+        found, start = [], start + len(self.text[start:end]) - len(self.text[start:end].lstrip())
+        for match in SOFT_BREAK.finditer(self.text, start, end):
+            found.append((start, match.start(), ","))
+            start = match.end()
+        found.append((start, end, mark))
+        return [part for part in found if self.text[part[0] : part[1]].strip()]
+
+    def following(self, number):
+        """The next sentence that is not blank."""
+        later = (self.text[start:end].strip() for start, end, _ in islice(self.spans, number + 1, None))
+        return next(filter(None, later), "")
+
+    def adjoining(self, earlier, later):
+        """Whether no sentence with a cue stands between the two."""
+        return not any(has_cue(self.lower[slice(*self.spans[k][:2])]) for k in range(earlier + 1, later))
+
+    def names(self, start, end):
+        return bisect_left(self.places, start) < bisect_left(self.places, end)
+
+
+def has_cue(sentence):
+    for stem in STEMS:
+        if stem in sentence:
+            return True
+    return False
+
+
+def remember_silent(key):
+    """Keep a sentence that states nothing; `silent` is emptied when it is full."""
+    if len(silent) >= MOST_SILENT:
+        silent.clear()
+    silent.add(key)
