@@ -75,10 +75,10 @@ class Stop:
         if self.watchdog is not None:
             self.watchdog.beat()
 
-    def __exit__(self, kind, error, _):
+    def __exit__(self, kind, error, traceback):
         if self.watchdog is not None:
             if self.watchdog.given() or (isinstance(error, RuntimeError) and waited_in_vain(error)):
-                self.watchdog.give_alarm()
+                self.watchdog.give_alarm(traceback)
             self.watchdog.end()
         for number, handler in self.before.items():
             signal.signal(number, handler)

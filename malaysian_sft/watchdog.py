@@ -120,12 +120,17 @@ class Watchdog:
         """Whether there is an alarm, which will end this process."""
         return self.alarm.locked()
 
-    def give_alarm(self):
-        """Report and end this process, by whichever of its threads comes first; does not return."""
+    def give_alarm(self, traceback=None):
+        """Report and end this process, by whichever of its threads comes first; does not return.
+
+        traceback: of the error that main has raised since it waited.
+        """
         if not self.alarm.acquire(blocking=False):
             time.sleep(60)  # the other thread ends the process
             os._exit(HUNG)
         main = sys._current_frames().get(threading.main_thread().ident)
+        while traceback is not None:
+            main, traceback = traceback.tb_frame, traceback.tb_next
         self._write_stacks()
         with suppress(dist.DistError):
             self.store.set(KEY, "1")
