@@ -32,6 +32,7 @@ from malaysian_sft.base_model import load_tokenizer
 from malaysian_sft.chat_format import ChatFormat
 from malaysian_sft.conversations import DataArguments, find_sources
 from malaysian_sft.locks import hold
+from malaysian_sft.safetensors_files import writing
 from malaysian_sft.tables import text_table
 from malaysian_sft.tokenise import check_cache, data_fingerprint, write_cache
 
@@ -218,7 +219,9 @@ def prepare(
     if not (directory / "meta.json").exists():
         with hold(root / f"{key}.lock"):
             if not (directory / "meta.json").exists():
-                write_cache(directory, data_args, sources, chat, sys.stderr.isatty() if progress is None else progress)
+                shown = sys.stderr.isatty() if progress is None else progress
+                with writing(root):
+                    write_cache(directory, data_args, sources, chat, shown)
     return _load(directory, data_args, model_name, seed)
 
 

@@ -18,25 +18,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from malaysian_sft.plan_page import PlanArguments
+from malaysian_sft.plan_page import PlanArguments, check_launcher
 
-TRAINERS = ("train_dense.py", "train_moe.py")
 ROOT = Path(__file__).resolve().parent
-
-
-def check_launcher(launcher):
-    """Raise ValueError if the file `launcher` would do anything but plan when it is run with --dry_run."""
-    if not Path(launcher).is_file():
-        raise ValueError(f"{launcher}: no such launcher")
-    try:
-        text = Path(launcher).read_text()
-    except UnicodeDecodeError:
-        raise ValueError(f"{launcher} is no launcher: not a text file") from None
-    starts = [line for line in text.splitlines() if any(name in line for name in TRAINERS) and line.strip()[:1] != "#"]
-    if not starts:
-        raise ValueError(f"{launcher}: starts neither train_dense.py nor train_moe.py")
-    if not all('"$@"' in line for line in starts):
-        raise ValueError(f'{launcher}: does not hand its flags to the trainer ("$@" last), so --dry_run would train')
 
 
 def parse(words=None):

@@ -7,4 +7,4 @@ bash setup.sh
 .venv/bin/ruff format --check .
 .venv/bin/shellcheck --severity warning ./*.sh .ci/run
 # Two workers of one thread: the tests start several processes, which would otherwise fight over the cores.
-OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -n 2 --dist worksteal --durations 15 "$@"
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -n 2 --dist worksteal --instafail --durations 15 "$@"

@@ -20,7 +20,6 @@ import math
 import os
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Literal
 
 import numpy as np
@@ -53,7 +52,7 @@ from malaysian_sft.lora import LoraArguments, apply_lora
 from malaysian_sft.memory import compare_peak, need
 from malaysian_sft.plan_page import dry_run
 from malaysian_sft.planning import settle, this_machine, trainer_flags
-from malaysian_sft.ranks import Stop, on_the_first, one_last_line
+from malaysian_sft.ranks import Stop, on_the_first, one_last_line, start_deepspeed_on_cpus
 from malaysian_sft.run import (
     NotFinite,
     batch_arithmetic,
@@ -162,10 +161,7 @@ class DenseTrainingArguments(TrainingArguments):
             self.use_cpu = True
             self.ddp_backend = "gloo" if world_size > 1 else None
             if "RANK" in os.environ:
-                import deepspeed
-
-                # before TrainingArguments, which would pick its own backend
-                deepspeed.init_distributed("gloo", timeout=timedelta(seconds=self.ddp_timeout))
+                start_deepspeed_on_cpus(self.ddp_timeout)  # before TrainingArguments, which would pick its own backend
         self.use_liger_kernel = not self.use_cpu  # its Triton kernels need a GPU; on a CPU transformers' own loss runs
         self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         micro = world_size * self.per_device_train_batch_size

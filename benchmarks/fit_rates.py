@@ -8,9 +8,7 @@ same chip what these rates plan for it. Appends a record for plan.py to results/
 """
 
 import argparse
-import json
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,9 +16,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from malaysian_sft.account import train_flops  # noqa: E402 (the repository root must be on the path first)
 from malaysian_sft.base_model import load_config  # noqa: E402
+from malaysian_sft.measure_rates import append  # noqa: E402
 from malaysian_sft.plan_page import read_results  # noqa: E402
 from malaysian_sft.planning import plan_run  # noqa: E402
-from malaysian_sft.run import git_commit  # noqa: E402
 from malaysian_sft.timing import Rates, data_sheet, fit, host_table, known_rates, step_time, work  # noqa: E402
 
 NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B-Instruct-2507", "qwen3-235b-a22b": "Qwen3-235B-A22B-Instruct-2507"}
@@ -124,10 +122,7 @@ def main():
     for r, measured, planned, how in rows:
         what = f"{r['model']} {r['adapter']} {r['activations']} {r.get('mode') or ''} {r['gpus']} x {r['device']}"
         print(f"{what:66} measured {measured:7.0f} ms, planned {planned:7.0f} ({planned / measured - 1:+.1%}; {how})")
-    out = Path(args.out)
-    earlier = json.loads(out.read_text()) if out.exists() else []
-    record = rates.record() | {"commit": git_commit(), "date": datetime.now(UTC).strftime("%Y-%m-%d")}
-    out.write_text(json.dumps([*earlier, record], indent=1) + "\n")
+    append(rates, args.out)
 
 
 if __name__ == "__main__":

@@ -178,8 +178,8 @@ def load_tokenizer(name, revision=None):
 
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as error:  # the Rust library raises nothing more particular
+    except Exception as error:  # tokenizers raises Exception itself, and no class below it, for a file it can't read
         if type(error) is not Exception and not isinstance(error, UNREADABLE):
-            raise
+            raise  # a fault of the code, not of the file
         what = (str(error) or type(error).__name__).strip().splitlines()[0]
         raise ValueError(f"{name}: no tokenizer that transformers can read ({what})") from None

@@ -1,6 +1,5 @@
 """A run's checkpoints, the same in both trainers: complete or not there at all; found, checked and chosen to resume."""
 
-import errno
 import itertools
 import os
 import re
@@ -26,6 +25,7 @@ from malaysian_sft.resume_state import (
     write_shares,
 )
 from malaysian_sft.run import is_main
+from malaysian_sft.safetensors_files import disk_is_full
 from malaysian_sft.training_state import MOMENTS, get_shares, set_shares
 
 KEPT = 2  # checkpoints that keep their resume/: should the newest be damaged, the one before is gone on from
@@ -92,8 +92,7 @@ class Saver:
             raise ValueError(fault)
 
     def _in_words(self, step, error):
-        full = (errno.ENOSPC, errno.EDQUOT)
-        if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
+        if disk_is_full(error):
             return self.disk_full(step, "no space left while writing")
         return f"{self.output_dir}: checkpoint-{step} is not saved: {error}"
 

@@ -1,6 +1,7 @@
 """An adapter's experts from one layout to the other: a tensor per expert and projection, or PEFT's stacks."""
 
 import json
+import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from malaysian_sft.lora import (
     parameter_names,
     short_names,
 )
-from malaysian_sft.safetensors_files import DTYPES, save_tensors, tensor_checksums
+from malaysian_sft.safetensors_files import DTYPES, save_tensors, tensor_checksums, writing
 
 
 def convert_adapter(directory, out, layout="2d", dtype=None) -> None:
@@ -55,21 +56,35 @@ def convert_adapter(directory, out, layout="2d", dtype=None) -> None:
                 pattern: value for pattern, value in (config.get(key) or {}).items() if pattern not in settings[key]
             }
         config |= settings
-    out.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a conversion that was killed
+    try:
+        with writing(out):
+            part.mkdir(parents=True)
+            _write(adapter, part, tensors, config)
+            if lost := set(adapter.slots) ^ set(Adapter(part).slots):
+                raise ValueError(f"{out}: the conversion lost {', '.join(in_groups(sorted(lost))[:5])}")
+            out.mkdir(exist_ok=True)
+            for path in sorted(part.iterdir(), key=lambda path: path.name == CONFIG):  # without it, it is no adapter
+                os.replace(path, out / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(adapter, directory, tensors, config):
+    """The files of an adapter: `tensors`, `config`, and what else `adapter` has."""
     manifest = dict(adapter.manifest)
     manifest["scaling"] = {
         key: config.get(key) for key in ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
     }
     manifest["tensors"] = tensor_checksums(tensors)
-    save_tensors(tensors, out / WEIGHTS)
-    (out / MANIFEST).write_text(json.dumps(manifest, indent=0) + "\n")
-    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    if lost := set(adapter.slots) ^ set(Adapter(out).slots):
-        raise ValueError(f"{out}: the conversion lost {', '.join(in_groups(sorted(lost))[:5])}")
+    save_tensors(tensors, directory / WEIGHTS)
+    (directory / MANIFEST).write_text(json.dumps(manifest, indent=0) + "\n")
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     for path in adapter.directory.iterdir():
         if is_tokenizer_file(path.name) or path.name in ("generation_config.json", "README.md"):
-            shutil.copyfile(path, out / path.name)
+            shutil.copyfile(path, directory / path.name)
 
 
 def _unstack_experts(adapter, tensors, experts) -> dict:

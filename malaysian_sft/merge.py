@@ -16,7 +16,7 @@ import torch
 from malaysian_sft.adapter_files import Adapter, is_tokenizer_file
 from malaysian_sft.base_model import find_base, refuse_quantised, shapes_of_base
 from malaysian_sft.lora import EXPERT
-from malaysian_sft.safetensors_files import DTYPES, checkpoint_shards, read_header
+from malaysian_sft.safetensors_files import DTYPES, checkpoint_shards, read_header, writing
 from malaysian_sft.verify import adapter_faults
 
 CHUNK = 1 << 24  # values merged at a time: 64 MiB in fp32, so that memory does not depend on the model
@@ -89,15 +89,23 @@ def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool
     _check_use(adapter, shards)
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)  # of a merge that was killed
-    part.mkdir(parents=True)
     workers = min(workers or min(os.cpu_count() or 1, 8), len(shards))
+    try:
+        with writing(out):
+            part.mkdir(parents=True)
+            _merge_shards(shards, part, adapter.directory, workers, log)
+            _copy_configuration(directory, adapter.directory, part)
+            os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # half a model would only fill the disk
+
+
+def _merge_shards(shards, part, adapter_directory, workers, log):
     total, done, start = sum(shard.stat().st_size for shard in shards), 0, time.perf_counter()
-    for shard in _run(workers, [(shard, part / shard.name, adapter.directory) for shard in shards]):
+    for shard in _run(workers, [(shard, part / shard.name, adapter_directory) for shard in shards]):
         done += shard.stat().st_size
         rate = done / 1e9 / (time.perf_counter() - start)
         log(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB merged  {rate:.2f} GB/s  {shard.name}")
-    _copy_configuration(directory, adapter.directory, part)
-    os.replace(part, out)
 
 
 def _check_use(adapter, shards):

@@ -54,14 +54,37 @@ class PlanArguments:
     results: str = field(default="results", metadata={"help": "directory of measured rates"})
 
 
+TRAINERS = ("train_dense.py", "train_moe.py")
+
+
+def check_launcher(launcher):
+    """Raise ValueError if the file `launcher` would do anything but plan when it is run with --dry_run."""
+    if not Path(launcher).is_file():
+        raise ValueError(f"{launcher}: no such launcher")
+    try:
+        text = Path(launcher).read_text()
+    except UnicodeDecodeError:
+        raise ValueError(f"{launcher} is no launcher: not a text file") from None
+    starts = [line for line in text.splitlines() if any(name in line for name in TRAINERS) and line.strip()[:1] != "#"]
+    if not starts:
+        raise ValueError(f"{launcher}: starts neither train_dense.py nor train_moe.py")
+    if not all('"$@"' in line for line in starts):
+        raise ValueError(f'{launcher}: does not hand its flags to the trainer ("$@" last), so --dry_run would train')
+
+
 def dry_run(model, revision, epochs, **arguments):
     """Print the plan of the run that a trainer's flags would start; `arguments` are `planning.settle`'s.
 
     Planned for: what plan.py asks for (PlanArguments, in the variable PLAN_ARGUMENTS); else this machine's GPUs; else,
     without any, the launcher's NUM_GPUS and NNODES with GPUs of 80 GiB, and then nothing is refused. Raises ValueError,
-    after printing, for a run that doesn't fit.
+    after printing, for a run that doesn't fit. plan.py --all plans itself, for several machines: for it the run is
+    written as JSON to the file that the variable PLAN_RECORD names, and nothing else is done.
     """
     if int(os.environ.get("RANK", 0)):
+        return
+    if record := os.environ.get("PLAN_RECORD"):
+        run = {"model": model, "revision": revision, "epochs": epochs, "arguments": arguments}
+        Path(record).write_text(json.dumps(run))
         return
     asked = "PLAN_ARGUMENTS" in os.environ
     wanted = PlanArguments(**json.loads(os.environ.get("PLAN_ARGUMENTS", "{}")))

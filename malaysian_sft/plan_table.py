@@ -1,60 +1,48 @@
 """One table over all launchers, and what is written from it: README's launcher table and the launchers' headers."""
 
-import importlib
+import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
-from transformers import HfArgumentParser
 
 from malaysian_sft.account import GIB
 from malaysian_sft.base_model import load_config
-from malaysian_sft.conversations import DataArguments
-from malaysian_sft.lora import LoraArguments
-from malaysian_sft.plan_page import FREE, PlanArguments, plan_engine, run_time, schedule
+from malaysian_sft.plan_page import FREE, PlanArguments, check_launcher, plan_engine, run_time, schedule
 from malaysian_sft.planning import options, trainer_flags
 from malaysian_sft.tables import text_table
 
 # (nodes, GPUs of a node, GiB of a GPU): what the second table compares, and where README takes the first that fits.
 HARDWARE = ((1, 8, 80), (1, 8, 141), (2, 8, 80))
-# In place of python3: says what it was to run.
-STAND_IN = '#!/bin/sh\nfor word in "$@"; do printf "%s\\0" "$word"; done\n'
 UNMEASURED_LINE = re.compile(r"^# Planned for .* Measured: not yet\.$", re.MULTILINE)
 BEGIN, END = "<!-- launchers: python3 plan.py --all --write -->", "<!-- end of launchers -->"
 
 
-def launched_words(launcher):
-    """(trainer's script, its flags) that a launcher starts first, by running it with a stand-in for python3."""
+def launched_run(launcher):
+    """{"model", "revision", "epochs", "arguments" (planning's)} of a launcher, as its trainer reads its flags."""
     with tempfile.TemporaryDirectory() as folder:
-        stand_in = Path(folder, "python3")
-        stand_in.write_text(STAND_IN)
-        stand_in.chmod(0o755)
-        environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+        record = Path(folder, "run.json")
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the launcher's python3 is this one
+        environment = {**os.environ, "PATH": path, "PLAN_RECORD": str(record)}
         command = ["bash", str(launcher), "--dry_run", "True"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    words = done.stdout.split("\0")[:-1]
-    if done.returncode or not words:
-        what = done.stderr.strip().splitlines()[-1:] or ["it starts nothing"]
-        raise ValueError(f"{launcher}: {what[0]}")
-    return words[0], words[1:]
+        if done.returncode or not record.is_file():
+            what = done.stderr.strip().splitlines()[-1:] or ["it plans nothing with --dry_run"]
+            raise ValueError(f"{launcher}: {what[0].removeprefix('error: ')}")
+        return json.loads(record.read_text())
 
 
-def launched_run(launcher):
-    """(model, revision, epochs, planning's arguments) of a launcher, by its trainer's own reading of its flags."""
-    script, flags = launched_words(launcher)
-    trainer = importlib.import_module(Path(script).stem)
-    if trainer.__name__ == "train_moe":
-        kinds = (trainer.TrainingArguments, DataArguments, LoraArguments)
-        args, data_args, lora_args = HfArgumentParser(kinds).parse_args_into_dataclasses(flags)
-        planned = trainer.plan_arguments(args, data_args, lora_args)
-        return args.model_name_or_path, args.model_revision, args.num_train_epochs, planned
-    kinds = (trainer.ModelArguments, DataArguments, LoraArguments, trainer.DenseTrainingArguments)
-    model, data_args, lora_args, args = HfArgumentParser(kinds).parse_args_into_dataclasses(flags)
-    planned = trainer.plan_arguments(data_args, lora_args, args)
-    return model.model_name_or_path, model.model_revision, args.num_train_epochs, planned
+def launched_runs(launchers):
+    """`launched_run` of each, two at a time: a trainer's imports take seconds."""
+    for launcher in launchers:
+        check_launcher(launcher)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(launched_run, launchers))
 
 
 def read_config(model, revision, configs):
@@ -67,13 +55,15 @@ def read_config(model, revision, configs):
     return load_config(str(path), None)
 
 
-def plan_launcher(launcher, hardware, wanted, configs=None):
-    """What a launcher needs and reaches on each (nodes, gpus, gib) of `hardware`: a list of {"launcher", "model",
-    "epochs", "hardware", "plan", "flags" (what the launch lacks to fit), "time", "engine"}. `plan` is the launch's, or,
-    where that doesn't fit, the best one."""
-    model, revision, epochs, planned = launched_run(launcher)
-    config = read_config(model, revision, configs)
-    fixed = {name: value for name, value in planned.items() if value is not None}
+def plan_launcher(launcher, run, hardware, wanted, configs=None):
+    """What a launcher, whose run `launched_run` gave, needs and reaches on each (nodes, gpus, gib) of `hardware`.
+
+    Returns a list of {"launcher", "model", "epochs", "hardware", "plan", "flags" (what the launch lacks to fit),
+    "time", "engine"}. `plan` is the launch's, or, where that doesn't fit, the best one.
+    """
+    model, epochs = run["model"], run["epochs"]
+    config = read_config(model, run["revision"], configs)
+    fixed = {name: value for name, value in run["arguments"].items() if value is not None}
     found = []
     for nodes, gpus, memory in hardware:
         machine = dict(nodes=nodes, gpus=gpus, gpu_memory_gib=memory, reserve_gib=wanted.reserve)
@@ -83,7 +73,7 @@ def plan_launcher(launcher, hardware, wanted, configs=None):
             free = {name: value for name, value in fixed.items() if name not in FREE}
             plan = options(config, **free | machine)[0]
             flags = trainer_flags(plan) if plan["fits"] else ""
-        run = schedule(wanted.dataset_tokens, plan["max_seq_length"], plan["global_batch_size"], epochs)
+        steps = schedule(wanted.dataset_tokens, plan["max_seq_length"], plan["global_batch_size"], epochs)
         found.append(
             {
                 "launcher": Path(launcher).name,
@@ -92,7 +82,7 @@ def plan_launcher(launcher, hardware, wanted, configs=None):
                 "hardware": (nodes, gpus, memory),
                 "plan": plan,
                 "flags": flags,
-                "time": run_time(config, plan, run, wanted) if plan["fits"] else None,
+                "time": run_time(config, plan, steps, wanted) if plan["fits"] else None,
                 "engine": plan_engine(config, wanted, memory),
             }
         )
@@ -161,7 +151,10 @@ def print_all(launchers, wanted, configs=None, write=False):
         raise ValueError("--write writes what the defaults plan: give it no flag but --configs")
     asked = (wanted.nodes or 1, wanted.gpus or 8, wanted.gpu_memory)
     hardware = list(dict.fromkeys([asked, *HARDWARE]))
-    plans = [plan_launcher(launcher, hardware, wanted, configs) for launcher in launchers]
+    runs = launched_runs(launchers)
+    plans = [
+        plan_launcher(launcher, run, hardware, wanted, configs) for launcher, run in zip(launchers, runs, strict=True)
+    ]
     print(f"On {machine_name(asked)}; attention by {wanted.attention}; hours are planned\n")
     print(table([rows[0] for rows in plans]), end="\n\n")
     for row in (rows[0] for rows in plans):
@@ -189,20 +182,24 @@ def first_that_fits(rows):
     return (as_launched or [row for row in rows if row["plan"]["fits"]] or rows)[0]
 
 
+COLUMNS = ("launcher", "model", "GPUs", "activations", "planned GiB a GPU", "planned hours", "planned tokens/s a GPU")
+COLUMNS += ("measured hours",)
+
+
+def readme_row(row):
+    """A launcher's line of README's table; what was measured of a whole run is blank until there is one."""
+    plan, time = row["plan"], row["time"]
+    kept = f"{plan['activations']}, {plan['memory_mode']}" if plan["kind"] == "moe" else plan["activations"]
+    model = f"{row['model']}{', DoRA' * plan['use_dora']}"
+    cells = [f"`{row['launcher']}`", model, machine_name(row["hardware"]), kept]
+    cells += [f"{plan['peak_bytes'] / GIB:.0f}", hours(time), speed(time), ""]
+    return f"| {' | '.join(cells)} |"
+
+
 def readme_table(plans):
     """README's launcher table in Markdown, between its marks."""
-    lines = [
-        "| launcher | model | GPUs | activations | GiB a GPU | hours | tokens/s a GPU |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in map(first_that_fits, plans):
-        plan, time = row["plan"], row["time"]
-        kept = f"{plan['activations']}, {plan['memory_mode']}" if plan["kind"] == "moe" else plan["activations"]
-        model = f"{row['model']}{', DoRA' * plan['use_dora']}"
-        cells = [f"`{row['launcher']}`", model, machine_name(row["hardware"]), kept]
-        cells += [f"{plan['peak_bytes'] / GIB:.0f}", hours(time), speed(time)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([BEGIN, *lines, END])
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    return "\n".join([BEGIN, *lines, *(readme_row(first_that_fits(rows)) for rows in plans), END])
 
 
 def header(row):

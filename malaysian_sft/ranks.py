@@ -5,11 +5,26 @@ import ctypes
 import os
 import signal
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from malaysian_sft.watchdog import ENDING, Watchdog
+
+
+def start_deepspeed_on_cpus(seconds=1800):
+    """The default group, gloo, as DeepSpeed starts it; without the extension that it would compile for inference.
+
+    seconds: how long a collective may wait for another rank.
+
+    Every process of a user compiles and loads that one under a lock file that a kill leaves behind, and for which all
+    later runs would wait without a word (torch.utils.file_baton).
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=seconds))
 
 
 def everyone_s(value, group=None):

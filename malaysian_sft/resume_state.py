@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from malaysian_sft.lora import CONFIG, MANIFEST, WEIGHTS
+from malaysian_sft.safetensors_files import save_tensors
 
 FORMAT = 1  # raise it with any change after which an older position.json means something else
 RESUME, INDEX = "resume", "position.json"
@@ -65,7 +65,7 @@ def write_shares(directory, rank, shares):
     if not shares:
         return {}
     path = directory / f"rank-{rank:05d}.safetensors"
-    save_file({name: share.values for name, share in shares.items()}, path)
+    save_tensors({name: share.values for name, share in shares.items()}, path)
     sync(path)
     ranges = {name: [share.start, share.start + len(share.values), share.numel] for name, share in shares.items()}
     return {path.name: {**describe(path), "ranges": ranges}}

@@ -222,18 +222,15 @@ def check_values(*groups):
 
 def count_steps(packs, global_batch_size, num_train_epochs, max_steps=None):
     """(optimiser steps of an epoch of `packs` packs, steps of the run)."""
-    if global_batch_size < 1:
-        raise ValueError(f"--global_batch_size {global_batch_size}: expected a positive number")
     steps_an_epoch = math.ceil(packs / global_batch_size)
     return steps_an_epoch, max_steps or math.ceil(steps_an_epoch * num_train_epochs)
 
 
 def batch_arithmetic(packs, max_seq_length, global_batch_size, world_size, micro_batch, steps_an_epoch, total_steps):
     """(micro-batches of a rank and step, a line that says how packs become optimiser steps). Asserts that they do."""
-    if global_batch_size < 1 or global_batch_size % (world_size * micro_batch):
+    if global_batch_size % (world_size * micro_batch):
         raise ValueError(
-            f"--global_batch_size {global_batch_size} is not a positive multiple of {world_size} ranks x {micro_batch}"
-            " packs"
+            f"--global_batch_size {global_batch_size} is no multiple of {world_size} ranks x {micro_batch} packs"
         )
     accumulation = global_batch_size // (world_size * micro_batch)
     assert world_size * micro_batch * accumulation == global_batch_size

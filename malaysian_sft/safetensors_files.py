@@ -1,5 +1,7 @@
 """Safetensors files: their headers, where each tensor's bytes lie, checksums."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1}
@@ -34,6 +37,30 @@ def save_tensors(tensors, path):
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
+
+
+def disk_is_full(error):
+    """Whether an exception says that nothing more can be written: by its number, in safetensors' words, or in NumPy's
+    (ndarray.tofile counts what it could write)."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
+        return True
+    return isinstance(error, OSError) and error.errno is None and "requested and" in str(error)
+
+
+@contextlib.contextmanager
+def writing(directory):
+    """Around what writes into `directory`: ValueError, in one line, for a full disk and for what safetensors raises."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if disk_is_full(error):
+            raise ValueError(
+                f"{directory}: the disk is full; nothing was changed: make room and start the command again"
+            ) from None
+        if isinstance(error, OSError):
+            raise
+        raise ValueError(f"{directory}: {error}") from None
 
 
 def read_header(path) -> tuple[dict, int]:

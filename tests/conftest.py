@@ -1,6 +1,8 @@
 """Tiny models and a tiny tokenizer, made from configs alone, that every test file shares."""
 
 import os
+import re
+import shlex
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -145,6 +147,15 @@ def process_group():
 
 
 CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.json"))}
+
+
+LAUNCHERS = [path for kind in ("ds3", "fsdp2") for path in sorted(Path(__file__).parents[1].glob(f"{kind}-*.sh"))]
+
+
+def launcher_flags(launcher):
+    """The flags in a launcher's ARGS, without starting it."""
+    array = re.search(r"ARGS=\((.*?)\n\)", Path(launcher).read_text(), re.DOTALL)[1]
+    return shlex.split(array.replace('"$(basename "$0" .sh)"', Path(launcher).stem))
 
 
 def real_config(name):

@@ -1,5 +1,6 @@
 """adapter.py against PEFT, transformers, vLLM and hand-computed merges; and against the ways adapters get damaged."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import adapter
 import fused_moe_lora
 from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
-from malaysian_sft.adapter_files import Adapter
+from malaysian_sft.adapter_files import Adapter, in_groups
 from malaysian_sft.adapter_state import adapter_state_dict, load_adapter, save_adapter
 from malaysian_sft.convert import convert_adapter
 from malaysian_sft.lora import (
@@ -32,6 +33,7 @@ from malaysian_sft.lora import (
     reset_lora_parameters,
 )
 from malaysian_sft.merge import merge_adapter
+from malaysian_sft.ranks import start_deepspeed_on_cpus
 from malaysian_sft.verify import verify_adapter
 
 HEAD_DIM = 32  # the least that vLLM's CPU attention takes
@@ -940,6 +942,69 @@ def test_merge_refuses_what_would_be_silently_lost(trained, tmp_path):
         adapter.main(["merge", "/no/model", str(run.directory), str(tmp_path / "out")])
 
 
+def test_dora_does_not_start_on_rows_of_zeros():
+    """It divides by a row's norm: neither a linear layer's nor an expert's may be zero. LoRA starts on any."""
+    for kind in ("lora", "dora"):
+        model, _ = adapted("qwen3_moe", kind)
+        layer = model.base_model.model.model.layers[1]
+        projection, experts = layer.self_attn.v_proj, layer.mlp.experts
+        for weight, module, name in (
+            (projection.base_layer.weight.data[3], reset_lora_parameters, r"layers\.1\.self_attn\.v_proj"),
+            (
+                experts.down_proj.data[5, 2],
+                lambda _, experts=experts: experts.reset_lora_parameters(),
+                "experts' down_proj",
+            ),
+        ):
+            kept = weight.clone()
+            weight.zero_()
+            refused = pytest.raises(ValueError, match=f"--use_dora: .*{name} has rows of zeros")
+            with refused if kind == "dora" else contextlib.nullcontext():
+                module(model)
+            weight.copy_(kept)
+
+
+def test_names_are_grouped_by_what_a_layer_s_experts_lack():
+    layer = "model.layers.1.mlp.experts"
+    names = [f"{layer}.{e}.up_proj" for e in (0, 3, 7, 9, 10)] + [
+        f"{layer}.4.gate_proj",
+        "model.layers.0.self_attn.q_proj",
+    ]
+    assert in_groups(names) == [
+        "model.layers.0.self_attn.q_proj",
+        f"{layer}.{{0, 3, 7 and 2 more}}.up_proj",
+        f"{layer}.4.gate_proj",
+    ]
+
+
+def test_a_conversion_that_changes_nothing_is_told_from_one_that_loses(trained, tmp_path, monkeypatch):
+    """The names after a conversion are compared with those before it."""
+    run = trained("qwen3_moe", "lora")
+    convert_adapter(run.directory, tmp_path / "stacked", layout="stacked")
+    monkeypatch.setattr("malaysian_sft.convert._unstack_experts", lambda *_: {"rank_pattern": {}, "alpha_pattern": {}})
+    with pytest.raises(ValueError, match=r"back: the conversion lost .*experts\.\{0, 1, 2 and 5 more\}"):
+        convert_adapter(tmp_path / "stacked", tmp_path / "back", layout="2d")
+
+
+def test_an_adapter_has_its_base_s_generation_config(tmp_path):
+    """Two ends of turn stay two; what the model object says counts only where the base is not at hand."""
+    model, _ = adapted("llama", "lora")
+    model.generation_config.eos_token_id = 7
+    save_tiny_checkpoint(tmp_path / "base", "llama", head_dim=HEAD_DIM)
+    ends = {"eos_token_id": [2, 3], "temperature": 0.7}
+    for base in (ends, None):
+        file = tmp_path / "base/generation_config.json"
+        file.write_text(json.dumps(base)) if base else file.unlink()
+        out = tmp_path / f"adapter-{base is None}"
+        save_adapter(model, out, str(tmp_path / "base"), allow_zero=True)
+        if base is None:
+            assert not (out / "generation_config.json").exists()
+        else:
+            assert json.loads((out / "generation_config.json").read_text()) == ends
+    save_adapter(model, tmp_path / "elsewhere", "nobody/not-here", allow_zero=True)
+    assert json.loads((tmp_path / "elsewhere/generation_config.json").read_text())["eos_token_id"] == 7
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Several processes
 # ----------------------------------------------------------------------------------------------------------------------
@@ -947,7 +1012,6 @@ def test_merge_refuses_what_would_be_silently_lost(trained, tmp_path):
 
 def sharded_worker(rank, port, moe, dense, out):
     """One of two ranks: load, save and a refused save, on an FSDP2 model and then on a ZeRO-3 model."""
-    import deepspeed
     import torch.distributed as dist
 
     os.environ |= {
@@ -958,7 +1022,7 @@ def sharded_worker(rank, port, moe, dense, out):
         "LOCAL_RANK": str(rank),
     }
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
+    start_deepspeed_on_cpus()
     fsdp2(rank, moe, out / "fsdp2")
     zero3(dense, out / "zero3")
     dist.barrier()

@@ -1,8 +1,10 @@
 """chat_format.py: one situation, one target; what a template hides, rewrites or refuses is noticed."""
 
 import functools
+import json
 import random
 
+import make_template_facts
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +29,46 @@ def test_qwen3_writes_the_same_turn_one_way():
     assert answers("qwen3", [user("a"), assistant("satu")]) == [[f"{empty}satu<|im_end|>"]]
     both = answers("qwen3", [user("a"), assistant("satu"), user("b"), assistant("dua")])
     assert both == [[f"{empty}satu<|im_end|>"], [f"{empty}dua<|im_end|>"]]
+
+
+FACTS = json.loads(make_template_facts.FACTS.read_text())
+
+
+@pytest.mark.parametrize("publisher", FACTS["templates"])
+def test_templates_give_what_the_publishers_give(publisher):
+    """What these tests train on is written as by the publishers' own templates, which are not part of this project."""
+    entry = FACTS["templates"][publisher]
+    found = make_template_facts.renderings(family_tokenizer(entry["ours"]), FACTS["conversations"])
+    assert len(found) == len(entry["renderings"]) >= 19
+    for name, texts in entry["renderings"].items():
+        assert found[name] == texts, name
+
+
+@pytest.mark.parametrize("publisher", FACTS["templates"])
+def test_a_target_follows_the_publisher_s_own_prompt(publisher):
+    """What comes before the last turn's target is what the publisher's template gives to answer that turn with. A
+    template without a field for reasoning drops that of earlier turns, which is kept here as text: those are left out.
+    """
+    entry, compared = FACTS["templates"][publisher], 0
+    chat = ChatFormat(family_tokenizer(entry["ours"]))
+    for name, messages in FACTS["conversations"].items():
+        if not chat.keeps_reasoning and any("reasoning_content" in message for message in messages[:-1]):
+            continue
+        pieces = chat.documents(messages)[-1]
+        last = max(i for i, (_, supervised) in enumerate(pieces) if supervised)
+        assert "".join(text for text, _ in pieces[:last]) == entry["renderings"][name]["prompt"], name
+        assert messages[-1]["content"].split("</think>")[-1].strip() in pieces[last][0], name
+        compared += 1
+    assert compared >= 16
+
+
+def test_instruct_2507_has_no_reasoning_of_its_own():
+    """Qwen3-*-Instruct-2507 never thinks: an answer has no think block, given reasoning is text before the answer."""
+    assert answers("qwen3-2507", [user("a"), assistant("satu")]) == [["satu<|im_end|>"]]
+    [both] = answers("qwen3-2507", [user("a"), assistant("satu"), user("b"), assistant("dua")])
+    assert both == ["satu<|im_end|>", "dua<|im_end|>"], "one document: history is kept as it was written"
+    [[reasoned]] = answers("qwen3-2507", [user("2 + 2?"), assistant("4", "dua campur dua")])
+    assert reasoned == "<think>\ndua campur dua\n</think>\n\n4<|im_end|>"
 
 
 @pytest.mark.parametrize("family", ["qwen2.5", "llama3.1", "glm4.5"])

@@ -4,17 +4,22 @@ import copy
 import json
 import random
 import shutil
+import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import save_tiny_checkpoint, tiny_model
+import multipack
+from conftest import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from malaysian_sft.account import architecture
 from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.adapter_state import save_adapter
 from malaysian_sft.base_model import load_config, load_tokenizer
+from malaysian_sft.conversations import DataArguments
+from malaysian_sft.convert import convert_adapter
 from malaysian_sft.lora import CONFIG, MANIFEST, WEIGHTS, LoraArguments, apply_lora
+from malaysian_sft.merge import merge_adapter
 from malaysian_sft.safetensors_files import checkpoint_shards, read_header, read_sources
 from malaysian_sft.verify import verify_adapter
 
@@ -164,5 +169,45 @@ def test_tokenizers(files, tmp_path):
         shutil.copy(files / "model" / name, tmp_path / "model")
 
 
+@pytest.mark.parametrize("raised, passes", [(Exception("no\nvocabulary"), False), (MemoryError(), True)])
+def test_a_tokenizer_s_file_is_at_fault_or_the_code(raised, passes, monkeypatch):
+    """tokenizers raises Exception itself for a file; what else goes wrong is not the file's fault."""
+
+    def broken(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", broken)
+    with pytest.raises(MemoryError if passes else ValueError, match=None if passes else r"x: no tokenizer .*\(no\)$"):
+        load_tokenizer("x")
+
+
 def test_others_may_read_what_is_saved(files):
     assert (files / "adapter" / WEIGHTS).stat().st_mode & 0o777 == (files / "adapter" / CONFIG).stat().st_mode & 0o777
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KiB, empty."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounting a disk needs root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_said_and_nothing_half_is_left(files, small_disk, tmp_path):
+    (tmp_path / "train.jsonl").write_text(json.dumps({"input": "Ali makan nasi. " * 20, "output": "Ya."}) + "\n")
+    rows = (tmp_path / "train.jsonl").read_text() * 200
+    (tmp_path / "train.jsonl").write_text(rows)
+    data_args = DataArguments(dataset=str(tmp_path / "train.jsonl"), data_cache=str(small_disk / "cache"))
+    (small_disk / "others").write_bytes(bytes(48 << 10))
+    for write in (
+        lambda: merge_adapter(files / "model", files / "adapter", small_disk / "merged", log=lambda _: None),
+        lambda: convert_adapter(files / "adapter", small_disk / "stacked", layout="stacked"),
+        lambda: multipack.prepare(data_args, tiny_tokenizer(), "model"),
+    ):
+        with pytest.raises(ValueError, match=f"{small_disk}.*: the disk is full; nothing was changed"):
+            write()
+        left = [path.name for path in small_disk.rglob("*") if path.is_file() and path.stat().st_size > 100]
+        assert left == ["others"]

@@ -450,7 +450,7 @@ def test_a_full_disk_is_said_at_once(trainer, copy, train, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(resume_state, "save_file", full)
+        patch.setattr(resume_state, "save_tensors", full)
         line = ends(train, trainer, copy, "--resume", "True")
     assert line.endswith(
         "(no space left while writing); earlier checkpoints are whole: make room and go on with --resume"

@@ -1,41 +1,65 @@
 """The table over all launchers; README's table and the launchers' headers are what it plans."""
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 import plan
-from conftest import CONFIGS
+import train_dense
+import train_moe
+from conftest import CONFIGS, LAUNCHERS, launcher_flags
 from malaysian_sft import plan_table
 from malaysian_sft.account import GIB
 from malaysian_sft.plan_page import PlanArguments
 
 ROOT = Path(__file__).parents[1]
-LAUNCHERS = sorted(ROOT.glob("ds3-*.sh")) + sorted(ROOT.glob("fsdp2-*.sh"))
 
 
 @pytest.fixture(scope="module")
-def plans():
-    """What --all plans on the hardware that README takes; it loads the trainers, so once for all tests here."""
+def runs(tmp_path_factory):
+    """{launcher: its run}, as plan_table.launched_run gives it, by the trainers in this process."""
+    found, record = {}, tmp_path_factory.mktemp("runs") / "run.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLAN_RECORD", str(record))
+        for path in LAUNCHERS:
+            patch.setattr(sys, "argv", ["trainer", *launcher_flags(path), "--dry_run", "True"])
+            (train_dense if path.name.startswith("ds3") else train_moe).main()
+            found[path] = json.loads(record.read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def plans(runs):
+    """What --all plans on README's hardware, of every launcher whose model's config is in tests/configs."""
     return [
-        plan_table.plan_launcher(path, plan_table.HARDWARE, PlanArguments(), CONFIGS["Qwen3-32B"].parent)
-        for path in LAUNCHERS
+        plan_table.plan_launcher(path, run, plan_table.HARDWARE, PlanArguments(), CONFIGS["Qwen3-32B"].parent)
+        for path, run in runs.items()
+        if run["model"].rpartition("/")[2] in CONFIGS
     ]
 
 
+def test_a_launcher_says_its_run(runs):
+    launchers = [ROOT / "fsdp2-fused-moe-Qwen3-30B-A3B-dora-256.sh", ROOT / "ds3-qwen3-32b-lora-256.sh"]
+    assert plan_table.launched_runs(launchers) == [runs[path] for path in launchers]
+
+
 def test_readme_and_headers_are_what_is_planned(plans):
-    """Else: python3 plan.py --all --write --configs tests/configs."""
-    written = plan_table.written(plans, ROOT)
-    assert {path.name for path in written} == {"README.md", *(path.name for path in LAUNCHERS)}
-    for path, text in written.items():
-        assert text == path.read_text(), f"{path.name}: run `python3 plan.py --all --write --configs tests/configs`"
+    """Rows of launchers without a config in tests/configs are left to the hub's: `python3 plan.py --all --write`."""
+    readme = (ROOT / "README.md").read_text().split(plan_table.BEGIN)[1].split(plan_table.END)[0].splitlines()
+    assert [line for line in readme if line.startswith("| launcher")] == [f"| {' | '.join(plan_table.COLUMNS)} |"]
+    for rows in plans:
+        row = plan_table.first_that_fits(rows)
+        assert plan_table.readme_row(row) in readme, "run `python3 plan.py --all --write`"
+        text = (ROOT / row["launcher"]).read_text()
+        assert plan_table.UNMEASURED_LINE.sub(plan_table.header(row), text) == text, "run `plan.py --all --write`"
 
 
 def test_a_launcher_is_planned_by_its_own_flags(plans):
     by_name = {rows[0]["launcher"]: rows for rows in plans}
-    assert len(by_name) == 7
-    (dora,) = [rows for name, rows in by_name.items() if "dora" in name]
+    dora = by_name["fsdp2-fused-moe-Qwen3-30B-A3B-dora-256.sh"]
     assert dora[0]["plan"]["use_dora"] and dora[0]["epochs"] == 3 and dora[0]["plan"]["r"] == 256
     dense = by_name["ds3-qwen3-32b-lora-256.sh"]
     assert dense[0]["plan"]["kind"] == "dense" and dense[0]["plan"]["zero3"] and dense[0]["plan"]["accumulation"] == 4
@@ -74,15 +98,16 @@ def test_hours_are_tokens_over_speed(plans):
 
 
 def test_measured_headers_stay(plans, tmp_path):
-    for path in LAUNCHERS:
+    planned = [ROOT / rows[0]["launcher"] for rows in plans]
+    for path in planned:
         (tmp_path / path.name).write_text(path.read_text())
     (tmp_path / "README.md").write_text(f"before\n{plan_table.BEGIN}\nold\n{plan_table.END}\nafter\n")
-    mine = tmp_path / LAUNCHERS[0].name
+    mine = tmp_path / planned[0].name
     mine.write_text(re.sub(r"# Planned for .*", "# Measured: 9 hours.", mine.read_text()))
-    other = tmp_path / LAUNCHERS[1].name
+    other = tmp_path / planned[1].name
     other.write_text(re.sub(r"# Planned for .*", "# Planned for a toaster. Measured: not yet.", other.read_text()))
     written = plan_table.written(plans, tmp_path)
-    assert written[mine] == mine.read_text() and written[other] == LAUNCHERS[1].read_text()
+    assert written[mine] == mine.read_text() and written[other] == planned[1].read_text()
     text = written[tmp_path / "README.md"]
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     (tmp_path / "README.md").write_text("no table\n")
@@ -94,7 +119,12 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
     broken = tmp_path / "ds3-mine.sh"
     broken.write_text("echo nothing starts >&2; exit 3\n")
     with pytest.raises(ValueError, match="ds3-mine.sh: nothing starts"):
-        plan_table.launched_words(broken)
+        plan_table.launched_run(broken)
+    broken.write_text("true\n")
+    with pytest.raises(ValueError, match="ds3-mine.sh: it plans nothing with --dry_run"):
+        plan_table.launched_run(broken)
+    with pytest.raises(ValueError, match="ds3-mine.sh: starts neither"):
+        plan_table.launched_runs([LAUNCHERS[0], broken])
     with pytest.raises(ValueError, match="Qwen3-32B.json: no such file; --configs DIRECTORY"):
         plan_table.read_config("Qwen/Qwen3-32B", None, tmp_path)
     with pytest.raises(ValueError, match="--write writes what the defaults plan"):
