@@ -47,7 +47,7 @@ from malaysian_sft.attention import register_attention
 from malaysian_sft.base_model import load_config, load_tokenizer, name_as_on_disk
 from malaysian_sft.checkpoints import Saver, load_state, newest_checkpoint, recorded_facts, refuse_another_base
 from malaysian_sft.conversations import DataArguments
-from malaysian_sft.documents_apart import check_documents_apart, takes_document_numbers, with_document_numbers
+from malaysian_sft.documents_apart import check_documents_apart
 from malaysian_sft.lora import LoraArguments, apply_lora
 from malaysian_sft.memory import compare_peak, need
 from malaysian_sft.plan_page import dry_run
@@ -69,8 +69,17 @@ from malaysian_sft.run import (
     trim_log,
     write_arguments,
 )
-from malaysian_sft.trainer_parts import EvenPacks, Progress, StopWhenTold, advance, check_gradients
+from malaysian_sft.trainer_parts import (
+    EvenPacks,
+    Progress,
+    StopWhenTold,
+    advance,
+    check_deepspeed,
+    check_gradients,
+    collator,
+)
 from malaysian_sft.training_state import get_shares
+from malaysian_sft.watchdog import WAITING
 
 OWN_TRACKERS = ("wandb", "trackio")  # as train_moe.py's; others are the Trainer's
 ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -126,6 +135,7 @@ class DenseTrainingArguments(TrainingArguments):
             " auto: by plan.py, the least that fits the GPU; without a GPU, full"
         },
     )
+    ddp_timeout: int = field(default=600, metadata={"help": WAITING})
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False  # it would log the mean of earlier losses in place of one that is not finite
     save_strategy: str = "epoch"
@@ -151,7 +161,7 @@ class DenseTrainingArguments(TrainingArguments):
             self.use_cpu = True
             self.ddp_backend = "gloo" if world_size > 1 else None
             if "RANK" in os.environ:
-                start_deepspeed_on_cpus()  # before TrainingArguments, which would pick its own backend
+                start_deepspeed_on_cpus(self.ddp_timeout)  # before TrainingArguments, which would pick its own backend
         self.use_liger_kernel = not self.use_cpu  # its Triton kernels need a GPU; on a CPU transformers' own loss runs
         self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         micro = world_size * self.per_device_train_batch_size
@@ -178,7 +188,8 @@ class DenseTrainer(Trainer):
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
         self.add_callback(PrinterCallback if self.args.disable_tqdm else Progress)
-        self.add_callback(StopWhenTold(self, stop or Stop()))
+        self.stop = stop or Stop()
+        self.add_callback(StopWhenTold(self, self.stop))
         self.saver = Saver(self.args.output_dir, facts)
         self.not_finite = NotFinite(self.args.output_dir, self.args.max_skipped_steps)
         self.started, self.tracker = started or (lambda: None), None
@@ -216,6 +227,7 @@ class DenseTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.saver.finish(step, *get_shares(named, optimizer))
         self.last_log_time += time.perf_counter() - started  # is no part of the next step's speed
+        self.stop.beat()
 
     def trained(self):
         """({name: parameter} of what is trained, their AdamW)."""
@@ -306,6 +318,7 @@ class DenseTrainer(Trainer):
             # compute_loss multiplies by world
             loss = self.compute_loss(model, batch, num_items_in_batch=count.clamp(min=1)) / world
             totals += torch.stack([loss.double() * count, count.double()])
+            self.stop.beat()
         if dist.is_initialized():
             dist.all_reduce(totals)
         metrics = {"validation_loss": (totals[0] / totals[1]).item()}
@@ -427,13 +440,6 @@ def adapt(model, lora_args, training_args):
     return model
 
 
-def collator(model):
-    """multipack.collate, with the numbers of documents for a model whose layers ask for them."""
-    if takes_document_numbers(model.get_base_model()):
-        return lambda packs: with_document_numbers(multipack.collate(packs))
-    return multipack.collate
-
-
 def plan_arguments(data_args, lora_args, training_args):
     """plan.py's arguments that these flags stand for."""
     return dict(
@@ -477,14 +483,6 @@ def steps_of(arguments, packs):
     return count_steps(len(packs), arguments["global_batch_size"], epochs, max(max_steps, 0))
 
 
-def check_deepspeed(training_args):
-    """Raise ValueError for a DeepSpeed configuration whose state can't be saved."""
-    if training_args.deepspeed:
-        stage = training_args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage")
-        if stage != 3:
-            raise ValueError(f"--deepspeed {training_args.deepspeed}: ZeRO stage 3 is expected, not {stage}")
-
-
 def parse():
     """(ModelArguments, DataArguments, LoraArguments, DenseTrainingArguments) of the command line."""
     parser = HfArgumentParser((ModelArguments, DataArguments, LoraArguments, DenseTrainingArguments))
@@ -511,6 +509,7 @@ def train(model_args, data_args, lora_args, training_args, stop):
     check_deepspeed(training_args)
     if training_args.device.type == "cuda":  # asking for it starts the process group
         torch.cuda.set_device(training_args.device)
+    stop.watch(training_args.ddp_timeout)
     # before looking at what is there: another run may just end
     with on_the_first(lambda: claim(training_args.output_dir)) or contextlib.nullcontext():
         train_claimed(model_args, data_args, lora_args, training_args, stop)

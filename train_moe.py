@@ -66,6 +66,7 @@ from malaysian_sft.run import (
     setup_distributed,
     write_arguments,
 )
+from malaysian_sft.watchdog import WAITING
 
 
 @dataclass
@@ -161,6 +162,7 @@ class TrainingArguments:
         default=False, metadata={"help": "print what the run needs on this machine, and stop before anything is loaded"}
     )
     ignore_plan: bool = field(default=False, metadata={"help": "start even if plan.py expects the run not to fit"})
+    ddp_timeout: int = field(default=600, metadata={"help": WAITING})
     report_to: Literal["wandb", "trackio", "none"] = field(default="wandb", metadata={"help": "experiment tracker"})
     project: str = field(default="malaysian-sft", metadata={"help": "the tracker's project"})
 
@@ -320,7 +322,7 @@ def refuse_leaks(model, device):
 
 
 @torch.no_grad()
-def validate(model, dataset, device):
+def validate(model, dataset, device, stop):
     """Mean loss per supervised token of the held-out packs. Collective."""
     model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
@@ -328,6 +330,7 @@ def validate(model, dataset, device):
         batch = micro_batches(dataset, range(i, min(i + dist.get_world_size(), len(dataset))), 1)[0]
         totals[0] += model(to_device(batch, device))[0]
         totals[1] += len(batch["targets"])
+        stop.beat()
     model.train()
     dist.all_reduce(totals)
     return (totals[0] / totals[1]).item()
@@ -460,7 +463,7 @@ def train_steps(run, step, checkpoints, log, planned):
     args, first, saved, cuda = run.args, step, step, run.device.type == "cuda"
     gemm_flops = measure_gemm() if cuda else None
     quiet = not (is_main() and sys.stderr.isatty())
-    run.stop.training = True
+    run.stop.begin_training()
     with tqdm(total=run.total_steps, initial=step, desc=args.run_name, unit="step", disable=quiet) as bar:
         while step < run.total_steps and not run.stop.agreed():
             record = optimizer_step(run, step, checkpoints)
@@ -470,7 +473,7 @@ def train_steps(run, step, checkpoints, log, planned):
             skipped = record.pop("documents", None)
             end_of_epoch, last = step % run.steps_an_epoch == 0, step == run.total_steps
             if run.dataset.validation is not None and (end_of_epoch or last):
-                record["validation_loss"] = validate(run.model, run.dataset.validation, run.device)
+                record["validation_loss"] = validate(run.model, run.dataset.validation, run.device, run.stop)
             log.write(record)
             bar.update()
             if step == first + 1 and gemm_flops:
@@ -481,16 +484,19 @@ def train_steps(run, step, checkpoints, log, planned):
                 run.not_finite.keep(step, record["loss"], record["grad_norm"], skipped)
             if end_of_epoch or last or (args.save_steps and step % args.save_steps == 0):
                 checkpoints.save(step)
+                run.stop.beat()
                 saved = step
     if step > saved:  # told to stop
         checkpoints.save(step)
+    run.stop.beat()
     checkpoints.wait()
     return step
 
 
 def train(args, data_args, lora_args, stop):
     """The run from a published checkpoint to adapters on disk. Raises ValueError for what the user can put right."""
-    device = setup_distributed()
+    device = setup_distributed(args.ddp_timeout)
+    stop.watch(args.ddp_timeout)
     mesh = make_mesh(device, args.shard_nodes)
     # before looking at what is there: another run may just end
     with on_the_first(lambda: claim(args.output_dir)) or contextlib.nullcontext():

@@ -5,13 +5,18 @@ import ctypes
 import os
 import signal
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from malaysian_sft.watchdog import ENDING, Watchdog
 
-def start_deepspeed_on_cpus():
+
+def start_deepspeed_on_cpus(seconds=1800):
     """The default group, gloo, as DeepSpeed starts it; without the extension that it would compile for inference.
+
+    seconds: how long a collective may wait for another rank.
 
     Every process of a user compiles and loads that one under a lock file that a kill leaves behind, and for which all
     later runs would wait without a word (torch.utils.file_baton).
@@ -19,7 +24,7 @@ def start_deepspeed_on_cpus():
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo")
+    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=seconds))
 
 
 def everyone_s(value, group=None):
@@ -61,6 +66,7 @@ class Stop:
         self.told = None  # the signal's name
         self.training = False
         self.process = os.getpid()
+        self.watchdog = None  # until the ranks have met
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -69,11 +75,32 @@ class Stop:
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         return self
 
-    def __exit__(self, *_):
+    def watch(self, seconds):
+        """From here on a rank that others wait for in vain ends the run; each may take `seconds` a micro-batch."""
+        self.watchdog = Watchdog(seconds)
+
+    def begin_training(self):
+        """From here on a signal is noted, and `agreed` or `beat` is called again and again."""
+        self.training = True
+        if self.watchdog is not None:
+            self.watchdog.arm()
+
+    def beat(self):
+        """This rank gets on, in something that takes long (see Watchdog)."""
+        if self.watchdog is not None:
+            self.watchdog.beat()
+
+    def __exit__(self, kind, error, traceback):
+        if self.watchdog is not None:
+            if self.watchdog.given() or (isinstance(error, RuntimeError) and waited_in_vain(error)):
+                self.watchdog.give_alarm(traceback)
+            self.watchdog.end()
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def _note(self, number, _):
+        if self.watchdog is not None and self.watchdog.given():
+            return  # it is about to end this process, with more to say
         if self.training and not (number == signal.SIGINT and self.told == "SIGINT"):
             self.told = signal.Signals(number).name
             return
@@ -91,6 +118,7 @@ class Stop:
         told = torch.tensor(float(self.told is not None))
         if dist.is_initialized():
             dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group())
+        self.beat()
         return bool(told)
 
     def _group(self):
@@ -105,7 +133,7 @@ def first_to_speak():
     if not dist.is_initialized():
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
     try:
-        return dist.distributed_c10d._get_default_store().add("malaysian_sft/ending", 1) == 1
+        return dist.distributed_c10d._get_default_store().add(ENDING, 1) == 1
     except dist.DistError:  # the store is torchrun's, which is gone
         return True
 
@@ -113,6 +141,11 @@ def first_to_speak():
 def lost_rank(error):
     """Whether a RuntimeError says that another rank has gone."""
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error) or "Connection closed" in str(error)
+
+
+def waited_in_vain(error):
+    """Whether a RuntimeError says that another rank did not come within a process group's time limit."""
+    return "timed out" in str(error).lower() and (lost_rank(error) or "waiting" in str(error))
 
 
 @contextlib.contextmanager
@@ -123,6 +156,8 @@ def one_last_line():
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}" if first_to_speak() else 1)
     except RuntimeError as error:
+        if waited_in_vain(error):  # before there was a watchdog
+            sys.exit("error: other processes of this run didn't come: see what they said" if first_to_speak() else 1)
         if not lost_rank(error):
             first_to_speak()  # the traceback that follows is what stands last
             raise

@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import subprocess
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -103,15 +104,18 @@ def claim(output_dir):
     return hold(os.path.join(output_dir, ".lock"), busy)
 
 
-def setup_distributed():
-    """Join torchrun's process group, or make one of this process alone; returns this rank's device."""
+def setup_distributed(seconds=1800):
+    """Join torchrun's process group, or make one of this process alone; returns this rank's device.
+
+    seconds: how long a collective may wait for another rank.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
     else:
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     return device
@@ -199,7 +203,7 @@ POSITIVE = "a positive number", lambda value: 0 < value < math.inf
 NOT_NEGATIVE = "a number of at least 0", lambda value: 0 <= value < math.inf
 SHARE = "a number of at least 0 and less than 1", lambda value: 0 <= value < 1
 VALUES = {
-    **dict.fromkeys("num_train_epochs global_batch_size learning_rate max_grad_norm".split(), POSITIVE),
+    **dict.fromkeys("num_train_epochs global_batch_size learning_rate max_grad_norm ddp_timeout".split(), POSITIVE),
     **dict.fromkeys("save_steps logging_steps shard_nodes max_skipped_steps".split(), POSITIVE),
     **dict.fromkeys("r lora_alpha expert_r per_device_train_batch_size".split(), POSITIVE),
     **dict.fromkeys("warmup_steps weight_decay router_aux_loss_coef frugal_layers seed".split(), NOT_NEGATIVE),

@@ -10,6 +10,9 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+import multipack
+from malaysian_sft.documents_apart import takes_document_numbers, with_document_numbers
+
 
 class EvenPacks(Dataset):
     """`packs` followed by as many empty ones (nothing supervised) as make its length a multiple of `multiple`.
@@ -46,7 +49,7 @@ class StopWhenTold(TrainerCallback):
         self.trainer, self.stop = trainer, stop
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.stop.training = True
+        self.stop.begin_training()
 
     def on_substep_end(self, args, state, control, **kwargs):
         control.should_training_stop = control.should_training_stop or self.stop.agreed()
@@ -61,6 +64,21 @@ class StopWhenTold(TrainerCallback):
             control.should_log = control.should_evaluate = False
             saved = Path(args.output_dir, f"checkpoint-{state.global_step}", "resume")
             control.should_save = state.global_step > 0 and not saved.exists()
+
+
+def collator(model):
+    """multipack.collate, with the numbers of documents for a model whose layers ask for them."""
+    if takes_document_numbers(model.get_base_model()):
+        return lambda packs: with_document_numbers(multipack.collate(packs))
+    return multipack.collate
+
+
+def check_deepspeed(training_args):
+    """Raise ValueError for a DeepSpeed configuration whose state can't be saved."""
+    if training_args.deepspeed:
+        stage = training_args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage")
+        if stage != 3:
+            raise ValueError(f"--deepspeed {training_args.deepspeed}: ZeRO stage 3 is expected, not {stage}")
 
 
 def check_gradients(engine):

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from malaysian_sft import checkpoints, ranks, resume_state, run
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.lora import WEIGHTS
 from malaysian_sft.resume_state import Share, StateReader, state_fault, write_index, write_shares
+from malaysian_sft.watchdog import process_state
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINERS = {"moe": ("qwen3_moe", train_moe, "--dtype float32"), "dense": ("llama", train_dense, "--bf16 False")}
@@ -596,12 +598,15 @@ from malaysian_sft.ranks import Stop, one_last_line
 def steps(stop):
     dist.init_process_group("gloo")
     print("pid", os.getpid(), flush=True)
-    stop.training = True
+    stop.watch(4 if FAULT == "stop one" else 100)
+    stop.begin_training()
     for step in range(600):
         if FAULT == "an error" and dist.get_rank() == 1 and step == 3:
             raise ValueError("rank 1 can go no further")
         if FAULT == "kill one" and dist.get_rank() == 1 and step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
+        if FAULT == "stop one" and dist.get_rank() == 1 and step == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(0.05)
         if stop.agreed():
             print("saved after", stop.told, flush=True)
@@ -617,7 +622,12 @@ ENDS = {  # fault -> (exit code, last line of stderr)
     "an error": (1, "error: rank 1 can go no further"),
     "kill one": (
         1,
-        "error: the process of rank 1 was killed (SIGKILL, as the kernel does for lack of memory); go on with --resume",
+        "error: the process of rank 1 was killed .SIGKILL, as the kernel does for lack of memory.; go on with --resume",
+    ),
+    "stop one": (
+        1,
+        "error: rank 1 does not answer: its process .* was stopped .SIGSTOP.; the others waited 4 s .--ddp_timeout. for"
+        " it; the stacks stand above; go on with --resume",
     ),
     "SIGTERM": (128 + signal.SIGTERM, None),
     "kill the launcher": (-signal.SIGKILL, None),
@@ -625,9 +635,20 @@ ENDS = {  # fault -> (exit code, last line of stderr)
 
 
 def alive(pid):
-    with suppress(FileNotFoundError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    return False
+    return process_state(pid) not in ("", "Z")
+
+
+def listens_at(pid):
+    """The addresses, as /proc/net/tcp and tcp6 have them, at which a process listens."""
+    sockets = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            sockets.add(os.readlink(descriptor))
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    return {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
 
 def test_the_ends_of_a_run_on_two_ranks(tmp_path):
@@ -648,6 +669,9 @@ def test_the_ends_of_a_run_on_two_ranks(tmp_path):
             time.sleep(0.05)
         pids = [int(line.split()[1]) for line in out.read_text().splitlines() if line.startswith("pid")]
         if fault == "SIGTERM":
+            for pid in (process.pid, *pids):
+                assert listens_at(pid) <= LOOPBACK, "another machine could connect"
+            assert listens_at(process.pid), "where the ranks meet"
             process.terminate()
         if fault == "kill the launcher":
             process.kill()
@@ -659,7 +683,9 @@ def test_the_ends_of_a_run_on_two_ranks(tmp_path):
         assert (code, len(pids)) == (expected, 2) and not any(map(alive, pids)), (fault, printed)
         assert "Traceback" not in printed, (fault, printed)
         if line is not None:
-            assert printed.splitlines()[-1] == line, (fault, printed)
+            assert re.fullmatch(line, printed.splitlines()[-1]), (fault, printed)
+            if fault == "stop one":
+                assert len(re.findall("in steps\n", printed)) == 2, "the stacks of both ranks"
             continue
         assert out.read_text().count("saved after") == 2, (fault, out.read_text(), printed)
     assert ranks.first_to_speak(), "a process alone speaks for itself"

@@ -39,6 +39,7 @@ from malaysian_sft.moe_model import (
     nll_and_gradient,
     shard,
 )
+from malaysian_sft.ranks import Stop
 from malaysian_sft.run import Log, claim, router_record
 from malaysian_sft.sample_models import upcycle
 from malaysian_sft.verify import verify_adapter
@@ -854,7 +855,7 @@ def test_validation_loss_is_that_of_the_held_out_documents(one_process, checkpoi
     documents = [document for i in range(len(dataset.validation)) for document in dataset.validation[i]]
     total, _ = reference_loss(reference, dict(reference.named_parameters()), documents)
     count = sum((document["labels"] != -100).sum() for document in documents)
-    found = train_moe.validate(model, dataset.validation, torch.device("cpu"))
+    found = train_moe.validate(model, dataset.validation, torch.device("cpu"), Stop())
     assert found == pytest.approx((total / count).item(), rel=1e-5)
     assert model.training
 
