@@ -100,6 +100,15 @@ class TrainingArguments:
     dtype: Literal["bfloat16", "float32"] = field(
         default="bfloat16", metadata={"help": "of the base weights and the arithmetic"}
     )
+    base_dtype: Literal["fp8"] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "fp8: routed experts' frozen weights are stored in FP8, as the checkpoint has them or quantised while"
+                " loading, and widened when they are used (docs/fp8.md). Default: stored as dtype"
+            )
+        },
+    )
     activations: Literal["auto", "none", "selective", "full"] = field(
         default="auto",
         metadata={
