@@ -48,7 +48,12 @@ def base_faults(manifest, base, revision=None) -> list[str]:
     """How `base`, a directory or hub id, differs from what an adapter's manifest recorded of its base, in lines; [] if
     it does not."""
     trained_on, faults = manifest.get("base_model"), []
-    found = shape_fields(load_config(base, revision))
+    config = load_config(base, revision)
+    found, fp8 = shape_fields(config), block_fp8(base, config.to_dict())
+    was_fp8 = (manifest.get("base_quantisation") or {}).get("quantised") == "checkpoint"
+    if manifest and fp8 != was_fp8:
+        kinds = {True: "quantised to FP8", False: "not quantised"}
+        faults.append(f"base {base}: it is {kinds[fp8]}; the adapter was trained on {trained_on}, {kinds[was_fp8]}")
     for key, value in manifest.get("base_config", {}).items():
         if found.get(key) != value:
             faults.append(

@@ -3,6 +3,7 @@ that definition, the same model with widened weights, and transformers."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,27 +11,37 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_adapter import PROMPT, TOLERANCE, log_probabilities, run_vllm
 from test_train_moe import (
     adapted_weights,
+    arguments,
     build,
+    losses,
+    moved,
     plain_model,
     random_pack,
     randomise_adapter,
     reference_loss,
+    run_processes,
 )
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_moe
 from conftest import save_tiny_checkpoint
 from fused_moe_lora import FusedMoELoRA, moe_lora_reference, wrap_experts
 from malaysian_sft.account import check_trainer
+from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.adapter_state import adapter_state_dict
 from malaysian_sft.fp8 import FP8, SCALE, quantise, scale_shape, widen
-from malaysian_sft.load_base import frozen_tensors
+from malaysian_sft.load_base import frozen_tensors, load_weights
+from malaysian_sft.lora import MANIFEST, WEIGHTS
+from malaysian_sft.merge import merge_adapter, merge_tensor, unused_faults
 from malaysian_sft.moe_widen import WideRoom, widen_stack
+from malaysian_sft.safetensors_files import read_sources, read_tensor
+from malaysian_sft.verify import verify_adapter
 
 # Two blocks and a ragged one across, one and a ragged one down, whichever way a matrix lies.
-SHAPE = dict(hidden_size=288, moe_intermediate_size=160)
+SHAPE = dict(hidden_size=288, moe_intermediate_size=160, head_dim=32)
 # Every E4M3 value by its bits: a sign, 4 bits of exponent with bias 7, 3 of mantissa; 0x7F is no number.
 MAGNITUDES = [(m / 8 * 2**-6) if e == 0 else (1 + m / 8) * 2 ** (e - 7) for e in range(16) for m in range(8)][:-1]
 VALUES = torch.tensor([*MAGNITUDES, float("nan"), *[-m for m in MAGNITUDES], float("nan")])
@@ -359,3 +370,173 @@ def test_experts_of_a_loaded_model_are_quantised_when_they_are_wrapped(bases):
     )
     torch.testing.assert_close(layer(x, index, weights), again, rtol=1e-4, atol=1e-5)
     assert isinstance(layer.wide_room, WideRoom)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+STEPS = 4
+RUNS = {"published": "widened", "plain": "rounded"}  # a run's base: what its weights stand for
+
+
+@pytest.fixture(scope="module")
+def runs(bases, tmp_path_factory):
+    """{base: (argv, output directory, [the frozen weights before and after])} of unbroken runs of one process with FP8
+    storage, the first LoRA, the second DoRA."""
+    root, found = tmp_path_factory.mktemp("runs"), {}
+    rows = [json.dumps({"question": f"Apa {i}?", "answer": f"Ialah {i}."}) + "\n" for i in range(12)]
+    (root / "train.jsonl").write_text("".join(rows))
+    for base in RUNS:
+        out = root / base
+        argv = arguments(bases[base], root / "train.jsonl", out, "--max_steps", STEPS, "--save_steps", 1)
+        argv += ["--base_dtype", "fp8", "--use_dora", str(base == "plain"), "--global_batch_size", "2"]
+        argv += ["--max_seq_length", "64"]
+        models, patch = [], pytest.MonkeyPatch()
+
+        def load(causal_lm, *rest, models=models):
+            done = load_weights(causal_lm, *rest)
+            models.extend([causal_lm, copies(causal_lm)])
+            return done
+
+        patch.setattr("train_moe.load_weights", load)
+        train_moe.main(argv)
+        patch.undo()
+        found[base] = argv, out, [models[1], copies(models[0])]
+    return found
+
+
+def copies(causal_lm):
+    return {name: tensor.detach().clone() for name, tensor in frozen_tensors(causal_lm).items()}
+
+
+def test_frozen_weights_do_not_change(runs):
+    for _, _, (before, after) in runs.values():
+        assert sum(tensor.dtype == FP8 for tensor in before.values()) == 4 and before.keys() == after.keys()
+        for name, tensor in before.items():
+            assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("base", RUNS)
+def test_a_run_on_widened_weights_has_the_same_losses(base, runs, bases, tmp_path):
+    argv = moved(runs[base][0], tmp_path / "run", "--model_name_or_path", bases[RUNS[base]])
+    at = argv.index("--base_dtype")
+    del argv[at : at + 2]
+    train_moe.main(argv)
+    assert losses(tmp_path / "run") == losses(runs[base][1]) and len(losses(tmp_path / "run")) == STEPS
+
+
+@pytest.mark.parametrize("base", RUNS)
+def test_two_processes_equal_one_and_resume(base, runs, tmp_path):
+    """Rank 1 dies in step 3, after two checkpoints; one process goes on."""
+    argv, expected = moved(runs[base][0], tmp_path / "run"), losses(runs[base][1])
+    patch = """
+clip, calls = train_moe.clip_gradients, []
+def dying(*args):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(*args)
+train_moe.clip_gradients = dying
+"""
+    code, output = run_processes(2, argv, patch)
+    assert code and losses(tmp_path / "run") == [pytest.approx(line, rel=1e-4) for line in expected[:2]], output
+    without = [word for word in argv if word not in ("--base_dtype", "fp8")]
+    with pytest.raises(SystemExit, match="--resume: base_dtype is None, but .* says fp8; that is another run"):
+        train_moe.main([*without, "--resume", "True"])
+    train_moe.main([*argv, "--resume", "True"])
+    assert losses(tmp_path / "run") == [pytest.approx(line, rel=1e-4) for line in expected]
+
+
+@pytest.mark.parametrize("base", RUNS)
+def test_merged_equals_transformers_with_widened_weights(base, runs, bases, tmp_path, monkeypatch):
+    monkeypatch.setattr("malaysian_sft.merge.CHUNK", 288 * 128)  # a matrix takes several blocks of rows
+    adapter = runs[base][1] / f"checkpoint-{STEPS}"
+    manifest = json.loads((adapter / MANIFEST).read_text())
+    quantised = "checkpoint" if base == "published" else "while loading"
+    assert manifest["base_quantisation"] == {
+        "quantised": quantised, "format": "float8_e4m3fn", "weight_block_size": [128, 128], "widened_to": "float32"
+    }  # fmt: skip
+    assert verify_adapter(adapter, bases[base]) == []
+    merge_adapter(bases[base], adapter, tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+    merged = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "merged", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    reference, tensors = plain_model(bases[RUNS[base]]), load_file(adapter / WEIGHTS)
+    with torch.no_grad():
+        expected = adapted_weights(dict(reference.named_parameters()), tensors, scaling=2.0)
+    found = dict(merged.named_parameters())
+    rounding = {"rtol": 2**-8, "atol": 0} if base == "published" else {"rtol": 1e-5, "atol": 1e-6}
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, **rounding, msg=lambda m, name=name: f"{name}: {m}")
+    files = read_sources(tmp_path / "merged")
+    kinds = {source.dtype for source in files.values()}
+    assert kinds == ({torch.bfloat16, torch.float32} if base == "published" else {torch.float32})
+    if base == "published":
+        index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == files.keys()
+        shards = [load_file(tmp_path / "merged" / name) for name in set(index["weight_map"].values())]
+        assert index["metadata"]["total_size"] == sum(t.nbytes for shard in shards for t in shard.values())
+
+    # as vLLM reads it, tensor by tensor
+    sources, reader = read_sources(Path(bases[base])), Adapter(adapter)
+    for name, weight in merged_files(tmp_path / "merged").items():
+        source = sources[name]
+        scale = None if source.scale is None else read_tensor(source.scale)
+        streamed = merge_tensor(reader, name, read_tensor(source), dtype=weight.dtype, scale=scale)
+        assert torch.equal(streamed.to(weight.dtype), weight), name
+    assert not unused_faults(reader, reader.used)
+
+
+def merged_files(directory):
+    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "base", "message"),
+    [
+        ("published", "plain", "it is not quantised; the adapter was trained on .*published, quantised to FP8"),
+        ("plain", "published", "it is quantised to FP8; the adapter was trained on .*plain, not quantised"),
+    ],
+)
+def test_another_base_is_refused(adapter, base, message, runs, bases, tmp_path):
+    directory = runs[adapter][1] / f"checkpoint-{STEPS}"
+    assert any(re.search(message, fault) for fault in verify_adapter(directory, bases[base]))
+    with pytest.raises(ValueError, match=message):
+        merge_adapter(bases[base], directory, tmp_path / "out")
+
+
+def test_a_published_base_is_trained_in_its_widened_weights_without_the_flag(runs, bases, tmp_path):
+    argv = moved(runs["published"][0], tmp_path / "run")
+    at = argv.index("--base_dtype")
+    del argv[at : at + 2]
+    train_moe.main(argv)
+    assert losses(tmp_path / "run") == losses(runs["published"][1])
+    adapter = tmp_path / "run" / f"checkpoint-{STEPS}"
+    assert json.loads((adapter / MANIFEST).read_text())["base_quantisation"]["quantised"] == "checkpoint"
+    merge_adapter(bases["published"], adapter, tmp_path / "merged")
+
+
+@pytest.mark.slow
+def test_vllm_serves_what_was_trained(runs, bases, tmp_path):
+    """Log-probabilities of merged while loading equal transformers' of widened weights and delta."""
+    jobs = []
+    for base in RUNS:
+        adapter = str(runs[base][1] / f"checkpoint-{STEPS}")
+        jobs.append(dict(name=base, how="merged", base=bases[base], adapter=adapter, prompt=PROMPT, tp=1))
+    jobs[0]["options"] = {"hf_overrides": {"quantization_config": None}}
+    jobs.append(jobs[0] | {"name": "refused", "options": {}})
+    results, log = run_vllm(tmp_path, jobs, multiprocessing=False)
+    assert results is not None, log[-5000:]
+    assert "is in FP8, the merged weights are not: pass" in results["refused"]
+    for base in RUNS:
+        reference = plain_model(bases[RUNS[base]])
+        tensors = load_file(runs[base][1] / f"checkpoint-{STEPS}" / WEIGHTS)
+        with torch.no_grad():
+            weights = adapted_weights(dict(reference.named_parameters()), tensors, scaling=2.0)
+            reference.load_state_dict(weights, strict=False)
+        expected = log_probabilities(reference, PROMPT)
+        assert torch.allclose(torch.tensor(results[base]["log_probabilities"]), expected, atol=TOLERANCE, rtol=0)
