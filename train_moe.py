@@ -195,6 +195,7 @@ def plan_arguments(args, data_args, lora_args):
         frugal_layers=args.frugal_layers,
         gather_base=args.gather_base,
         shard_nodes=args.shard_nodes,
+        base_dtype=args.base_dtype,
     )
 
 
@@ -326,6 +327,7 @@ def refuse_leaks(model, device):
     model.eval()
     check_documents_apart(model.causal_lm, lambda pack: model(to_device(to_batch(pack), device)))
     model.train()
+    model.forget_norms()  # DoRA's, of the adapter's start: a resumed run's adapter is yet to be read
 
 
 @torch.no_grad()

@@ -458,7 +458,7 @@ def test_merged_equals_transformers_with_widened_weights(base, runs, bases, tmp_
         "quantised": quantised, "format": "float8_e4m3fn", "weight_block_size": [128, 128], "widened_to": "float32"
     }  # fmt: skip
     assert verify_adapter(adapter, bases[base]) == []
-    merge_adapter(bases[base], adapter, tmp_path / "merged")
+    merge_adapter(bases[base], adapter, tmp_path / "merged", workers=1)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
     merged = AutoModelForCausalLM.from_pretrained(
@@ -517,7 +517,7 @@ def test_a_published_base_is_trained_in_its_widened_weights_without_the_flag(run
     assert losses(tmp_path / "run") == losses(runs["published"][1])
     adapter = tmp_path / "run" / f"checkpoint-{STEPS}"
     assert json.loads((adapter / MANIFEST).read_text())["base_quantisation"]["quantised"] == "checkpoint"
-    merge_adapter(bases["published"], adapter, tmp_path / "merged")
+    merge_adapter(bases["published"], adapter, tmp_path / "merged", workers=1)
 
 
 @pytest.mark.slow
