@@ -34,8 +34,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from malaysian_sft.disk_names import attach
+from malaysian_sft.fp8 import FP8, SCALE, quantise, scale_shape
 from malaysian_sft.lora import start_lora
 from malaysian_sft.moe_autograd import Projection, moe_lora
+from malaysian_sft.moe_widen import ReferenceAgain, WideRoom
 
 
 def moe_lora_reference(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate, up, down, scaling):
@@ -106,6 +108,8 @@ class FusedMoELoRA(nn.Module):
     mode: "fast" keeps gate, silu(gate) up and the LoRA inner products for the backward, "frugal" recomputes them.
     cache_norms: DoRA's row norms are computed once and kept until `forget_norms()`, which the training loop then has to
     call after every optimiser step; by default every forward computes them.
+    wide_room: a WideRoom that all layers share. With it the frozen weights are stored in FP8 (fp8.py), beside them
+    their scales `gate_up_proj_scale_inv` and `down_proj_scale_inv`, and widened to `dtype` there when they are used.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class FusedMoELoRA(nn.Module):
         cache_norms=False,
         dtype=None,
         device=None,
+        wide_room=None,
     ):
         super().__init__()
         if mode not in ("fast", "frugal"):
@@ -129,8 +134,9 @@ class FusedMoELoRA(nn.Module):
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.use_dora, self.mode, self.cache_norms = use_dora, mode, cache_norms
+        self.dtype, self.wide_room = dtype or torch.get_default_dtype(), wide_room
 
-        def frozen(*shape):
+        def frozen(*shape, dtype=dtype if wide_room is None else FP8):
             return nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype, device=device), requires_grad=False)
 
         def trainable(*shape):
@@ -138,6 +144,10 @@ class FusedMoELoRA(nn.Module):
 
         self.gate_up_proj = frozen(2 * intermediate_size, hidden_size)
         self.down_proj = frozen(hidden_size, intermediate_size)
+        if wide_room is not None:
+            rows, columns = scale_shape(intermediate_size, hidden_size)
+            self.gate_up_proj_scale_inv = frozen(2 * rows, columns, dtype=torch.float32)
+            self.down_proj_scale_inv = frozen(columns, rows, dtype=torch.float32)
         for name, out_features, in_features in self.projections():
             self.register_parameter(f"{name}_lora_A", trainable(r, in_features))
             self.register_parameter(f"{name}_lora_B", trainable(out_features, r))
@@ -156,22 +166,32 @@ class FusedMoELoRA(nn.Module):
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size},"
             f" intermediate_size={self.intermediate_size}, r={self.r}, lora_alpha={self.lora_alpha},"
-            f" use_dora={self.use_dora}, mode={self.mode!r}"
+            f" use_dora={self.use_dora}, mode={self.mode!r}" + (", stored in FP8" if self.wide_room else "")
         )
+
+    def base_weights(self):
+        """(gate_up_proj, down_proj) to multiply with. From FP8 they are widened, and good until another layer asks for
+        its own."""
+        if self.wide_room is None:
+            return self.gate_up_proj, self.down_proj
+        stacks = [(self.gate_up_proj, self.gate_up_proj_scale_inv, 2), (self.down_proj, self.down_proj_scale_inv, 1)]
+        return self.wide_room.widened(self, stacks, self.dtype)
 
     @torch.no_grad()
     def reset_lora_parameters(self):
         """Start values (`start_lora`) of every expert. Call it once the base weights are loaded."""
         norms = [None] * 3
         if self.use_dora:
-            gate, up = squared_row_norms(self.gate_up_proj).sqrt().chunk(2, dim=1)
-            norms = gate, up, squared_row_norms(self.down_proj).sqrt()
+            gate_up, down = (squared_row_norms(weight).sqrt() for weight in self.base_weights())
+            norms = *gate_up.chunk(2, dim=1), down
         for (name, *_), row_norms in zip(self.projections(), norms, strict=True):
             parts = [getattr(self, f"{name}_lora_{part}", None) for part in ("A", "B", "magnitude")]
             start_lora(f"experts' {name}", *parts, row_norms)
         self._after_load()
 
     def _after_load(self, *_):
+        if self.wide_room is not None:
+            self.wide_room.forget(self)
         self.forget_norms()
         self._weight_norms = None
 
@@ -184,9 +204,10 @@ class FusedMoELoRA(nn.Module):
         if not self.use_dora:
             return None, None, None
         if self._weight_norms is None:
-            self._weight_norms = squared_row_norms(self.gate_up_proj), squared_row_norms(self.down_proj)
+            self._weight_norms = [squared_row_norms(weight) for weight in self.base_weights()]
         if self._norms is None or not self.cache_norms:
-            (gate, up), down = self.gate_up_proj.chunk(2, dim=1), self.down_proj
+            gate_up, down = self.base_weights()
+            gate, up = gate_up.chunk(2, dim=1)
             (gate_squares, up_squares), down_squares = self._weight_norms[0].chunk(2, dim=1), self._weight_norms[1]
             frozen = (gate, gate_squares), (up, up_squares), (down, down_squares)
             self._norms = [
@@ -205,9 +226,14 @@ class FusedMoELoRA(nn.Module):
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """hidden_states (T, H), top_k_index (T, top_k), top_k_weights (T, top_k) -> (T, H) in hidden_states' dtype."""
-        base, adapters = (self.gate_up_proj, self.down_proj), self.adapters()
-        block, options = (moe_lora, {"mode": self.mode}) if hidden_states.is_cuda else (moe_lora_reference, {})
-        return block(hidden_states, top_k_index, top_k_weights, *base, *adapters, self.scaling, **options)
+        adapters, routed = self.adapters(), (hidden_states, top_k_index, top_k_weights)
+        again = None if self.wide_room is None else self.base_weights
+        if hidden_states.is_cuda:
+            return moe_lora(*routed, *self.base_weights(), *adapters, self.scaling, mode=self.mode, base=again)
+        if again is not None:
+            tensors = [tensor for adapter in adapters for tensor in adapter]
+            return ReferenceAgain.apply(moe_lora_reference, again, self.scaling, *routed, *tensors)
+        return moe_lora_reference(*routed, *self.base_weights(), *adapters, self.scaling)
 
 
 def why_not_conforming(experts):
@@ -249,8 +275,15 @@ def why_not_conforming(experts):
     return "; ".join(differences) or None
 
 
-def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", cache_norms=False):
-    """Replace every `...mlp.experts` of `model` by a FusedMoELoRA that holds the same base weights; returns how many.
+def quantised_stack(weight, parts):
+    """weight (E, parts * out, in) -> (values, scales) as FusedMoELoRA holds them: blocks end where a part does."""
+    pairs = [[quantise(part) for part in expert.chunk(parts)] for expert in weight]
+    return tuple(torch.stack([torch.cat([pair[i] for pair in expert]) for expert in pairs]) for i in (0, 1))
+
+
+def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", cache_norms=False, fp8=False):
+    """Replace every `...mlp.experts` of `model` by a FusedMoELoRA that holds the same base weights, with fp8 quantised
+    to FP8; returns how many.
 
     Works on the meta device too: then call `reset_lora_parameters()` of each once the weights are loaded. Raises
     ValueError, and changes nothing, if an experts module does not conform (saying what differs) or if there is none.
@@ -265,9 +298,10 @@ def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", cache_norms=
         reason = why_not_conforming(module)
         if reason:
             raise ValueError(f"{name} ({type(module).__name__}) cannot be wrapped: {reason}")
+    wide_room = WideRoom() if fp8 else None
     for name, module in found.items():
         num_experts, hidden_size, intermediate_size = module.down_proj.shape
-        base = dict(dtype=module.gate_up_proj.dtype, device="meta")
+        base = dict(dtype=module.gate_up_proj.dtype, device="meta", wide_room=wide_room)
         fused = FusedMoELoRA(
             num_experts, hidden_size, intermediate_size, r, lora_alpha, use_dora, mode, cache_norms, **base
         ).train(module.training)
@@ -276,9 +310,12 @@ def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", cache_norms=
             device = module.gate_up_proj.device
             lora = {n: torch.empty_like(p, device=device) for n, p in fused.named_parameters() if "lora" in n}
             base_weights = {"gate_up_proj": module.gate_up_proj, "down_proj": module.down_proj}
+            if fp8:
+                for stack, parts in (("gate_up_proj", 2), ("down_proj", 1)):
+                    base_weights[stack], base_weights[stack + SCALE] = quantised_stack(base_weights[stack], parts)
             fused.load_state_dict({**base_weights, **lora}, assign=True)
-            fused.gate_up_proj.requires_grad_(False)
-            fused.down_proj.requires_grad_(False)
+            for stack in base_weights:
+                getattr(fused, stack).requires_grad_(False)
             fused.reset_lora_parameters()
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, fused)

@@ -101,6 +101,15 @@ class TrainingArguments:
     dtype: Literal["bfloat16", "float32"] = field(
         default="bfloat16", metadata={"help": "of the base weights and the arithmetic"}
     )
+    base_dtype: Literal["fp8"] | None = field(
+        default=None,
+        metadata={
+            "help": (
+                "fp8: routed experts' frozen weights are stored in FP8, as the checkpoint has them or quantised while"
+                " loading, and widened when they are used (docs/fp8.md). Default: stored as dtype"
+            )
+        },
+    )
     activations: Literal["auto", "none", "selective", "full"] = field(
         default="auto",
         metadata={
@@ -188,6 +197,7 @@ def plan_arguments(args, data_args, lora_args):
         frugal_layers=args.frugal_layers,
         gather_base=args.gather_base,
         shard_nodes=args.shard_nodes,
+        base_dtype=args.base_dtype,
     )
 
 
@@ -319,6 +329,7 @@ def refuse_leaks(model, device):
     model.eval()
     check_documents_apart(model.causal_lm, lambda pack: model(to_device(to_batch(pack), device)))
     model.train()
+    model.forget_norms()  # DoRA's, of the adapter's start: a resumed run's adapter is yet to be read
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from fused_moe_lora import why_not_conforming
-from malaysian_sft.base_model import UNREADABLE, refuse_quantised
+from malaysian_sft.base_model import UNREADABLE, block_fp8
 from malaysian_sft.lora import NOT_ADAPTED, active_experts, expert_rank
 
 GIB = 2**30
@@ -314,9 +314,9 @@ def check_trainer(config, kind):
     """Raise ValueError if a model of this transformers config is not one for train_dense.py ("dense") or train_moe.py
     ("moe").
 
-    The dense trainer would leave routed experts out without a word.
+    The dense trainer would leave routed experts out without a word, and reads no quantised base.
     """
-    refuse_quantised(config.model_type, config.to_dict())
+    block_fp8(config.model_type, config.to_dict(), supported=kind == "moe")
     if (kind == "moe") != any(m.kind == "expert" for m in architecture(config).matrices):
         other = "train_dense.py" if kind == "moe" else "train_moe.py"
         raise ValueError(f"{config.model_type} has {'no ' * (kind == 'moe')}routed experts: train it with {other}")

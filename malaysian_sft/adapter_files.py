@@ -46,8 +46,8 @@ class Adapter:
 
     Attributes: config (adapter_config.json), header, slots ({base weight name without ".weight": Slot}), use_dora,
     stacked, used (how often each slot was merged), manifest (what save_adapter recorded; {} for an adapter that others
-    wrote). Rank, alpha and DoRA come from the config. Raises ValueError naming the file and the key for anything that
-    does not fit.
+    wrote), quantised and widened_to (what it was trained on: `_read_quantisation`). Rank, alpha and DoRA come from the
+    config. Raises ValueError naming the file and the key for anything that does not fit.
     """
 
     def __init__(self, directory):
@@ -59,6 +59,7 @@ class Adapter:
         self.header, _ = read_header(self.path)
         self.use_dora = bool(self.config.get("use_dora"))
         self.manifest = self._read_manifest()
+        self.quantised, self.widened_to = self._read_quantisation()
         self.checksums, self._checked = self.manifest.get("tensors", {}), set()
         self.used = Counter()
         self.stacked, self._stacks = False, {}
@@ -233,10 +234,20 @@ class Adapter:
             manifest = json.loads(path.read_text()) if path.is_file() else {}
         except (RecursionError, ValueError) as error:
             raise ValueError(f"{path}: not JSON ({error})") from None
-        parts = ("base_config", "base_tensors", "scaling", "tensors")
+        parts = ("base_config", "base_tensors", "base_quantisation", "scaling", "tensors")
         if not isinstance(manifest, dict) or not all(isinstance(manifest.get(part, {}), dict) for part in parts):
             raise ValueError(f"{path}: no manifest: expected an object with {', '.join(parts)}, each an object")
         return manifest
+
+    def _read_quantisation(self):
+        """(where the base was quantised that the adapter was trained on: in its "checkpoint", "while loading" (its
+        experts alone) or, None, not at all; the dtype that it was widened to)."""
+        found = self.manifest.get("base_quantisation") or {"quantised": None, "widened_to": "bfloat16"}
+        places, dtypes = (None, "checkpoint", "while loading"), ("bfloat16", "float32")
+        quantised, widened_to = (found.get(key) for key in ("quantised", "widened_to"))
+        if quantised not in places or widened_to not in dtypes:
+            raise ValueError(f"{self.directory / MANIFEST}: base_quantisation is {found}; this version knows no such")
+        return quantised, getattr(torch, widened_to)
 
     def check(self, base=None) -> "Adapter":
         """Itself; raises ValueError if names or scaling are not those in the manifest, experts are missing, or `base`

@@ -12,6 +12,7 @@ from torch import nn
 from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.base_model import base_fingerprint, local_base, shape_fields
 from malaysian_sft.disk_names import common_name, disk_names
+from malaysian_sft.fp8 import BLOCK, FP8
 from malaysian_sft.lora import (
     CONFIG,
     EXPERT_PARAMETER,
@@ -218,6 +219,7 @@ def _write_adapter(model, directory, base_model, tokenizer, lora_args, tensors, 
         "base_model": base_model,
         "base_config": shape_fields(getattr(model, "config", None)),
         "base_tensors": base_fingerprint(base_model, tensors),
+        **base_quantisation(model),
         "scaling": {
             key: config[key] for key in ("r", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
         },
@@ -239,6 +241,18 @@ def _write_adapter(model, directory, base_model, tokenizer, lora_args, tensors, 
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG):
         os.replace(path, directory / path.name)
     temporary.rmdir()
+
+
+def base_quantisation(model) -> dict:
+    """The manifest's entry for a base that was quantised, by its checkpoint or, its routed experts alone, while it was
+    loaded; {} for another. What an adapter is merged into must be what it was trained on."""
+    checkpoint = bool(getattr(getattr(model, "config", None), "quantization_config", None))
+    stored = any(parameter.dtype == FP8 for parameter in model.parameters())
+    if not (checkpoint or stored):
+        return {}
+    found = {"quantised": "checkpoint" if checkpoint else "while loading", "format": "float8_e4m3fn"}
+    dtype = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return {"base_quantisation": found | {"weight_block_size": [BLOCK, BLOCK], "widened_to": dtype}}
 
 
 def _write_generation_config(model, base_model, directory):

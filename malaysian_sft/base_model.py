@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from malaysian_sft.disk_names import attach, common_name, disk_names
+from malaysian_sft.fp8 import BLOCK
 from malaysian_sft.lora import DISK_NAME, EXPERT, base_shapes
 from malaysian_sft.safetensors_files import read_sources, tensor_checksum
 
@@ -47,7 +48,12 @@ def base_faults(manifest, base, revision=None) -> list[str]:
     """How `base`, a directory or hub id, differs from what an adapter's manifest recorded of its base, in lines; [] if
     it does not."""
     trained_on, faults = manifest.get("base_model"), []
-    found = shape_fields(load_config(base, revision))
+    config = load_config(base, revision)
+    found, fp8 = shape_fields(config), block_fp8(base, config.to_dict())
+    was_fp8 = (manifest.get("base_quantisation") or {}).get("quantised") == "checkpoint"
+    if manifest and fp8 != was_fp8:
+        kinds = {True: "quantised to FP8", False: "not quantised"}
+        faults.append(f"base {base}: it is {kinds[fp8]}; the adapter was trained on {trained_on}, {kinds[was_fp8]}")
     for key, value in manifest.get("base_config", {}).items():
         if found.get(key) != value:
             faults.append(
@@ -124,12 +130,20 @@ def find_base(name, revision=None) -> Path:
         ) from None
 
 
-def refuse_quantised(name, config: dict) -> None:
-    if method := config.get("quantization_config"):
-        kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)
-        raise ValueError(
-            f"{name}: the base is quantised ({kind}); an adapter merges into the bf16 checkpoint it was made from"
-        )
+def block_fp8(name, config: dict, supported=True) -> bool:
+    """Whether a config (as a dict) is of a checkpoint in FP8 as fp8.py describes it. Raises ValueError for any other
+    quantisation, and for this one too unless `supported`."""
+    found = config.get("quantization_config")
+    if not found:
+        return False
+    found = found if isinstance(found, dict) else found.to_dict()
+    kind, expected = found.get("quant_method"), {"fmt": "e4m3", "activation_scheme": "dynamic"}
+    stated = {key: found.get(key, value) for key, value in expected.items()}
+    stated["weight_block_size"], expected["weight_block_size"] = found.get("weight_block_size"), [BLOCK, BLOCK]
+    if kind == "fp8" and stated == expected and supported:
+        return True
+    how = f" with {stated}; of FP8, {expected} is read" if kind == "fp8" and stated != expected else ""
+    raise ValueError(f"{name}: the base is quantised ({kind}){how}; take the bf16 checkpoint that it was made from")
 
 
 # What transformers raises for files that make no sense to it, beside its own errors.

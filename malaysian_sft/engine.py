@@ -96,7 +96,8 @@ def llm_options(config):
     """What vLLM is started with -> (keyword arguments of vllm.LLM, LoRARequest or None)."""
     from transformers import AutoConfig
 
-    most = getattr(AutoConfig.from_pretrained(config["model"]).get_text_config(), "max_position_embeddings", None)
+    base = AutoConfig.from_pretrained(config["model"])
+    most = getattr(base.get_text_config(), "max_position_embeddings", None)
     length = config["max_model_len"] or config["sampling"]["max_tokens"] + 4096
     if not config["max_model_len"] and most:
         length = min(length, most)
@@ -121,10 +122,12 @@ def llm_options(config):
     if config["adapter"] and config["serve_lora"]:
         lora = served_lora(config["adapter"], options)
     elif config["adapter"]:
-        from malaysian_sft.merge import register_vllm_loader  # here, because the driver does without torch
+        from malaysian_sft.merge import WIDE, register_vllm_loader  # here, because the driver does without torch
 
         register_vllm_loader()
         options |= {"load_format": "merge_adapter", "model_loader_extra_config": {"adapter": config["adapter"]}}
+        if getattr(base, "quantization_config", None):
+            options |= WIDE
     return options, lora
 
 

@@ -2,9 +2,10 @@
 
 FSDP2 gathers by copying: shards into one flat buffer, and out of it into parameters, forward and backward, although
 frozen weights never change. Here a rank holds rows of every large frozen weight (of a stack of experts: whole experts).
-Layer i is gathered into buffer i % 2, each weight straight to its place, and its parameters are views of that place
-from the start: nothing is copied, and nothing is set from step to step. A layer is gathered on a stream of its own
-while the one before it computes, in the forward and in the backward. Two layers are whole at any time.
+Layer i is gathered into buffer i % 2, each weight straight to its place, as the bytes that it is stored in, and its
+parameters are views of that place from the start: nothing is copied, and nothing is set from step to step. A layer is
+gathered on a stream of its own while the one before it computes, in the forward and in the backward. Two layers are
+whole at any time.
 
 Norms, embedding and head stay whole on every rank. Adapters, which do change, are FSDP2's.
 """
@@ -14,7 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from malaysian_sft.fp8 import SCALE
+
 SMALLEST = 1 << 12  # values; a weight with fewer stays whole on every rank
+ALIGNED = 16  # bytes, for NCCL and for the kernels' descriptors
 
 
 @dataclass
@@ -42,7 +46,7 @@ class FrozenRing:
                 (module, name, p)
                 for module in layer.modules()
                 for name, p in module.named_parameters(recurse=False)
-                if not p.requires_grad and p.dim() >= 2 and p.numel() >= SMALLEST and p.shape[0] >= self.ranks
+                if self.spreads(getattr(module, name.removesuffix(SCALE)))  # scales go with their weight
             ]
             for layer in self.layers
         ]
@@ -52,6 +56,9 @@ class FrozenRing:
         for i, layer in enumerate(self.layers):
             layer.register_forward_pre_hook(lambda *_, i=i: self.before_forward(i))
             layer.register_forward_hook(lambda _, inputs, output, i=i: BeforeBackward.apply(output, self, i))
+
+    def spreads(self, p):
+        return not p.requires_grad and p.dim() >= 2 and p.numel() >= SMALLEST and p.shape[0] >= self.ranks
 
     def allocate(self, causal_lm, device):
         """Give the model storage on `device`: the ring's weights as shards and places in buffers, the rest whole."""
@@ -63,26 +70,22 @@ class FrozenRing:
             self.stream = torch.cuda.Stream(device)
 
         def size(p):
-            """Values of a weight in its buffer, padded to as many rows for every rank."""
-            return -(-p.shape[0] // self.ranks) * self.ranks * p[0].numel()
+            """Bytes of a weight in its buffer, padded to as many rows for every rank."""
+            size = -(-p.shape[0] // self.ranks) * self.ranks * p[0].numel() * p.element_size()
+            return -(-size // ALIGNED) * ALIGNED
 
         sizes = [sum(size(p) for _, _, p in layer) for layer in self.places]
-        dtypes = {p.dtype for layer in self.places for _, _, p in layer} or {torch.bfloat16}
-        if len(dtypes) > 1:
-            raise ValueError(
-                f"frozen weights of several dtypes ({', '.join(map(str, dtypes))}): pass --gather_base False"
-            )
-        (dtype,) = dtypes
-        buffers = [torch.empty(max(sizes[i::2], default=0), dtype=dtype, device=device) for i in (0, 1)]
+        buffers = [torch.empty(max(sizes[i::2], default=0), dtype=torch.uint8, device=device) for i in (0, 1)]
         for i, layer in enumerate(self.places):
             at = 0
             self.by_layer.append([])
             for module, name, p in layer:
                 rows = -(-p.shape[0] // self.ranks)
-                whole = buffers[i % 2][at : at + size(p)].view(rows * self.ranks, *p.shape[1:])
+                length = rows * p[0].numel() * p.element_size()  # of a shard
+                whole = buffers[i % 2][at : at + length * self.ranks].view(p.dtype).view(-1, *p.shape[1:])
                 at += size(p)
                 first = self.rank * rows
-                shard = torch.zeros(rows, *p.shape[1:], dtype=dtype, device=device)
+                shard = torch.zeros(length, dtype=torch.uint8, device=device).view(p.dtype).view(rows, *p.shape[1:])
                 piece = Piece(shard, first, max(0, min(rows, p.shape[0] - first)), whole)
                 placed = torch.nn.Parameter(whole[: p.shape[0]], requires_grad=False)
                 module._parameters[name] = placed
@@ -100,7 +103,7 @@ class FrozenRing:
             return
         if self.stream is None:
             for piece in self.by_layer[i]:
-                dist.all_gather_into_tensor(piece.whole.flatten(), piece.shard.flatten(), group=self.group)
+                self.gather(piece)
             return
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -108,10 +111,14 @@ class FrozenRing:
             # one launch of NCCL for all weights of the layer
             with dist._coalescing_manager(group=self.group, device=device, async_ops=True) as works:
                 for piece in self.by_layer[i]:
-                    dist.all_gather_into_tensor(piece.whole.flatten(), piece.shard.flatten(), group=self.group)
+                    self.gather(piece)
             works.wait()  # makes this stream wait, not the host
             self.ready[slot] = torch.cuda.Event()
             self.ready[slot].record(self.stream)
+
+    def gather(self, piece):
+        whole, shard = (tensor.flatten().view(torch.uint8) for tensor in (piece.whole, piece.shard))
+        dist.all_gather_into_tensor(whole, shard, group=self.group)
 
     def use(self, i):
         """Layer i's weights are in place for whatever is queued to compute next."""

@@ -12,19 +12,21 @@ from tqdm import tqdm
 
 from fused_moe_lora import FusedMoELoRA, squared_row_norms
 from malaysian_sft.disk_names import Place, disk_names
+from malaysian_sft.fp8 import BLOCK, FP8, SCALE, quantise, widen
 from malaysian_sft.lora import LAYER, start_lora
 from malaysian_sft.moe_model import LoraLinear, allocate
 from malaysian_sft.run import is_main, say
-from malaysian_sft.safetensors_files import read_sources
+from malaysian_sft.safetensors_files import read_sources, read_tensor
 
 
 @dataclass
 class Piece:
-    """Rows [first, first + len(target)) of a checkpoint tensor, to be read into `target`."""
+    """The values of a checkpoint tensor from `begin` on, to be read into `target`."""
 
     name: str
-    first: int
+    begin: int
     target: torch.Tensor
+    scale: torch.Tensor | None = None  # for the scales of a target in FP8, one matrix
 
 
 def frozen_tensors(causal_lm):
@@ -42,29 +44,43 @@ def plan_reading(tensors, names, ring=None):
     """What this rank reads: ([Piece], {every checkpoint tensor that the model needs: its shape}).
 
     A parameter sharded on dimension 0 needs a range of rows. A stack of experts is found either as such or as one
-    two-dimensional tensor per expert and projection; then a range of rows is a set of whole experts. names: DiskNames.
+    two-dimensional tensor per expert and projection; then a range of rows is a set of whole experts. Experts in FP8 are
+    read as matrices with blocks of their own either way. names: DiskNames.
     """
     pieces, expected = [], {}
     for name, tensor in tensors.items():
-        shape, local, first = tuple(tensor.shape), tensor, 0
-        if ring is not None and (held := ring.pieces.get(id(tensor))) is not None:
-            local, first = held.shard[: held.rows], held.first
-        local = local.detach()
+        if name.endswith(SCALE):  # with its weight
+            continue
+        shape, (local, first), scales = tuple(tensor.shape), own_rows(tensor, ring), None
+        if tensor.dtype == FP8:
+            scales, _ = own_rows(tensors[name + SCALE], ring)
         whole = names.names.get(Place(name))
-        if whole is not None or Place(name, 0) not in names.names:
-            expected[whole or name] = shape
+        whole = name if whole is None and Place(name, 0) not in names.names else whole
+        if whole is not None:
+            expected[whole] = shape
+        if whole is not None and scales is None:
             if local.numel():
-                pieces.append(Piece(whole or name, first, local))
+                pieces.append(Piece(whole, first * math.prod(shape[1:]), local))
             continue
         parts = 2 if name.endswith(".gate_up_proj") else 1
         rows = shape[1] // parts
         for e in range(shape[0]):
             for part in range(parts):
-                expert = names.names.get(Place(name, e, part), f"{name} of expert {e}")
-                expected[expert] = (rows, shape[2])
+                expert, begin = whole, (e * parts + part) * rows * shape[2]
+                if whole is None:
+                    expert, begin = names.names.get(Place(name, e, part), f"{name} of expert {e}"), 0
+                    expected[expert] = (rows, shape[2])
                 if first <= e < first + len(local):
-                    pieces.append(Piece(expert, 0, local[e - first, part * rows : (part + 1) * rows]))
+                    scale = None if scales is None else scales[e - first].chunk(parts)[part]
+                    pieces.append(Piece(expert, begin, local[e - first].chunk(parts)[part], scale))
     return pieces, expected
+
+
+def own_rows(tensor, ring):
+    """(the rows of a frozen tensor that this rank holds, the first one's number)"""
+    if ring is not None and (held := ring.pieces.get(id(tensor))) is not None:
+        return held.shard[: held.rows].detach(), held.first
+    return tensor.detach(), 0
 
 
 def check_complete(expected, sources, causal_lm, directory):
@@ -103,12 +119,34 @@ CHUNK_BYTES = 32 << 20  # of one read: large enough for a disk, small enough tha
 
 
 def read_piece(piece, source, progress):
-    """Read a piece into its target with plain positioned reads: no page is mapped, so host memory stays at one chunk a
-    thread."""
-    row = math.prod(source.shape[1:])
-    begin = source.start + piece.first * row * source.dtype.itemsize
-    target = piece.target.flatten()  # a view: rows of a contiguous tensor
-    assert target.data_ptr() == piece.target.data_ptr(), f"{piece.name}: the target's rows are not contiguous"
+    """Read a piece into its target: from FP8 into FP8 as it is, from FP8 into another dtype widened, from another dtype
+    into FP8 quantised."""
+    if piece.target.dtype == source.dtype or FP8 not in (piece.target.dtype, source.dtype):
+        read_values(piece.name, source, piece.begin, piece.target, progress)
+        if piece.scale is not None:
+            piece.scale.copy_(read_tensor(source.scale))
+        return
+    scale = read_tensor(source.scale).to(piece.target.device) if source.dtype == FP8 else None
+    columns, device = source.shape[-1], piece.target.device
+    step = max(CHUNK_BYTES // (columns * source.dtype.itemsize) // BLOCK, 1) * BLOCK  # rows at a time, whole blocks
+    for at in range(0, len(piece.target), step):
+        target = piece.target[at : at + step]
+        stored = torch.empty(target.shape, dtype=source.dtype, device=device)
+        read_values(piece.name, source, piece.begin + at * columns, stored, progress)
+        if scale is not None:
+            target.copy_(widen(stored, scale, piece.begin // columns + at))
+            continue
+        values, scales = quantise(stored)
+        target.copy_(values)
+        piece.scale[at // BLOCK :][: len(scales)].copy_(scales)
+
+
+def read_values(name, source, begin, out, progress):
+    """Read a tensor's values from `begin` on into `out` with plain positioned reads: no page is mapped, so host memory
+    stays at one chunk a thread."""
+    begin = source.start + begin * source.dtype.itemsize
+    target = out.flatten()  # a view: rows of a contiguous tensor
+    assert target.data_ptr() == out.data_ptr(), f"{name}: the target's rows are not contiguous"
     direct = target.device.type == "cpu" and target.dtype == source.dtype
     step = CHUNK_BYTES // source.dtype.itemsize
     staging = None if direct else torch.empty(min(step, target.numel()), dtype=source.dtype, pin_memory=target.is_cuda)
@@ -122,7 +160,7 @@ def read_piece(piece, source, progress):
             while read < len(view):
                 count = os.preadv(fd, [view[read:]], begin + at * source.dtype.itemsize + read)
                 if count == 0:
-                    raise ValueError(f"{source.path}: ends inside {piece.name}")
+                    raise ValueError(f"{source.path}: ends inside {name}")
                 read += count
             if not direct:
                 part.copy_(buffer)

@@ -3,6 +3,7 @@
 import math
 
 from malaysian_sft.account import GIB, architecture
+from malaysian_sft.fp8 import scale_shape
 
 
 def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r, mode, use_dora=False):
@@ -109,7 +110,7 @@ def gpu_bytes(config, plan):
     those of that moment alone.
     """
     layers = architecture(config).layers()
-    layer_base = max(sum(m.copies * m.out_features * m.in_features for m in layer) for layer in layers)
+    layer_base = max(sum(map(weights, layer)) for layer in layers)
     layer_adapter = max(sum(adapter_size(m, plan) for m in layer) for layer in layers)
     terms = (dense_terms if plan["kind"] == "dense" else moe_terms)(config, plan, layer_base, layer_adapter)
     terms |= max(moments(config, plan, layers, layer_adapter), key=lambda moment: sum(moment.values()))
@@ -172,7 +173,8 @@ def moe_terms(config, plan, layer_base, layer_adapter):
     at a time; without gather_base they are whole, as embedding and head are on every GPU. Adapter and Adam moments,
     fp32, are sharded by FSDP2, which gathers three layers' adapters in bf16 (DoRA: fp32). Over several micro-batches
     the adapter's fp32 gradient stays whole until the last one, unless every micro-batch reduces it. On a single GPU
-    nothing is gathered.
+    nothing is gathered. Routed experts in FP8 (base_dtype) are sharded and gathered as such, and one layer's are
+    widened to bf16.
     """
     counts, dora = plan["parameters"], plan["use_dora"]
     base, adapter = counts["total"], counts["trainable"]
@@ -181,17 +183,38 @@ def moe_terms(config, plan, layer_base, layer_adapter):
     whole = plan["accumulation"] > 1 and not plan["reduce_every_micro_batch"] and not alone
     outside = sum(counts["base"].get(k, 0) for k in ("embedding", "head"))
     experts = [m for m in architecture(config).matrices if m.kind == "expert"]
+
+    def in_fp8(matrices):
+        """(bytes stored, weights) of those of them that are in FP8."""
+        chosen = [m for m in matrices if m.kind == "expert" and plan["base_dtype"] == "fp8"]
+        return fp8_bytes(chosen), sum(map(weights, chosen))
+
+    stored, wide = in_fp8(experts)
+    layer_stored, layer_wide = max(map(in_fp8, architecture(config).layers()))
     return {
-        "frozen base, bf16": 2 * (base - outside) / (shard if gathers else 1),
+        "frozen base, bf16": 2 * (base - outside - wide) / (shard if gathers else 1),
+        "frozen experts, FP8": stored / (shard if gathers else 1),
+        "a layer's experts widened, bf16": 2 * layer_wide,
         "embedding and head": 2 * outside,
         "adapter, fp32": 4 * adapter / shard,
         "Adam moments, fp32": 8 * adapter / shard,
         "adapter gradient, fp32": 0 if whole else 4 * adapter / shard,
         "whole adapter gradient while accumulating": 4 * adapter if whole else 0,
-        "two gathered layers": 4 * layer_base if gathers else 0,
+        "two gathered layers": 2 * (2 * (layer_base - layer_wide) + layer_stored) if gathers else 0,
         "gathered adapters": 0 if alone else 3 * (4 if dora else 2) * layer_adapter,
         "DoRA norms of experts, fp32": 8 * dora * sum(m.copies * m.out_features for m in experts),
     }
+
+
+def weights(matrix):
+    """Parameters of a Matrix, all its copies."""
+    return matrix.copies * matrix.out_features * matrix.in_features
+
+
+def fp8_bytes(matrices):
+    """Bytes of matrices in FP8 (fp8.py): a byte a weight, 4 for the scale of each block."""
+    blocks = sum(m.copies * math.prod(scale_shape(m.out_features, m.in_features)) for m in matrices)
+    return sum(map(weights, matrices)) + 4 * blocks
 
 
 def host_bytes(plan):

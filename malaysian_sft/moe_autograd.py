@@ -150,7 +150,7 @@ class FusedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, top_k_weights, *adapters_and_frozen):
         *adapters, frozen = adapters_and_frozen  # lora_A, lora_B, scale of gate, of up, of down
-        top_k_index, gate_up_proj, down_proj, scaling, mode = frozen
+        top_k_index, gate_up_proj, down_proj, scaling, mode, base = frozen
         x = x.contiguous()
         tiles = tiles_for(x.device, x.dtype)
         p = Block(gate_up_proj, down_proj, *(given.cast(x.dtype) for given in projections(adapters)), scaling)
@@ -168,8 +168,9 @@ class FusedExperts(torch.autograd.Function):
             combine(y, routing, out, tiles, weighted=True, scale=p.down.scale)
         kept = (u, v, gate_a, y) if mode == "fast" else (None, None, None, None)
         # the adapters as they came: cast again in the backward, which is cheaper than a second copy of them all
-        ctx.save_for_backward(x, *kept, *routing, gate_up_proj, down_proj, *adapters)
-        ctx.scaling, ctx.spent = scaling, False
+        weights = (gate_up_proj, down_proj) if base is None else (None, None)
+        ctx.save_for_backward(x, *kept, *routing, *weights, *adapters)
+        ctx.scaling, ctx.base, ctx.spent = scaling, base, False
         return out
 
     @staticmethod
@@ -184,6 +185,8 @@ class FusedExperts(torch.autograd.Function):
             Routing(*rest[: len(Routing._fields)]),
             rest[len(Routing._fields) :],
         )
+        if ctx.base is not None:
+            gate_up_proj, down_proj = ctx.base()
         given = projections(adapters)
         p = Block(gate_up_proj, down_proj, *(projection.cast(x.dtype) for projection in given), ctx.scaling)
         dgate, dup, ddown = (projection.empty() for projection in given)
@@ -250,11 +253,14 @@ def projections(tensors):
     return [Projection(*tensors[i : i + 3]) for i in (0, 3, 6)]
 
 
-def moe_lora(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate, up, down, scaling, mode="fast"):
+def moe_lora(
+    hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate, up, down, scaling, mode="fast", base=None
+):
     """The experts block by the kernels: `moe_lora_reference`'s signature and result. Base weights must have
     hidden_states' dtype.
 
     mode: "fast" keeps gate, silu(gate) up and the LoRA inner products for the backward, "frugal" recomputes them.
+    base: gives (gate_up_proj, down_proj) once more in the backward, where they are not to be kept until then.
     Router weights are used in fp32. Raises ValueError unless hidden_states and base weights are all bf16 or all fp32
     (fp16 has too few exponents, see `nonzero`).
     """
@@ -267,5 +273,5 @@ def moe_lora(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj,
         raise ValueError(
             f"hidden_states are {hidden_states.dtype}; the kernels compute in torch.bfloat16 or torch.float32"
         )
-    frozen = (top_k_index, gate_up_proj.detach().contiguous(), down_proj.detach().contiguous(), scaling, mode)
+    frozen = (top_k_index, gate_up_proj.detach().contiguous(), down_proj.detach().contiguous(), scaling, mode, base)
     return FusedExperts.apply(hidden_states, top_k_weights, *gate, *up, *down, frozen)

@@ -241,6 +241,7 @@ def build_model(config, args, lora_args):
             use_dora=lora_args.use_dora,
             mode=args.memory_mode or default_mode("moe", activations),
             cache_norms=lora_args.use_dora,
+            fp8=args.base_dtype == "fp8",
         )
         peft_model = apply_lora(causal_lm, lora_args)
     for layer in causal_lm.base_model.layers[: args.frugal_layers or 0]:

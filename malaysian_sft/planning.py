@@ -52,6 +52,7 @@ def plan_run(
     zero3=True,
     gather_base=True,
     frugal_layers=0,
+    base_dtype=None,
     document_length=1900.0,
 ):
     """The bytes and FLOPs of one way to run, as a dict that `print_plan` prints and `check_fits` judges.
@@ -61,7 +62,8 @@ def plan_run(
     activations: none, selective (moe) or full; memory_mode of the experts block: fast or frugal, by default what
     the trainer couples with the policy. zero3: False for a dense model without DeepSpeed, whole on every GPU.
     gather_base: layers' frozen weights are sharded and gathered as they are needed, instead of whole on every GPU;
-    frugal_layers: the first so many layers have frugal experts whatever memory_mode says.
+    frugal_layers: the first so many layers have frugal experts whatever memory_mode says. base_dtype: "fp8" (moe) for
+    routed experts stored in FP8.
     reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation. document_length: mean length
     of the document that a token is in (sum of squared lengths / sum of lengths), for attention. The rest as
     train_moe.py's flags of that name.
@@ -193,7 +195,8 @@ def trainer_flags(plan):
     gather = f" --gather_base {plan['gather_base']}" if plan["gpus"] * plan["nodes"] > 1 else ""
     frugal = f" --frugal_layers {plan['frugal_layers']}" if plan["frugal_layers"] else ""
     mode = f"--activations {plan['activations']} --memory_mode {plan['memory_mode']}"
-    return f"{mode}{frugal}{gather}{reduce}{share}"
+    stored = f" --base_dtype {plan['base_dtype']}" if plan["base_dtype"] else ""
+    return f"{mode}{frugal}{gather}{reduce}{share}{stored}"
 
 
 def best_policy(config, **arguments):
@@ -265,5 +268,7 @@ def _remedy(plan, term):
         return f"Lower --max_seq_length{recompute}."
     if "dapter" in term or "Adam" in term:
         return "Lower --lora_r, or take more GPUs."
+    if "frozen base" in term and plan["kind"] == "moe":
+        return "Store the experts in FP8 (--base_dtype fp8, which changes the weights), or take more GPUs."
     spread = " to shard over (--shard_nodes)" if plan["kind"] == "moe" else ""
     return f"Take more GPUs{spread}, GPUs with more memory, or a smaller model."

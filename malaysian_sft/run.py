@@ -134,8 +134,9 @@ def say(*words):
 # What must be the same when a run is resumed; a trainer that has no such argument leaves it out.
 FACTS = (
     "seed global_batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm"
-    " router_aux_loss_coef r lora_alpha expert_r use_dora lora_dropout"
+    " router_aux_loss_coef r lora_alpha expert_r use_dora lora_dropout base_dtype"
 ).split()
+SINCE = {"base_dtype": None}  # a fact that runs older than it had this value of
 
 
 def run_facts(arguments, fingerprint, total_steps):
@@ -149,10 +150,10 @@ def refuse_another_run(facts, before, where):
     """Raise ValueError if `before`, the facts that the file `where` recorded, are not this run's: resumed, it would be
     another run. A record may be older than a fact."""
     for name, value in facts.items():
-        if before.get(name, value) != value:
+        was = before.get(name, SINCE.get(name, value))
+        if was != value:
             raise ValueError(
-                f"--resume: {name} is {value}, but {where} says {before[name]}; that is another run, for another"
-                " --run_name"
+                f"--resume: {name} is {value}, but {where} says {was}; that is another run, for another --run_name"
             )
 
 

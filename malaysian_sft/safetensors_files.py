@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from malaysian_sft.fp8 import BLOCK, FP8, SCALE, scale_shape
+
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -139,10 +141,20 @@ class Source:
     start: int  # offset of its first byte in the file
     shape: tuple
     dtype: torch.dtype
+    scale: "Source | None" = None  # of one in FP8
+
+
+def read_tensor(source):
+    """The tensor of a Source, whole."""
+    with open(source.path, "rb") as file:
+        file.seek(source.start)
+        data = bytearray(file.read(math.prod(source.shape) * source.dtype.itemsize))
+    return torch.frombuffer(data, dtype=source.dtype).view(source.shape)
 
 
 def read_sources(directory):
-    """{tensor name: Source} of the model in `directory`. Raises ValueError for missing or damaged files."""
+    """{tensor name: Source} of the model in `directory`; the scales of a weight in FP8 are a part of its Source. Raises
+    ValueError for missing or damaged files."""
     files = indexed_files(directory)
     if files is None:
         files = sorted(path.name for path in directory.glob("*.safetensors"))
@@ -155,7 +167,25 @@ def read_sources(directory):
             raise ValueError(f"{path}: missing, but model.safetensors.index.json lists it")
         header, start = read_header(path)
         for key, info in header.items():
-            if info["dtype"] not in DTYPES:
-                raise ValueError(f"{path}: {key} is {info['dtype']}; expected one of {', '.join(DTYPES)}")
-            sources[key] = Source(path, start + info["data_offsets"][0], tuple(info["shape"]), DTYPES[info["dtype"]])
+            dtype = FP8 if info["dtype"] == "F8_E4M3" else DTYPES.get(info["dtype"])
+            if dtype is None:
+                raise ValueError(f"{path}: {key} is {info['dtype']}; expected one of {', '.join(DTYPES)}, F8_E4M3")
+            sources[key] = Source(path, start + info["data_offsets"][0], tuple(info["shape"]), dtype)
+    return _with_scales(sources)
+
+
+def _with_scales(sources):
+    """`sources` with the scales of each weight in FP8 put into its Source. Raises ValueError, naming the weight, for
+    other scales than one for each block of 128 x 128."""
+    for name in [name for name, source in sources.items() if source.dtype == FP8]:
+        source, scale = sources[name], sources.pop(name + SCALE, None)
+        expected = scale_shape(*source.shape) if len(source.shape) == 2 else None
+        if expected is None or scale is None or scale.shape != expected or scale.dtype == FP8:
+            found = "none" if scale is None else f"{scale.dtype} {scale.shape}"
+            raise ValueError(
+                f"{source.path}: {name} is F8_E4M3 {source.shape}, with scales {name}{SCALE}: {found}; expected a"
+                f" matrix and a scale for each of its blocks of {BLOCK} x {BLOCK}"
+                + (f", {expected}" if expected else "")
+            )
+        source.scale = scale
     return sources

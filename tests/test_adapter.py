@@ -403,7 +403,7 @@ if __name__ == "__main__":
             extra = {}
             common |= {"load_format": "merge_adapter", "model_loader_extra_config": {"adapter": job["adapter"]}}
             try:
-                llm = LLM(job["base"], tensor_parallel_size=job["tp"], **common)
+                llm = LLM(job["base"], tensor_parallel_size=job["tp"], **common, **job.get("options", {}))
             except ValueError as error:
                 results[job["name"]] = str(error)
                 continue

@@ -18,9 +18,7 @@ from malaysian_sft.attention import _import_varlen
 from malaysian_sft.load_base import compute_buffers
 from malaysian_sft.memory import compare_peak, experts_saved_bytes, layer_saved_bytes, layer_working_bytes
 from malaysian_sft.moe_model import build_model
-from malaysian_sft.planning import (
-    plan_run,
-)
+from malaysian_sft.planning import best_policy, plan_run, trainer_flags
 
 ROOT = Path(__file__).parents[1]
 
@@ -124,6 +122,28 @@ def test_sharded_terms_by_hand():
     assert whole["frozen base, bf16"] == (base - outside) * 2 and "two gathered layers" not in whole
     alone = plan_run(config, kind="moe", gpus=1)["gpu_bytes"]
     assert "gathered adapters" not in alone and alone["frozen base, bf16"] == (base - outside) * 2
+
+
+def test_experts_in_fp8_by_hand():
+    config, common = real_config("Qwen3-30B-A3B-Instruct-2507"), dict(kind="moe", gpus=8)
+    wide = plan_run(config, **common)["gpu_bytes"]
+    terms = plan_run(config, **common, base_dtype="fp8")["gpu_bytes"]
+    layer = 128 * 3 * 2048 * 768  # whole blocks, each with a scale of 4 bytes
+    stored = layer + layer * 4 // 128**2
+    assert terms["frozen experts, FP8"] == 48 * stored // 8
+    assert terms["frozen base, bf16"] == wide["frozen base, bf16"] - 48 * layer * 2 // 8
+    assert terms["two gathered layers"] == wide["two gathered layers"] - 2 * (2 * layer - stored)
+    assert terms["a layer's experts widened, bf16"] == 2 * layer
+    same = {"frozen base, bf16", "frozen experts, FP8", "two gathered layers", "a layer's experts widened, bf16"}
+    assert {k: v for k, v in terms.items() if k not in same} == {k: v for k, v in wide.items() if k not in same}
+
+
+def test_the_largest_mixture_fits_eight_gpus_of_80_gib_in_fp8_alone():
+    config, common = real_config("Qwen3-235B-A22B-Instruct-2507"), dict(kind="moe", gpus=8, gpu_memory_gib=80.0)
+    with pytest.raises(ValueError, match=r"frozen base, bf16 .* Store the experts in FP8 \(--base_dtype fp8"):
+        best_policy(config, **common)
+    plan = best_policy(config, **common, base_dtype="fp8")
+    assert plan["peak_bytes"] < 76 * GIB and "--base_dtype fp8" in trainer_flags(plan)
 
 
 def test_shards_over_nodes():
