@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from malaysian_sft.contamination import contamination_report
+from malaysian_sft.flags import check_values, parse_flags
 from malaysian_sft.generations import find_directories, read_answers, read_args
 from malaysian_sft.plots import draw
 from malaysian_sft.questions import benchmark_questions
@@ -53,12 +54,9 @@ class Arguments:
 
 
 def main():
-    from transformers import HfArgumentParser
-
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     try:
-        if args.limit is not None and args.limit < 1:
-            raise ValueError(f"--limit must be at least 1, got {args.limit}")
+        (args,) = parse_flags(Arguments)
+        check_values(args)
         found = [(name, path, read_args(path)) for name, path in find_directories(args.pattern)]
         # without a revision, the one that the first of them was generated from
         questions, facts = benchmark_questions(

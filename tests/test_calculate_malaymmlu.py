@@ -369,7 +369,7 @@ def test_a_record_with_a_wrong_type_is_refused_by_line(tmp_path, field):
 
 
 def test_a_limit_below_one_is_refused(tmp_path, call):
-    assert "--limit must be at least 1, got 0" in call(tmp_path, "--pattern", "x", "--limit", 0).stderr
+    assert "--limit 0: expected a positive number" in call(tmp_path, "--pattern", "x", "--limit", 0).stderr
 
 
 def test_a_half_written_last_line_is_passed_over_and_damage_is_not(tmp_path, capsys):
