@@ -14,13 +14,13 @@ macro every category. A sample without an answer is wrong. Intervals resample qu
 samples of a question are not independent; they are stratified by category.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 from malaysian_sft.contamination import contamination_report
+from malaysian_sft.flags import OneLineParser, check_values, refuse_unknown
 from malaysian_sft.generations import find_directories, read_args, read_both
 from malaysian_sft.plots import draw
 from malaysian_sft.questions import benchmark_questions
@@ -67,7 +67,7 @@ class Arguments:
 def parse_arguments():
     """The flags of `Arguments`. Not by transformers' HfArgumentParser: to import that takes longer than to score a
     checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for one in fields(Arguments):
         required = one.default is MISSING
         kind = int if one.type in (int, int | None) else str
@@ -77,16 +77,14 @@ def parse_arguments():
             parser.add_argument(f"--{one.name}", action="store_true", help=one.metadata["help"])
             continue
         parser.add_argument(f"--{one.name}", type=kind, required=required, default=one.default, help=text)
+    refuse_unknown(parser._option_string_actions, sys.argv[1:])
     return Arguments(**vars(parser.parse_args()))
 
 
 def main():
-    args = parse_arguments()
     try:
-        if args.limit is not None and args.limit < 1:
-            raise ValueError(f"--limit must be at least 1, got {args.limit}")
-        if not 10 <= args.resamples <= 100_000:
-            raise ValueError(f"--resamples must be 10 to 100,000, got {args.resamples}; 2,000 is enough for 95 %")
+        args = parse_arguments()
+        check_values(args)
         found = [(name, path, read_args(path)) for name, path in find_directories(args.pattern)]
         # without a revision, the one that the first of them was generated from
         questions, facts = benchmark_questions(

@@ -32,6 +32,7 @@ from pathlib import Path
 
 from malaysian_sft.base_model import find_base
 from malaysian_sft.engine import SYSTEM_PROMPT
+from malaysian_sft.flags import check_values, parse_flags
 from malaysian_sft.generations import Output, natural, read_args
 from malaysian_sft.questions import HUB_REVISION, benchmark_questions
 from malaysian_sft.run import git_commit
@@ -127,11 +128,9 @@ class Arguments:
 
 
 def main():
-    from transformers import HfArgumentParser
-
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     outputs = []
     try:
+        (args,) = parse_flags(Arguments)
         check_arguments(args)
         questions, facts = benchmark_questions(args.questions, args.questions_revision, args.output_root)
         if args.questions_sha256 and args.questions_sha256 != facts["sha256"]:
@@ -161,14 +160,11 @@ def check_arguments(args):
     """Complete and check the arguments. Raises ValueError naming the flag."""
     if args.protocol == "first_token":
         args.samples, args.temperature, args.retries, args.max_tokens = 1, 0.0, 0, 1
-    for name in ("samples", "max_tokens", "gpu_partition"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    for name in ("num_gpus", "limit", "max_num_seqs"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.temperature is not None and args.temperature < 0:
-        raise ValueError(f"--temperature must not be negative, got {args.temperature}")
+    check_values(args)
+    if args.max_model_len is not None and args.max_model_len <= args.max_tokens:
+        raise ValueError(
+            f"--max_model_len {args.max_model_len}: expected more than --max_tokens {args.max_tokens}, for the question"
+        )
     try:
         kwargs = json.loads(args.chat_template_kwargs)
     except json.JSONDecodeError as error:

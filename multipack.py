@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from malaysian_sft.base_model import load_tokenizer
 from malaysian_sft.chat_format import ChatFormat
 from malaysian_sft.conversations import DataArguments, find_sources
+from malaysian_sft.flags import parse_flags
 from malaysian_sft.locks import hold
 from malaysian_sft.safetensors_files import writing
 from malaysian_sft.tables import text_table
@@ -393,10 +394,8 @@ def format_document(document: dict[str, torch.Tensor], tokenizer, color: bool) -
 
 
 def main() -> None:
-    from transformers import HfArgumentParser
-
     try:
-        data_args, args = HfArgumentParser((DataArguments, CommandArguments)).parse_args_into_dataclasses()
+        data_args, args = parse_flags((DataArguments, CommandArguments))
         tokenizer = load_tokenizer(args.model)
         dataset = prepare(data_args, tokenizer, args.model, seed=args.seed)
     except (OSError, ValueError) as error:

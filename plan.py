@@ -18,6 +18,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from malaysian_sft.flags import check_values
 from malaysian_sft.plan_page import PlanArguments, check_launcher
 
 ROOT = Path(__file__).resolve().parent
@@ -63,6 +64,7 @@ def plan_one(launcher, arguments, flags):
 def main():
     arguments, asked, flags = parse()
     try:
+        check_values(arguments)
         if asked.launcher:
             sys.exit(plan_one(asked.launcher, arguments, flags))
         if asked.all:

@@ -31,7 +31,6 @@ from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -48,6 +47,7 @@ from malaysian_sft.base_model import load_config, load_tokenizer, name_as_on_dis
 from malaysian_sft.checkpoints import Saver, load_state, newest_checkpoint, recorded_facts, refuse_another_base
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.documents_apart import check_documents_apart
+from malaysian_sft.flags import check_values, parse_flags
 from malaysian_sft.lora import LoraArguments, apply_lora
 from malaysian_sft.memory import compare_peak, need
 from malaysian_sft.plan_page import dry_run
@@ -56,7 +56,6 @@ from malaysian_sft.ranks import Stop, on_the_first, one_last_line, start_deepspe
 from malaysian_sft.run import (
     NotFinite,
     batch_arithmetic,
-    check_values,
     claim,
     count_steps,
     learning_rate_factor,
@@ -485,8 +484,7 @@ def steps_of(arguments, packs):
 
 def parse():
     """(ModelArguments, DataArguments, LoraArguments, DenseTrainingArguments) of the command line."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, LoraArguments, DenseTrainingArguments))
-    groups = parser.parse_args_into_dataclasses()
+    groups = parse_flags((ModelArguments, DataArguments, LoraArguments, DenseTrainingArguments))
     check_values(*groups)
     return groups
 

@@ -35,7 +35,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 import multipack
 from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu, train_flops
@@ -43,6 +42,7 @@ from malaysian_sft.base_model import find_base, load_config, load_tokenizer
 from malaysian_sft.checkpoints import Checkpointer, newest_checkpoint, recorded_facts, refuse_another_base
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.documents_apart import check_documents_apart
+from malaysian_sft.flags import check_values, parse_flags
 from malaysian_sft.load_base import load_weights, reset_adapter
 from malaysian_sft.lora import LoraArguments, local_tensor
 from malaysian_sft.memory import compare_peak, need
@@ -54,7 +54,6 @@ from malaysian_sft.run import (
     Log,
     NotFinite,
     batch_arithmetic,
-    check_values,
     claim,
     count_steps,
     is_main,
@@ -348,8 +347,7 @@ def validate(model, dataset, device, stop):
 
 
 def parse(argv=None):
-    parser = HfArgumentParser((TrainingArguments, DataArguments, LoraArguments))
-    args, data_args, lora_args = parser.parse_args_into_dataclasses(argv)
+    args, data_args, lora_args = parse_flags((TrainingArguments, DataArguments, LoraArguments), argv)
     check_values(lora_args)
     return args, data_args, lora_args
 

@@ -41,6 +41,7 @@ class Saver:
     def __init__(self, output_dir, facts):
         self.output_dir, self.facts = Path(output_dir), facts  # facts: what must be the same when a run is resumed
         self.saving = self.output_dir / ".saving"
+        agreed(None)  # all ranks are here: making a group would wait half an hour for one that is lost
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def begin(self, step, elements):

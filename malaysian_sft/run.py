@@ -199,28 +199,6 @@ def trim_log(output_dir, last_step):
     return path
 
 
-# flag -> (what is expected, in words; whether a value is that). None, where a flag has no value, is always right.
-POSITIVE = "a positive number", lambda value: 0 < value < math.inf
-NOT_NEGATIVE = "a number of at least 0", lambda value: 0 <= value < math.inf
-SHARE = "a number of at least 0 and less than 1", lambda value: 0 <= value < 1
-VALUES = {
-    **dict.fromkeys("num_train_epochs global_batch_size learning_rate max_grad_norm ddp_timeout".split(), POSITIVE),
-    **dict.fromkeys("save_steps logging_steps shard_nodes max_skipped_steps".split(), POSITIVE),
-    **dict.fromkeys("r lora_alpha expert_r per_device_train_batch_size".split(), POSITIVE),
-    **dict.fromkeys("warmup_steps weight_decay router_aux_loss_coef frugal_layers seed".split(), NOT_NEGATIVE),
-    "lora_dropout": SHARE,
-}
-
-
-def check_values(*groups):
-    """Raise ValueError for the first flag in these groups of arguments whose value no run can have."""
-    for group in groups:
-        for name, (expected, holds) in VALUES.items():
-            value = getattr(group, name, None)
-            if value is not None and not holds(value):
-                raise ValueError(f"--{name} {value}: expected {expected}")
-
-
 def count_steps(packs, global_batch_size, num_train_epochs, max_steps=None):
     """(optimiser steps of an epoch of `packs` packs, steps of the run)."""
     steps_an_epoch = math.ceil(packs / global_batch_size)

@@ -378,13 +378,13 @@ def test_half_a_surrogate_pair_is_refused_by_line(tmp_path, call):
 
 
 def test_a_limit_below_one_is_refused(tmp_path, call):
-    assert "--limit must be at least 1, got 0" in call(tmp_path, "--pattern", "x", "--limit", 0).stderr
+    assert "--limit 0: expected a positive number" in call(tmp_path, "--pattern", "x", "--limit", 0).stderr
 
 
 @pytest.mark.parametrize("count", [0, -1, 100_000_000])
 def test_an_impossible_number_of_resamples_is_refused(tmp_path, call, count):
     shown = call(tmp_path, "--pattern", "x", "--resamples", count)
-    assert shown.returncode == 1 and f"--resamples must be 10 to 100,000, got {count}" in shown.stderr
+    assert shown.returncode == 1 and f"--resamples {count}: expected 10 to 100,000" in shown.stderr
 
 
 def test_a_half_written_last_line_is_passed_over_and_damage_is_not(tmp_path, capsys):

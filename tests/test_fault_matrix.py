@@ -26,7 +26,7 @@ from malaysian_sft.resume_state import state_fault
 from malaysian_sft.watchdog import HUNG, process_state
 
 __all__ = ["train", "trainer", "unbroken", "workspace"]  # fixtures
-BOUND = 6  # --ddp_timeout
+BOUND = 4  # --ddp_timeout
 PLACES = "load step save between".split()
 
 

@@ -168,7 +168,7 @@ def test_what_is_not_there_is_named(runs):
         malaymmlu.find_jobs(arguments(pattern="ds3-*"))
     with pytest.raises(ValueError, match="give --pattern, or --base"):
         malaymmlu.check_arguments(arguments())
-    with pytest.raises(ValueError, match="--limit must be at least 1, got 0"):  # it would say "done" and ask nothing
+    with pytest.raises(ValueError, match="--limit 0: expected a positive"):  # it would say "done" and ask nothing
         malaymmlu.check_arguments(arguments(pattern="ds3-*", limit=0))
 
 
