@@ -14,6 +14,7 @@ macro every category. A sample without an answer is wrong. Intervals resample qu
 samples of a question are not independent; they are stratified by category.
 """
 
+import gc
 import json
 import sys
 from dataclasses import MISSING, dataclass, field, fields
@@ -92,6 +93,7 @@ def main():
         )
         found = of_these_questions(found, facts["sha256"], args)
         questions = questions[: args.limit]
+        gc.freeze()  # they stay: the collector need not look at them again while millions of records come and go
         rows = [read_row(name, path, made, questions, bool(args.limit)) for name, path, made in found]
         print_original([row.name for row in rows], [row.answers for row in rows], questions)
         report = score(rows, questions, args.resamples, args.seed, args.compare, args.leaderboard)

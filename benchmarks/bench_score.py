@@ -1,13 +1,15 @@
 """Scoring speed: calculate_malaymmlu.py on 9 checkpoints x 24,213 questions x 3 samples of made-up responses, on one
 core.
 
-    python3 benchmarks/bench_score.py [--checkpoints 9] [--characters 900] [--repeats 3]
+    python3 benchmarks/bench_score.py [--checkpoints 9] [--characters 900] [--repeats 3] [--distinct]
 
 Writes responses of every kind (a box, a statement, an option's text, none, several, cut off) whose letters are known
 because they were chosen first, and checks the command's answers, first-sample and average scores of every checkpoint
 against that count, and the committed example against its hand count. Then times the command from start to end, reading
-and imports included, pinned to one core; the second line adds the plot and the report. Prints a table and one JSON
-line, and appends the record to results/score.json.
+and imports included, pinned to one core; the second line adds the plot and the report. The floor is what nothing that
+scores them can go below: the imports of numpy and scipy, and every line read and decoded. Its sentences recur, as a
+model's do, though more often; `--distinct` makes each one different. Prints a table and one JSON line, and appends the
+record to results/score.json.
 """
 
 import argparse
@@ -78,7 +80,7 @@ def make_questions(seed):
     return rows
 
 
-def make_responses(path, questions, characters, skill, seed):
+def make_responses(path, questions, characters, skill, seed, distinct=False):
     """Write generations.jsonl -> (answers, first samples right, samples right), counted while the letters are
     chosen."""
     generator = random.Random(seed)
@@ -90,9 +92,10 @@ def make_responses(path, questions, characters, skill, seed):
             for sample in range(3):
                 letter = row["key"] if generator.random() < skill else generator.choice("ABCDE"[: row["num_options"]])
                 ending, _, readable = generator.choices(ENDINGS, shares)[0]
-                text = "".join(
-                    generator.choices(SENTENCES, k=max(1, round(generator.expovariate(1) * characters / 60)))
-                )
+                said = generator.choices(SENTENCES, k=max(1, round(generator.expovariate(1) * characters / 60)))
+                if distinct:
+                    said = [f"{one[:9]}{generator.randrange(10**6)} {one[9:]}" for one in said]
+                text = "".join(said)
                 text += ending.format(letter=letter, text=row["options"]["ABCDE".index(letter)][3:])
                 reason = "length" if ending.startswith("Maka") else "stop"
                 record = {"index": index, "id": row["id"], "sample": sample, "text": text, "finish_reason": reason}
@@ -114,6 +117,22 @@ def score(cwd, *flags):
     if shown.returncode:
         sys.exit(f"error: calculate_malaymmlu.py failed: {shown.stderr}")
     return (seconds, cpu), shown.stdout
+
+
+FLOOR = """
+import numpy, scipy.special, sys
+from malaysian_sft.generations import read_records
+for path in sys.argv[1:]:
+    for record in read_records(path):
+        pass
+"""
+
+
+def floor(paths):
+    """Seconds to import numpy and scipy and to read and decode every line, scoring nothing."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", FLOOR, *map(str, paths)], cwd=ROOT, check=True)
+    return time.perf_counter() - began
 
 
 def check(report, expected, questions):
@@ -160,6 +179,7 @@ def main():
     parser.add_argument("--checkpoints", type=int, default=9)
     parser.add_argument("--characters", type=int, default=900, help="mean length of a response")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--distinct", action="store_true", help="no sentence occurs twice")
     args = parser.parse_args()
 
     if hasattr(os, "sched_setaffinity"):
@@ -173,20 +193,27 @@ def main():
         for number in range(args.checkpoints):
             name = f"malaymmlu-run{number // 3}-checkpoint-{320 * (number % 3 + 1)}"
             expected[name] = make_responses(
-                folder / name / "generations.jsonl", questions, args.characters, 0.4 + 0.04 * number, number
+                folder / name / "generations.jsonl",
+                questions,
+                args.characters,
+                0.4 + 0.04 * number,
+                number,
+                args.distinct,
             )
         megabytes = sum(path.stat().st_size for path in folder.glob("*/generations.jsonl")) / 1e6
         flags = ["--pattern", "malaymmlu-*", "--questions", "questions.json"]
         score(folder, *flags, "--json", "report.json")  # warms the page cache and is checked
         check(json.loads((folder / "report.json").read_text()), expected, len(questions))
         plain = [score(folder, *flags)[0] for _ in range(args.repeats)]
+        floors = [floor(folder.glob("*/generations.jsonl")) for _ in range(args.repeats)]
         full = [score(folder, *flags, "--plot", "plot.png", "--html", "report.html")[0] for _ in range(args.repeats)]
 
     record = {
         "benchmark": "score",
         "device": cpu_name(),
         "cores": 1,
-        "versions": f"python {platform.python_version()}, numpy {importlib.metadata.version('numpy')}",
+        "versions": f"python {platform.python_version()}, numpy {importlib.metadata.version('numpy')},"
+        f" msgspec {importlib.metadata.version('msgspec')}",
         "commit": git_commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "questions": len(questions),
@@ -198,10 +225,14 @@ def main():
         "seconds_median": statistics.median(wall for wall, _ in plain),
         "seconds_min": min(plain)[0],
         "seconds_max": max(plain)[0],
+        "distinct_sentences": args.distinct,
+        "seconds_floor_median": statistics.median(floors),
+        "load_average": os.getloadavg()[0],  # more than 1 on one core: something else ran
         "cpu_seconds_median": statistics.median(cpu for _, cpu in plain),
         "seconds_with_plot_and_html_median": statistics.median(wall for wall, _ in full),
         "cpu_seconds_with_plot_and_html_median": statistics.median(cpu for _, cpu in full),
     }
+    print(f"floor {statistics.median(floors):.2f} s")
     print("            outputs  responses       MB  median s    min s    max s    CPU s")
     for name, runs in (("text", plain), ("text, plot, html", full)):
         wall, cpu = [one[0] for one in runs], statistics.median(one[1] for one in runs)

@@ -218,6 +218,11 @@ class Options:
         return {letter: key(text) for letter, text in self.options.items()}
 
     @cached_property
+    def lettered(self):
+        """Whether an option has a letter A to F standing alone, which could be meant by such a letter."""
+        return any(LONE.search(text) for text in self.options.values())
+
+    @cached_property
     def numbers(self):
         return {letter: number(spelt) for letter, spelt in self.keys.items()}
 
@@ -274,6 +279,8 @@ LETTER_AND_TEXT = re.compile(
     r"[(\[]?([A-F])([)\]]?\s*[.):,]\s*|[)\]]?(?:\s+[\-–—]\s*|[–—]\s*|-\s+)|\s+\(?|\)\s*)(\S.*)", re.S
 )
 TEXT_AND_LETTER = re.compile(rf"(\S.*?)\s*\((?:{NAMED}\s+)?([A-F])\)[.\s]*", re.S | re.I)
+JOINED = re.compile(r"[A-F](?:\s?(?:,|/|&|dan|atau|and|or)\s?[A-F])+")
+LONE = re.compile(r"(?<![A-Za-z0-9])[A-Fa-f](?![A-Za-z0-9])")
 LONE_LETTERS = re.compile(r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)")
 
 
@@ -296,6 +303,9 @@ def piece_letter(piece, options):
     if match:
         letter = match.group(1).upper()
         return letter if letter in options.letters else None
+    if JOINED.fullmatch(bare) and not options.lettered:  # "A, B" or "A atau C", and no option reads so
+        if len(set(LONE_LETTERS.findall(bare)) & set(options.letters)) > 1:
+            return AMBIGUOUS
     for spelt in (piece, bare):
         same = options.named(spelt)
         if same:

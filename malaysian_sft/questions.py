@@ -191,11 +191,11 @@ def parse_options(options, prompt):
         options = [line for line in options.splitlines() if line.strip()]
     found = {}
     if isinstance(options, list) and options:
-        own = [match.group(1) for match in (OPTION_LINE.fullmatch(str(option)) for option in options) if match]
+        matches = [OPTION_LINE.fullmatch(str(option)) for option in options]
+        own = [match.group(1) for match in matches if match]
         if len(own) < len(options) or own != sorted(set(own)):
             own = LETTERS
-        for letter, option in zip(own, options, strict=False):
-            match = OPTION_LINE.fullmatch(str(option))
+        for letter, option, match in zip(own, options, matches, strict=False):
             found[letter] = match.group(2) if match and match.group(1) == letter else str(option).strip()
         return found
     for line in prompt.splitlines():

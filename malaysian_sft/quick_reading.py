@@ -7,13 +7,12 @@ letter: the statement is final and affirmed, and nothing follows it. When in dou
 
 import re
 
-from malaysian_sft.answer_text import CUE_WORDS
+from malaysian_sft.answer_text import CUE_WORDS, LONE
 
 CLOSING = frozenset("$.)]*\\ \n")
 LEAD_MARKS = str.maketrans("$:*,", "    ")
 LETTER_AND_TEXT = re.compile(r"(?:\\text\{)?([A-F])(?:\. |\) )([A-Za-z0-9][A-Za-z0-9 .,()/-]*)\}")
 LAST_LINE = re.compile(r"(?:\*\*)?([A-Za-z ]{3,40})(?:\*\*)?:(?:\*\*)? ?(?:\*\*)?([A-F])(?:\*\*)?\.?\s*")
-LONE = re.compile(r"(?<![A-Za-z0-9])[A-Fa-f](?![A-Za-z0-9])")
 ANSWERS = ("jawap", "jawab", "answer")
 MOST_LEADS = 10_000  # phrases remembered
 

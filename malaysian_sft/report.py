@@ -15,6 +15,7 @@ from tabulate import tabulate
 from malaysian_sft.extraction import extract
 from malaysian_sft.generations import read_generations
 from malaysian_sft.plots import draw
+from malaysian_sft.questions import strata
 from malaysian_sft.statistics import FEWEST, MEASURES, original_scores
 
 
@@ -23,9 +24,10 @@ def print_original(names, all_answers, questions):
     for name, answers in zip(names, all_answers, strict=True):
         print(name, int((answers >= 0).sum()))
     print()
+    groups = strata(questions)
     for name, answers in zip(names, all_answers, strict=True):
         print(name)
-        for category, (acc1, acc3) in original_scores(answers, questions).items():
+        for category, (acc1, acc3) in original_scores(answers, questions, groups).items():
             print(category, acc1, acc3)
         print()
 

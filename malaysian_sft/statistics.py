@@ -10,12 +10,13 @@ from malaysian_sft.generations import MISSING, OUTCOMES
 from malaysian_sft.questions import LETTERS, strata
 
 
-def original_scores(answers, questions):
+def original_scores(answers, questions, groups=None):
     """acc1 and acc3 as the original computes them -> {category: (acc1, acc3)}, categories in the file's order, then
     "average".
 
     answers: int8 (Q, samples). acc1: the first sample that has an answer is right. acc3: one of the first three that
     have is right. Without an answer a question is wrong. The average is the unweighted mean of the categories.
+    groups: the questions by category, where they are at hand.
     """
     keys = np.array([LETTERS.index(question["key"]) for question in questions], np.int8)  # (Q,)
     answered = answers >= 0  # (Q, samples)
@@ -23,12 +24,9 @@ def original_scores(answers, questions):
     right_first = answered.any(1) & (first == keys)
     first_three = answered & (answered.cumsum(1) <= 3)
     right_any = (first_three & (answers == keys[:, None])).any(1)
-    rows = {}
-    for question in questions:
-        rows.setdefault(question["category"], []).append(question["index"])
     scores = {
         name: (int(right_first[index].sum()) / len(index), int(right_any[index].sum()) / len(index))
-        for name, index in rows.items()
+        for name, index in (groups or strata(questions)).items()
     }
     scores["average"] = tuple(float(np.mean([score[i] for score in scores.values()])) for i in (0, 1))
     return scores
@@ -62,7 +60,8 @@ def bootstrap(values, groups, resamples=2000, seed=0):
         step = max(1, 4_000_000 // n)
         for start in range(0, resamples, step):
             rows = min(step, resamples - start)
-            drawn = generator.integers(0, n, size=(rows, n)) + np.arange(rows)[:, None] * n
+            drawn = generator.integers(0, n, size=(rows, n), dtype=np.int32)
+            drawn += np.arange(rows, dtype=np.int32)[:, None] * n  # rows * n is 4 million at most
             weights = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float32)
             means[start : start + rows, g] = weights @ chosen / n
     return means
@@ -205,6 +204,7 @@ def score(rows, questions, resamples=2000, seed=0, pairs="all", ranked=False):
         "chance": {"one sample": float((1 / offered).mean())},
         "checkpoints": [],
     }
+    others = {kind: strata(questions, kind) for kind in ("subject", "level")}
     strict_at = len(rows)
     for r, row in enumerate(rows):
         width = row.answers.shape[1]
@@ -216,9 +216,11 @@ def score(rows, questions, resamples=2000, seed=0, pairs="all", ranked=False):
             "samples": width,
             "retries": row.args.get("retries", 0),
             "answers": count_outcomes(row.answers),
-            "original": {name: list(pair) for name, pair in original_scores(row.answers, questions).items()},
+            "original": {
+                name: list(pair) for name, pair in original_scores(row.answers, questions, parts.groups).items()
+            },
             **totals(values[:, r], means[:, :, r], parts),
-            **by_part(values[:, r], means[:, :, r], parts, questions),
+            **by_part(values[:, r], means[:, :, r], parts, others),
         }
         if row.strict is not None:
             strict = totals(values[:, strict_at], means[:, :, strict_at], parts)
@@ -240,8 +242,8 @@ def totals(values, means, parts):
     }
 
 
-def by_part(values, means, parts, questions):
-    """All measures by category, the average by subject and level. values and means as in `totals`."""
+def by_part(values, means, parts, others):
+    """All measures by category, the average by subject and level (`others`). values and means as in `totals`."""
     entry, numbers = {"category": {}, "subject": {}, "level": {}}, {name: g for g, name in enumerate(parts.own)}
     for category, i in parts.groups.items():
         entry["category"][category] = {"questions": len(i)}
@@ -249,8 +251,8 @@ def by_part(values, means, parts, questions):
             mine = values[i, m]
             ends = interval(means[:, numbers[category], m], len(i), mine) if category in numbers else t_interval(mine)
             entry["category"][category][name] = estimate(mine.mean(), *ends)
-    for kind in ("subject", "level"):
-        for value, i in strata(questions, kind).items():
+    for kind, groups in others.items():
+        for value, i in groups.items():
             average = estimate(values[i, 1].mean(), *t_interval(values[i, 1]))
             entry[kind][value] = {"questions": len(i), "average": average}
     return entry
