@@ -1,4 +1,4 @@
-"""The plot of a score report: dots with intervals, a checkpoint a line, a panel for all questions and one a category."""
+"""The plot of a score report: dots with intervals, a checkpoint a line; a panel of all questions, one a category."""
 
 import math
 import re
