@@ -25,7 +25,8 @@ from malaysian_sft.flags import OneLineParser, check_values, refuse_unknown
 from malaysian_sft.generations import find_directories, read_args, read_both
 from malaysian_sft.plots import draw
 from malaysian_sft.questions import benchmark_questions
-from malaysian_sft.report import as_csv, as_markdown, as_text, audit, print_original, write_html
+from malaysian_sft.report import as_csv, as_markdown, as_text, audit, print_original
+from malaysian_sft.report_page import MEGABYTES, write_html
 from malaysian_sft.statistics import Row, score
 
 
@@ -63,6 +64,9 @@ class Arguments:
     markdown: str | None = field(default=None, metadata={"help": "write the tables as markdown"})
     plot: str | None = field(default=None, metadata={"help": "write a PNG"})
     html: str | None = field(default=None, metadata={"help": "write a self-contained report"})
+    html_megabytes: float = field(
+        default=MEGABYTES, metadata={"help": "limit of that file; beyond it, fewer responses"}
+    )
 
 
 def parse_arguments():
@@ -71,7 +75,7 @@ def parse_arguments():
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     for one in fields(Arguments):
         required = one.default is MISSING
-        kind = int if one.type in (int, int | None) else str
+        kind = {int: int, int | None: int, float: float}.get(one.type, str)
         note = "" if required or one.default is None else f" (default: {one.default})"
         text = (one.metadata["help"] + note).replace("%", "%%")
         if one.type is bool:
@@ -150,7 +154,7 @@ def write(args, report, rows, questions):
         draw(report, rows, args.plot)
     if args.html:
         Path(args.html).parent.mkdir(parents=True, exist_ok=True)
-        write_html(report, rows, questions, args.html)
+        write_html(report, rows, questions, args.html, args.html_megabytes)
 
 
 if __name__ == "__main__":

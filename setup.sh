@@ -20,7 +20,7 @@ command -v "$PYTHON" >/dev/null || fail "no $PYTHON on PATH: install Python 3.11
 VERSION=$("$PYTHON" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 case "$VERSION" in 3.11 | 3.12) ;; *) fail "$PYTHON is Python $VERSION: Python 3.11 or 3.12 is needed; name one with PYTHON=" ;; esac
 if [ "$DEVICE" = cpu ] && ! command -v g++ >/dev/null; then
-    fail "no g++ on PATH: DeepSpeed compiles one operator on a CPU; install your system's C++ compiler"
+    fail "no g++ on PATH: PyTorch and Triton compile kernels on a CPU; install your system's C++ compiler"
 fi
 
 echo "setup: installing the $DEVICE environment into .venv (2 to 4 GB, a few minutes the first time)"

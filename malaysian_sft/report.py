@@ -1,20 +1,16 @@
-"""A score report as text, markdown, CSV and one self-contained HTML page (report.html is its template)."""
+"""A score report as text, markdown and CSV."""
 
-import base64
 import csv
 import io
 import json
 import re
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tabulate import tabulate
 
 from malaysian_sft.extraction import extract
 from malaysian_sft.generations import read_generations
-from malaysian_sft.plots import draw
 from malaysian_sft.questions import strata
 from malaysian_sft.statistics import FEWEST, MEASURES, original_scores
 
@@ -233,58 +229,6 @@ def as_csv(report):
     writer.writerow(["checkpoint", "kind", "name", "questions", "measure", "value", "low", "high"])
     writer.writerows((*facts, item["value"], item["low"], item["high"]) for *facts, item in found)
     return file.getvalue()
-
-
-PAGE = Path(__file__).with_name("report.html")  # the template; __DATA__ stands for the JSON
-
-
-def write_html(report, rows, questions, path, budget=20_000_000):
-    """One self-contained page: tables that sort, the plot, and every question with every checkpoint's letters.
-
-    Responses are included (their last 1,500 characters) while all of them together stay under `budget` characters;
-    otherwise only letters.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        draw(report, rows, Path(folder) / "plot.png")
-        plot = base64.b64encode((Path(folder) / "plot.png").read_bytes()).decode()
-    texts = tails(rows, questions, budget)
-    listed = []
-    for i, question in enumerate(questions):
-        item = {name: question[name] for name in ("id", "prompt", "key", "category", "subject")}
-        item["a"] = [row.answers[i].tolist() for row in rows]
-        if texts:
-            item["t"] = [
-                [texts[r].get((i, sample), "") for sample in range(row.answers.shape[1])] for r, row in enumerate(rows)
-            ]
-        listed.append(item)
-    data = {
-        "notes": (
-            [f"{report['questions']:,} questions", *notes(report, rows)]
-            + ([] if texts else ["responses are left out: too many for one page"])
-        ),
-        "plot": plot,
-        "tables": [(table.title, table.header, table.rows) for table in tables(report)],
-        "comparisons": [item["verdict"] for item in report["comparisons"]],
-        "names": [row.name.removeprefix("malaymmlu-") for row in rows],
-        "questions": listed,
-    }
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text can end the script element early
-    Path(path).write_text(PAGE.read_text(encoding="utf-8").replace("__DATA__", text), encoding="utf-8")
-
-
-def tails(rows, questions, budget):
-    """The ends of all responses, [{(index, sample): text}] per row, or None if they are too much for a page."""
-    if sum((row.path / "generations.jsonl").stat().st_size for row in rows) > 4 * budget:
-        return None
-    found = [
-        {
-            (r["index"], r["sample"]): r["text"][-1500:]
-            for r in read_generations(row.path / "generations.jsonl")
-            if r["index"] < len(questions)
-        }
-        for row in rows
-    ]
-    return found if sum(len(text) for row in found for text in row.values()) <= budget else None
 
 
 def audit(rows, questions, count, seed=0):
