@@ -412,6 +412,7 @@ def build_model(model_args, lora_args, training_args):
         dtype=torch.bfloat16 if training_args.bf16 else torch.float32,
         attn_implementation=register_attention(),
         output_loading_info=True,
+        use_safetensors=True,
     )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(

@@ -84,6 +84,20 @@ def local_base(name) -> Path | None:
     return Path(path).parent if isinstance(path, str) else None
 
 
+def hub_commit(name, revision=None) -> str | None:
+    """The hub's commit of a base model that was downloaded, None of a directory."""
+    if os.path.isfile(os.path.join(name, "config.json")):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(str(name), "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None  # .../snapshots/<commit>/config.json
+
+
 def base_fingerprint(base_model, keys) -> dict[str, str]:
     """Checksums of the first row of up to 16 adapted base weights, to tell apart bases of the same shape; {} if the
     base is not here."""

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from malaysian_sft.base_model import hub_commit
 from malaysian_sft.locks import hold
 
 
@@ -165,6 +166,7 @@ def write_arguments(arguments, facts, planned, world_size):
     record = {
         "launcher": arguments["run_name"],
         "model": arguments["model_name_or_path"],
+        "model_commit": hub_commit(arguments["model_name_or_path"], arguments.get("model_revision")),
         "commit": git_commit(),
         "data": facts["data"],
         "world_size": world_size,

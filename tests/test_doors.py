@@ -211,3 +211,20 @@ def test_a_full_disk_is_said_and_nothing_half_is_left(files, small_disk, tmp_pat
             write()
         left = [path.name for path in small_disk.rglob("*") if path.is_file() and path.stat().st_size > 100]
         assert left == ["others"]
+
+
+def test_the_hub_s_commit_of_a_base_is_recorded(tmp_path, monkeypatch):
+    """As the hub's client lays out its cache: refs/<revision> names a directory under snapshots/."""
+    import huggingface_hub.constants
+
+    from malaysian_sft.base_model import hub_commit
+
+    repository, commit = tmp_path / "models--owner--name", "0123456789abcdef" * 2 + "01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert hub_commit("owner/name") == commit == hub_commit("owner/name", commit)
+    assert hub_commit("owner/other") is None and hub_commit("owner/name", "v2") is None
+    assert hub_commit(str(repository / "snapshots" / commit)) is None, "a directory"
