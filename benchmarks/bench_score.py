@@ -174,6 +174,34 @@ def cpu_name():
     )
 
 
+def make_record(args, questions, megabytes, plain, full, floors):
+    """What is appended to results/score.json. plain, full: [(seconds, seconds of CPU)]; floors: seconds."""
+    return {
+        "benchmark": "score",
+        "device": cpu_name(),
+        "cores": 1,
+        "versions": f"python {platform.python_version()}, numpy {importlib.metadata.version('numpy')},"
+        f" msgspec {importlib.metadata.version('msgspec')}",
+        "commit": git_commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "questions": len(questions),
+        "samples": 3,
+        "checkpoints": args.checkpoints,
+        "characters": args.characters,
+        "megabytes": round(megabytes),
+        "repeats": args.repeats,
+        "seconds_median": statistics.median(wall for wall, _ in plain),
+        "seconds_min": min(plain)[0],
+        "seconds_max": max(plain)[0],
+        "distinct_sentences": args.distinct,
+        "seconds_floor_median": statistics.median(floors),
+        "load_average": os.getloadavg()[0],  # more than 1 on one core: something else ran
+        "cpu_seconds_median": statistics.median(cpu for _, cpu in plain),
+        "seconds_with_plot_and_html_median": statistics.median(wall for wall, _ in full),
+        "cpu_seconds_with_plot_and_html_median": statistics.median(cpu for _, cpu in full),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoints", type=int, default=9)
@@ -208,30 +236,7 @@ def main():
         floors = [floor(folder.glob("*/generations.jsonl")) for _ in range(args.repeats)]
         full = [score(folder, *flags, "--plot", "plot.png", "--html", "report.html")[0] for _ in range(args.repeats)]
 
-    record = {
-        "benchmark": "score",
-        "device": cpu_name(),
-        "cores": 1,
-        "versions": f"python {platform.python_version()}, numpy {importlib.metadata.version('numpy')},"
-        f" msgspec {importlib.metadata.version('msgspec')}",
-        "commit": git_commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "questions": len(questions),
-        "samples": 3,
-        "checkpoints": args.checkpoints,
-        "characters": args.characters,
-        "megabytes": round(megabytes),
-        "repeats": args.repeats,
-        "seconds_median": statistics.median(wall for wall, _ in plain),
-        "seconds_min": min(plain)[0],
-        "seconds_max": max(plain)[0],
-        "distinct_sentences": args.distinct,
-        "seconds_floor_median": statistics.median(floors),
-        "load_average": os.getloadavg()[0],  # more than 1 on one core: something else ran
-        "cpu_seconds_median": statistics.median(cpu for _, cpu in plain),
-        "seconds_with_plot_and_html_median": statistics.median(wall for wall, _ in full),
-        "cpu_seconds_with_plot_and_html_median": statistics.median(cpu for _, cpu in full),
-    }
+    record = make_record(args, questions, megabytes, plain, full, floors)
     print(f"floor {statistics.median(floors):.2f} s")
     print("            outputs  responses       MB  median s    min s    max s    CPU s")
     for name, runs in (("text", plain), ("text, plot, html", full)):
