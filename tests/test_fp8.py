@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from malaysian_sft.adapter_state import adapter_state_dict
 from malaysian_sft.fp8 import FP8, SCALE, quantise, scale_shape, widen
 from malaysian_sft.load_base import frozen_tensors, load_weights
 from malaysian_sft.lora import MANIFEST, WEIGHTS
-from malaysian_sft.merge import merge_adapter, merge_tensor, unused_faults
+from malaysian_sft.merge import base_scales, merge_adapter, merge_tensor, unused_faults
 from malaysian_sft.moe_widen import WideRoom, widen_stack
 from malaysian_sft.safetensors_files import read_sources, read_tensor
 from malaysian_sft.verify import verify_adapter
@@ -526,6 +527,16 @@ def test_a_published_base_is_trained_in_its_widened_weights_without_the_flag(run
     merge_adapter(bases["published"], adapter, tmp_path / "merged", workers=1)
 
 
+def test_vllm_s_layers_for_quantised_weights_are_refused(bases):
+    def model_config(base, hf_config):
+        return SimpleNamespace(model=bases[base], revision=None, hf_config=SimpleNamespace(**hf_config))
+
+    with pytest.raises(ValueError, match="published is in FP8, the merged weights are not: pass {'hf_overrides'"):
+        base_scales(model_config("published", {"quantization_config": PUBLISHED}))
+    scales = base_scales(model_config("published", {"quantization_config": None}))
+    assert scales[EXPERT].shape == (2, 3) and base_scales(model_config("plain", {})) == {}
+
+
 @pytest.mark.slow
 def test_vllm_serves_what_was_trained(runs, bases, tmp_path):
     """Log-probabilities of merged while loading equal transformers' of widened weights and delta."""
@@ -534,10 +545,8 @@ def test_vllm_serves_what_was_trained(runs, bases, tmp_path):
         adapter = str(runs[base][1] / f"checkpoint-{STEPS}")
         jobs.append(dict(name=base, how="merged", base=bases[base], adapter=adapter, prompt=PROMPT, tp=1))
     jobs[0]["options"] = {"hf_overrides": {"quantization_config": None}}
-    jobs.append(jobs[0] | {"name": "refused", "options": {}})
     results, log = run_vllm(tmp_path, jobs, multiprocessing=False)
     assert results is not None, log[-5000:]
-    assert "is in FP8, the merged weights are not: pass" in results["refused"]
     for base in RUNS:
         reference = plain_model(bases[RUNS[base]])
         tensors = load_file(runs[base][1] / f"checkpoint-{STEPS}" / WEIGHTS)
