@@ -17,6 +17,7 @@ from malaysian_sft.account import GIB
 from malaysian_sft.plan_page import PlanArguments, run_time
 from malaysian_sft.plan_table import read_config
 from malaysian_sft.planning import CHOICES, plan_run
+from malaysian_sft.plots import FONT, plain, width_of
 from malaysian_sft.tables import text_table
 from malaysian_sft.timing import MEASURED
 
@@ -199,14 +200,20 @@ def draw(runs, path):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
 
     drawn = [panel for panel in PANELS if any(_line(run, panel)[0] for run in runs)]
-    figure, axes = pyplot.subplots(1, len(drawn), figsize=(4.2 * len(drawn), 4), squeeze=False, layout="constrained")
+    labels = [plain(f"{run['name']}, {adapter(run)}", 60) for run in runs]
+    width = 4.2 * len(drawn)
+    figure, axes = pyplot.subplots(1, len(drawn), figsize=(width, 4), squeeze=False, layout="constrained")
+    label = width_of(figure, labels) + 0.8  # inches, with its line and a gap
+    columns = max(1, min(3, int(width / label)))
+    figure.set_size_inches(max(width, label + 0.2), 3.7 + 0.2 * math.ceil(len(labels) / columns))
     for axis, panel in zip(axes[0], drawn, strict=True):
         for number, run in enumerate(runs):
             x, y = _line(run, panel)
-            style = dict(color=f"C{number % 10}", linestyle="--" if adapter(run) == "DoRA" else "-")
-            axis.plot(x, y, label=f"{run['name']}, {adapter(run)}", linewidth=1.2, **style)
+            style = style_of(run, number)
+            axis.plot(x, y, linewidth=1.2, **style)
             if panel[0] == "loss" and run["validation"]:
                 points = run["validation"]
                 axis.plot(
@@ -217,10 +224,16 @@ def draw(runs, path):
         axis.grid(alpha=0.3)
         if panel[2]:
             axis.set_ylim(bottom=0)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
+    lines = [Line2D([], [], **style_of(run, number)) for number, run in enumerate(runs)]
+    legend = figure.legend(lines, labels, loc="outside lower center", ncols=columns, fontsize=FONT)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names come from outside
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def style_of(run, number):
+    return dict(color=f"C{number % 10}", linestyle="--" if adapter(run) == "DoRA" else "-")
 
 
 def has_validation(runs):

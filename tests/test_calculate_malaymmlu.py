@@ -663,7 +663,7 @@ def test_plot_is_a_picture(written):
     from matplotlib import image
 
     height, width = image.imread(written[0] / "s.png").shape[:2]
-    assert width > 1000 and height > 400
+    assert width > 600 and height > 200
 
 
 def test_comparisons_can_be_chosen_and_unknown_names_are_refused(written, call):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
+from malaysian_sft import run_plots
 from malaysian_sft.plots import compose, lines_of
 
 RUNS = [
@@ -57,11 +58,12 @@ def boxes(figure):
     renderer = figure.canvas.get_renderer()
     figure.draw(renderer)
     texts = [item for item in figure.findobj(Text) if item.get_visible() and item.get_text().strip()]
-    ticks = [label for axis in figure.axes for label in axis.get_xticklabels()]
-    shown = [
-        label for axis in figure.axes for label in axis.get_xticklabels()
-        if axis.get_xlim()[0] <= label.get_position()[0] <= axis.get_xlim()[1]
-    ]  # fmt: skip
+    ticks, shown = [], []
+    for axis in figure.axes:
+        for n, labels in enumerate((axis.get_xticklabels(), axis.get_yticklabels())):
+            low, high = sorted(axis.get_xlim() if n == 0 else axis.get_ylim())
+            ticks += labels
+            shown += [label for label in labels if low <= label.get_position()[n] <= high]
     texts = [item for item in texts if item not in ticks] + shown
     return [(item.get_text(), item.get_window_extent(renderer)) for item in texts]
 
@@ -130,3 +132,24 @@ def test_dots_and_intervals_are_the_report_s():
         for title, part in parts.items():
             item = {name: round(100 * value, 6) for name, value in part["average"].items()}
             assert [item["value"]] in drawn[title] and [item["low"], item["high"]] in drawn[title]
+
+
+@pytest.mark.parametrize("panels", [1, 2, 5])
+def test_the_legend_of_runs_fits_the_picture(panels, tmp_path, monkeypatch):
+    """Names of launchers, as many as make three columns too wide for two panels."""
+    from matplotlib import pyplot
+
+    keys = ["loss", "learning_rate", "tokens_per_second", "peak_gib", "expert_load_max_over_mean"][:panels]
+    steps = [{"step": step} | dict.fromkeys(keys, 1.0 + step) for step in range(3)]
+    runs = [{"name": name, "flags": {}, "validation": [], "steps": steps} for name in [*RUNS, HOSTILE[0], "x" * 300]]
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    run_plots.draw(runs, tmp_path / "runs.png")
+    [figure] = figures
+    found = boxes(figure)
+    width, height = figure.get_size_inches() * figure.dpi
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for _, box in found)
+    for i, (text, box) in enumerate(found):
+        assert not any(box.overlaps(second) for _, second in found[:i]), text
+    assert {f"{name}, LoRA" for name in RUNS} <= {text for text, _ in found}
+    assert all(axis.get_window_extent().height > 0.5 * height for axis in figure.axes)

@@ -15,7 +15,9 @@ import pytest
 import calculate_malaymmlu
 from malaysian_sft.report_page import TAIL, by_priority
 
-HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'><!-- __BLOCKS__ "
+HOSTILE = (
+    "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'><!-- __BLOCKS__ " + "x" * 300 + " "
+)
 RUN = "fsdp2-fused-moe-Qwen3-235B-A22B-lora-256-checkpoint-"
 NAMES = ["Qwen3-235B-A22B", *(f"{RUN}{step}" for step in (320, 640, 960))]
 CATEGORIES = ["STEM", "Language", "<b onclick=window.hacked=1>Lain</b>"]
@@ -118,6 +120,9 @@ def test_beyond_the_limit_responses_are_sampled_evenly_and_the_page_says_so(samp
     assert all((text, length) == (texts[unit][-TAIL:], len(texts[unit])) for unit, (text, length) in responses.items())
     by_question = Counter(question for _, question, _ in responses)
     assert len(by_question) == 350 and max(by_question.values()) - min(by_question.values()) <= 1
+    for question in range(350):  # one of each checkpoint before a second of any
+        own = Counter(row for row, of, _ in responses if of == question)
+        assert max(own.values()) - min(own[row] for row in range(4)) <= 1
     by_row = Counter(row for row, _, _ in responses)
     assert max(by_row.values()) < 1.15 * min(by_row.values())
     assert any(f"{len(responses):,} of {len(texts):,} responses are in this page" in note for note in head["notes"])
