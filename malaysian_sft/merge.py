@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -167,8 +168,13 @@ def _run(workers, jobs):
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:
-        for future in as_completed([pool.submit(_merge_shard, *job) for job in jobs]):
-            yield future.result()
+        try:
+            for future in as_completed([pool.submit(_merge_shard, *job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a merging process was killed (as the kernel does for lack of memory): start again with fewer --workers"
+            ) from None
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import adapter
 import fused_moe_lora
 from conftest import save_tiny_checkpoint, tiny_config, tiny_model, tiny_tokenizer
+from malaysian_sft import merge
 from malaysian_sft.adapter_files import Adapter, in_groups
 from malaysian_sft.adapter_state import adapter_state_dict, load_adapter, save_adapter
 from malaysian_sft.convert import convert_adapter
@@ -940,6 +941,12 @@ def test_merge_refuses_what_would_be_silently_lost(trained, tmp_path):
         adapter.main(["merge", run.base, str(tmp_path), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="error: /no/model: neither a directory with a config.json nor on the hub"):
         adapter.main(["merge", "/no/model", str(run.directory), str(tmp_path / "out")])
+
+
+def test_a_killed_merging_process_is_one_line(monkeypatch):
+    monkeypatch.setattr(merge, "_merge_shard", os._exit)
+    with pytest.raises(ValueError, match="a merging process was killed .*fewer --workers"):
+        list(merge._run(2, [(9,), (9,)]))
 
 
 def test_dora_does_not_start_on_rows_of_zeros():
