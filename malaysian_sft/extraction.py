@@ -37,6 +37,7 @@ NEGATED = re.compile(
     r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|elak|jangan|"
     r"don't|avoid|kecuali|except|mengelirukan)\b"
 )
+REJECTS = 4  # words: "yang tidak betul ialah \\boxed{A}"
 COMPARED = re.compile(r"\b(?:daripada|dari|berbanding|than|over|seperti|antara|between|unlike|mirip|compared)\b")
 HEDGE = re.compile(r"\b(?:mungkin|barangkali|maybe|perhaps|possibly|pada mulanya|mula-mula|initially|at first)\b")
 WORKING = re.compile(r"\b(?:langkah|step|semak|semakan|check)\b")
@@ -132,6 +133,8 @@ def grouped(lower, found):
             groups[-1][1], groups[-1][4] = end, groups[-1][4] or boxed
             groups[-1][2].add(letter)
             continue
+        if boxed:  # a box is stated apart from the sentence before it: only what stands right before it rejects it
+            between = " ".join(between.split()[-REJECTS:])
         compared, negated = COMPARED.search(between), NEGATED.search(between)
         polarity = (
             "negated"

@@ -218,3 +218,18 @@ def test_time_is_linear_whatever_the_response(name):
     small, large = seconds(100_000), seconds(400_000)
     assert small < 0.3  # 0.01 to 0.1 measured on one core; a slow CI machine may take three times as long
     assert large < 4 * 2.2 * max(small, 0.004), (small, large)  # quadratic would be 16
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        (r"Kuala Lumpur bukan di Sabah oleh itu \boxed{B}", "B"),
+        (r"Ia bukan di Sabah, Sarawak atau di utara \boxed{B}", "B"),
+        (r"Jawapannya bukan \boxed{A}", None),
+        (r"jawapan yang tidak betul ialah \boxed{A}", None),
+        (r"bukan \boxed{B} tetapi \boxed{C}", "C"),
+    ],
+)
+def test_a_box_is_rejected_by_what_stands_right_before_it(text, letter):
+    question = {"letters": "ABCD", "options": {"A": "Ipoh", "B": "Kuala Lumpur", "C": "Kuching", "D": "Johor Bahru"}}
+    assert extract(text, question)[1] == letter
