@@ -70,7 +70,7 @@ def base_faults(manifest, base, revision=None) -> list[str]:
     return faults
 
 
-def local_base(name) -> Path | None:
+def local_base(name, revision=None) -> Path | None:
     """The directory of a base model that is on this machine, given as a directory or a hub id; None if it is not."""
     if os.path.isfile(os.path.join(name, "config.json")):
         return Path(name)
@@ -78,7 +78,7 @@ def local_base(name) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        path = try_to_load_from_cache(str(name), "config.json")
+        path = try_to_load_from_cache(str(name), "config.json", revision=revision)
     except HFValidationError:
         return None
     return Path(path).parent if isinstance(path, str) else None
@@ -86,16 +86,8 @@ def local_base(name) -> Path | None:
 
 def hub_commit(name, revision=None) -> str | None:
     """The hub's commit of a base model that was downloaded, None of a directory."""
-    if os.path.isfile(os.path.join(name, "config.json")):
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        path = try_to_load_from_cache(str(name), "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(path).parent.name if isinstance(path, str) else None  # .../snapshots/<commit>/config.json
+    found = local_base(name, revision)
+    return None if found is None or found == Path(name) else found.name  # .../snapshots/<commit>
 
 
 def base_fingerprint(base_model, keys) -> dict[str, str]:

@@ -179,11 +179,6 @@ def overlaps(questions, source):
     return found, with_options
 
 
-def contaminated(questions, source):
-    """Questions whose stem the training data has -> bool (Q,)."""
-    return overlaps(questions, source)[0]
-
-
 def contamination_report(rows, questions, source):
     """Overlap with the training data and scores with and without the questions concerned, JSON-ready."""
     found, with_options = overlaps(questions, source)

@@ -304,7 +304,8 @@ def options_of(question):
 def extract(text, question, finish_reason="stop", thinking=False):
     """Read the chosen letter out of a response.
 
-    text: the raw response. question: a dict with `letters` and `options` (it keeps what was prepared under "read").
+    text: the raw response. question: a dict with `letters` ("ABCD") and `options` ({letter: text}), which keeps what
+    was prepared under "read".
     finish_reason: vLLM's; "length" means cut off. thinking: the prompt had already opened a `<think>` block. Returns
     (outcome, letter): ("answered", "B"), or one of ("ambiguous", None), ("truncated", None), ("none", None). Of a cut
     response the lone lines are not read.

@@ -16,10 +16,8 @@ from malaysian_sft.watchdog import ENDING, Watchdog
 def start_deepspeed_on_cpus(seconds=1800):
     """The default group, gloo, as DeepSpeed starts it; without the extension that it would compile for inference.
 
-    seconds: how long a collective may wait for another rank.
-
-    Every process of a user compiles and loads that one under a lock file that a kill leaves behind, and for which all
-    later runs would wait without a word (torch.utils.file_baton).
+    That one is compiled and loaded under a lock file that a kill leaves behind, and for which all later runs of the
+    user wait without a word (torch.utils.file_baton). seconds: how long a collective may wait for another rank.
     """
     import deepspeed
 

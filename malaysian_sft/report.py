@@ -13,6 +13,7 @@ from malaysian_sft.extraction import extract
 from malaysian_sft.generations import read_generations
 from malaysian_sft.questions import strata
 from malaysian_sft.statistics import FEWEST, MEASURES, original_scores
+from malaysian_sft.tables import aligned
 
 
 def print_original(names, all_answers, questions):
@@ -47,9 +48,7 @@ class Table:
         return [self.kind, *self.columns]
 
     def text(self):
-        """Aligned: names on the left, cells to the right."""
-        aligned = ("left", *("right" for _ in self.columns))
-        return tabulate(self.rows, self.header, tablefmt="plain", disable_numparse=True, colalign=aligned)
+        return aligned(self.rows, self.header)
 
     def markdown(self):
         rows = [[escape(name), *cells] for name, *cells in self.rows]  # names come from outside, cells are numbers

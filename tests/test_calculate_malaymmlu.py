@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 import calculate_malaymmlu as scorer
-from malaysian_sft.contamination import contaminated, contamination_report
+from malaysian_sft.contamination import contamination_report, overlaps
 from malaysian_sft.extraction import extract
 from malaysian_sft.generations import MISSING, NONE, TRUNCATED, find_directories, read_answers
 from malaysian_sft.questions import (
@@ -543,7 +543,7 @@ def test_contamination_finds_shared_runs_of_words_and_whole_short_questions(tmp_
     ]
     (tmp_path / "train").mkdir()
     (tmp_path / "train/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert contaminated(questions, str(tmp_path / "train")).tolist() == [True, False, True, False, False]
+    assert overlaps(questions, str(tmp_path / "train"))[0].tolist() == [True, False, True, False, False]
     answers = np.array([[0], [1], [0], [0], [1]], np.int8)
     report = contamination_report([Row("m", Path("."), {}, answers)], questions, str(tmp_path / "train"))
     assert report["questions"] == [0, 2] and report["count"] == 2
@@ -551,7 +551,7 @@ def test_contamination_finds_shared_runs_of_words_and_whole_short_questions(tmp_
     assert [row[name] for name in ("all", "without", "only")] == pytest.approx([3 / 5, 1 / 3, 1.0])
     assert row["counts"] == {"all": 5, "without": 3, "only": 2}
     with pytest.raises(ValueError, match="no .jsonl, .json or .parquet file"):
-        contaminated(questions, str(tmp_path / "nowhere"))
+        overlaps(questions, str(tmp_path / "nowhere"))
 
 
 def test_contamination_takes_stems_and_options_apart(tmp_path):
@@ -581,7 +581,7 @@ def test_contamination_takes_stems_and_options_apart(tmp_path):
     assert report["questions"] == [0, 3] and report["with_options"] == [0, 3]
     (tmp_path / "train.jsonl").write_text(text + "{broken\n")
     with pytest.raises(ValueError, match="train.jsonl, line 7: not JSONL"):
-        contaminated(questions, str(tmp_path / "train.jsonl"))
+        overlaps(questions, str(tmp_path / "train.jsonl"))
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": long}))
     assert contamination_report([], questions, str(tmp_path / "train.jsonl"))["with_options"] == []
 

@@ -5,7 +5,9 @@ import json
 import random
 import shutil
 import subprocess
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +22,7 @@ from malaysian_sft.conversations import DataArguments
 from malaysian_sft.convert import convert_adapter
 from malaysian_sft.lora import CONFIG, MANIFEST, WEIGHTS, LoraArguments, apply_lora
 from malaysian_sft.merge import merge_adapter
-from malaysian_sft.safetensors_files import checkpoint_shards, read_header, read_sources
+from malaysian_sft.safetensors_files import checkpoint_shards, read_header, read_sources, writing
 from malaysian_sft.verify import verify_adapter
 
 VALUES = [None, True, -1, 0, 1, 3, 2**40, 10**18, 0.5, float("nan"), "", "x", "../x", "/etc/passwd", "a" * 300]
@@ -183,6 +185,25 @@ def test_a_tokenizer_s_file_is_at_fault_or_the_code(raised, passes, monkeypatch)
 
 def test_others_may_read_what_is_saved(files):
     assert (files / "adapter" / WEIGHTS).stat().st_mode & 0o777 == (files / "adapter" / CONFIG).stat().st_mode & 0o777
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_by_whatever_writes(tmp_path):
+    """Real errors: of Python's file and of NumPy's tofile."""
+
+    def python():
+        with open("/dev/full", "wb") as file:
+            file.write(bytes(1 << 20))
+
+    def numpy():
+        with open("/dev/full", "wb", 0) as file:
+            np.zeros(1 << 20, np.int64).tofile(file)
+
+    for write in (python, numpy):
+        with pytest.raises(ValueError, match=f"{tmp_path}: the disk is full"), writing(tmp_path):
+            write()
+    with pytest.raises(FileNotFoundError), writing(tmp_path):
+        open(tmp_path / "not there")
 
 
 @pytest.fixture
