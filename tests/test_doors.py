@@ -17,11 +17,12 @@ from conftest import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from malaysian_sft.account import architecture
 from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.adapter_state import save_adapter
-from malaysian_sft.base_model import load_config, load_tokenizer
+from malaysian_sft.base_model import hub_commit, load_config, load_tokenizer
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.convert import convert_adapter
 from malaysian_sft.lora import CONFIG, MANIFEST, WEIGHTS, LoraArguments, apply_lora
 from malaysian_sft.merge import merge_adapter
+from malaysian_sft.run import write_arguments
 from malaysian_sft.safetensors_files import checkpoint_shards, read_header, read_sources, writing
 from malaysian_sft.verify import verify_adapter
 
@@ -238,8 +239,6 @@ def test_the_hub_s_commit_of_a_base_is_recorded(tmp_path, monkeypatch):
     """As the hub's client lays out its cache: refs/<revision> names a directory under snapshots/."""
     import huggingface_hub.constants
 
-    from malaysian_sft.base_model import hub_commit
-
     repository, commit = tmp_path / "models--owner--name", "0123456789abcdef" * 2 + "01234567"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text(commit)
@@ -249,3 +248,6 @@ def test_the_hub_s_commit_of_a_base_is_recorded(tmp_path, monkeypatch):
     assert hub_commit("owner/name") == commit == hub_commit("owner/name", commit)
     assert hub_commit("owner/other") is None and hub_commit("owner/name", "v2") is None
     assert hub_commit(str(repository / "snapshots" / commit)) is None, "a directory"
+    arguments = {"run_name": "x", "model_name_or_path": "owner/name", "output_dir": str(tmp_path / "run")}
+    write_arguments(arguments, {"data": "abc"}, None, 1)
+    assert json.loads((tmp_path / "run/args.json").read_text())["model_commit"] == commit
