@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peft.tuners.lora import LoraLayer
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import (
@@ -43,13 +42,17 @@ import multipack
 from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu, train_flops
 from malaysian_sft.adapter_state import save_adapter
 from malaysian_sft.attention import register_attention
+from malaysian_sft.attention_half import lay_side_by_side
 from malaysian_sft.base_model import load_config, load_tokenizer, name_as_on_disk
 from malaysian_sft.checkpoints import Saver, load_state, newest_checkpoint, recorded_facts, refuse_another_base
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.documents_apart import check_documents_apart
+from malaysian_sft.fast_parts import use_fast_parts
 from malaysian_sft.flags import check_values, parse_flags
 from malaysian_sft.lora import LoraArguments, apply_lora
+from malaysian_sft.lora_linear import LoraLinear, use_lora_linear
 from malaysian_sft.memory import compare_peak, need
+from malaysian_sft.mlp_half import fuse_dense_layer, set_recompute
 from malaysian_sft.plan_page import dry_run
 from malaysian_sft.planning import settle, this_machine, trainer_flags
 from malaysian_sft.ranks import Stop, on_the_first, one_last_line, start_deepspeed_on_cpus
@@ -76,6 +79,7 @@ from malaysian_sft.trainer_parts import (
     check_deepspeed,
     check_gradients,
     collator,
+    gather_whole_layers,
 )
 from malaysian_sft.training_state import get_shares
 from malaysian_sft.watchdog import WAITING
@@ -127,12 +131,19 @@ class DenseTrainingArguments(TrainingArguments):
     max_grad_norm: float = 1.0
     per_device_train_batch_size: int = 1
     bf16: bool = True
-    activations: Literal["auto", "none", "full"] = field(
+    activations: Literal["auto", "none", "selective", "full"] = field(
         default="auto",
         metadata={
-            "help": "what the backward recomputes: nothing, or whole layers, which takes less memory and more time."
-            " auto: by plan.py, the least that fits the GPU; without a GPU, full"
+            "help": "what the backward recomputes: nothing; gate and up of the MLP; or whole layers. The less, the"
+            " faster, and the more memory. auto: by plan.py, the least that fits the GPU; without a GPU, full"
         },
+    )
+    frugal_layers: int | None = field(
+        default=None,
+        metadata={"help": "layers that recompute one step more than activations says. Default: as few as fit"},
+    )
+    fast_parts: bool = field(
+        default=True, metadata={"help": "own kernels for whole layers; False: as transformers and PEFT wrote them"}
     )
     ddp_timeout: int = field(default=600, metadata={"help": WAITING})
     logging_steps: float = 1
@@ -162,7 +173,6 @@ class DenseTrainingArguments(TrainingArguments):
             if "RANK" in os.environ:
                 start_deepspeed_on_cpus(self.ddp_timeout)  # before TrainingArguments, which would pick its own backend
         self.use_liger_kernel = not self.use_cpu  # its Triton kernels need a GPU; on a CPU transformers' own loss runs
-        self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         micro = world_size * self.per_device_train_batch_size
         self.gradient_accumulation_steps = max(self.global_batch_size // micro, 1)  # checked by batch_arithmetic
         if world_size == 1 and torch.cuda.device_count() > 1 and not self.prepare_only:
@@ -194,6 +204,7 @@ class DenseTrainer(Trainer):
         self.started, self.tracker = started or (lambda: None), None
         self.lora_args, self.base_model = lora_args, base_model
         self.documents_apart = False  # until the first step has looked
+        self.with_norms = [module for module in self.model.modules() if isinstance(module, LoraLinear)]
         # plan.py's plan and the measured rate, until they have been printed
         self.planned, self.gemm_flops = planned, gemm_flops
 
@@ -227,6 +238,11 @@ class DenseTrainer(Trainer):
         self.saver.finish(step, *get_shares(named, optimizer))
         self.last_log_time += time.perf_counter() - started  # is no part of the next step's speed
         self.stop.beat()
+
+    def forget_norms(self):
+        """DoRA's row norms, kept since the adapter's last change."""
+        for module in self.with_norms:
+            module.forget_norms()
 
     def trained(self):
         """({name: parameter} of what is trained, their AdamW)."""
@@ -307,6 +323,7 @@ class DenseTrainer(Trainer):
         started = time.perf_counter()
         model, world = self.model_wrapped, self.accelerator.num_processes
         model.eval()
+        self.forget_norms()
         totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         packs = EvenPacks(self.eval_dataset, world)  # every rank takes part in every forward
         for i in range(self.accelerator.process_index, len(packs), world):
@@ -331,6 +348,7 @@ class DenseTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Called once before every optimiser step: the place to count the step's real tokens, over all ranks."""
+        self.forget_norms()
         steps_an_epoch = math.ceil(len(self.train_dataset) / self.args.global_batch_size)
         first = self.state.global_step % steps_an_epoch * self.args.global_batch_size
         packs = self.train_dataset.packs
@@ -425,19 +443,19 @@ def build_model(model_args, lora_args, training_args):
 
 
 def adapt(model, lora_args, training_args):
-    """`model` frozen, with LoRA on it, and what training it in mixed precision takes."""
+    """`model` frozen, with LoRA on it, its layers fused (mlp_half.py) where they are of the usual form."""
     model.config.use_cache = False
     set_seed(training_args.seed)  # every rank draws the same A
-    model = apply_lora(model, lora_args)
-    for module in model.modules():
-        if isinstance(module, LoraLayer):  # PEFT would widen bf16 inputs to fp32, autocast narrow them again
-            module.cast_input_dtype_enabled = not training_args.bf16
-    if training_args.bf16:
-        # bf16 arithmetic on fp32 adapters; inside the model, because DeepSpeed turns off an autocast around it
-        model.forward = torch.autocast(training_args.device.type, torch.bfloat16)(model.forward)
-    if training_args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    return model
+    peft_model = apply_lora(model, lora_args)
+    use_lora_linear(model)  # which computes in the activations' dtype; PEFT's own would in the adapters' fp32
+    if training_args.fast_parts:
+        say(use_fast_parts(model, fuse_dense_layer))
+    set_recompute(model, training_args.activations, training_args.frugal_layers or 0)
+    if training_args.deepspeed:
+        gather_whole_layers(model)
+    else:
+        lay_side_by_side(model)
+    return peft_model
 
 
 def plan_arguments(data_args, lora_args, training_args):
@@ -450,6 +468,7 @@ def plan_arguments(data_args, lora_args, training_args):
         r=lora_args.r,
         use_dora=lora_args.use_dora,
         activations=None if training_args.activations == "auto" else training_args.activations,
+        frugal_layers=training_args.frugal_layers,
         zero3=bool(training_args.deepspeed),
     )
 
@@ -465,6 +484,15 @@ def check_memory(config, data_args, lora_args, training_args):
     if training_args.process_index == 0:
         print(f"{trainer_flags(planned)}: {need(planned)}", flush=True)
     return planned
+
+
+def choose_activations(training_args, planned):
+    """Fill in what the flags leave open, from the plan; without one, whole layers are recomputed."""
+    chosen = planned or {"activations": "full", "frugal_layers": 0}
+    if training_args.activations == "auto":
+        training_args.activations = chosen["activations"]
+    if training_args.frugal_layers is None:
+        training_args.frugal_layers = chosen["frugal_layers"]
 
 
 def run_arguments(model_args, data_args, lora_args, training_args):
@@ -519,9 +547,7 @@ def train_claimed(model_args, data_args, lora_args, training_args, stop):
     checkpoint = newest_checkpoint(training_args.output_dir, training_args.resume, say, training_args.start_anew)
     planned = check_memory(dense_config(model_args), data_args, lora_args, training_args)
     tokenizer, packs = prepare(model_args, data_args, training_args)
-    if training_args.activations == "auto":
-        training_args.activations = planned["activations"] if planned else "full"
-    training_args.gradient_checkpointing = training_args.activations == "full"
+    choose_activations(training_args, planned)
     arguments = run_arguments(model_args, data_args, lora_args, training_args)
     steps = steps_of(arguments, packs)
     sizes = len(packs), data_args.max_seq_length, training_args.global_batch_size

@@ -58,6 +58,7 @@ def parse():
     parser.add_argument("--activations", default="auto", help="auto, none, selective or full")
     parser.add_argument("--memory_mode", default=None, help="fast or frugal; default: as the trainer chooses")
     parser.add_argument("--gather_base", default=None, help="True or False; default: as the trainer chooses")
+    parser.add_argument("--base_dtype", default=None, help="fp8: frozen experts stored in FP8")
     parser.add_argument("--frugal_layers", default=None, help="default: as the trainer chooses")
     parser.add_argument("--seconds", type=float, default=280, help="limit of one configuration")
     parser.add_argument("--out", default=str(ROOT / "results" / "step.json"))
@@ -92,7 +93,7 @@ class Run:
         flags += f" --use_dora {job['adapter'] == 'dora'} --max_seq_length {job['tokens']}"
         flags += " --report_to none --ignore_plan True"
         flags += f" --global_batch_size {job['packs'] * self.world}"
-        for name in ("memory_mode", "gather_base", "frugal_layers"):
+        for name in ("memory_mode", "gather_base", "frugal_layers", "base_dtype"):
             flags += f" --{name} {job[name]}" if job[name] is not None else ""
         self.args, self.data_args, self.lora_args = train_moe.parse(flags.split())
         self.args, self.planned = train_moe.settle_memory(self.config, self.args, self.data_args, self.lora_args)
@@ -322,7 +323,10 @@ def main():
                 job = dict(model=model, adapter=adapter, layers=layers, gpus=gpus, tokens=args.tokens, r=args.r)
                 job |= dict(packs=args.packs, steps=args.steps, activations=args.activations)
                 job |= dict(
-                    memory_mode=args.memory_mode, gather_base=args.gather_base, frugal_layers=args.frugal_layers
+                    memory_mode=args.memory_mode,
+                    gather_base=args.gather_base,
+                    frugal_layers=args.frugal_layers,
+                    base_dtype=args.base_dtype,
                 )
                 record = start(job, args.seconds)
                 record["versions"] = {n: slices.version(n) for n in ("torch", "triton", "transformers", "flash-attn-4")}

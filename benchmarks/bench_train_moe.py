@@ -43,6 +43,7 @@ from malaysian_sft.account import (  # noqa: E402
     train_flops,  # noqa: E402
 )
 from malaysian_sft.attention import attention_backend  # noqa: E402
+from malaysian_sft.fp8 import FP8, SCALE  # noqa: E402
 from malaysian_sft.load_base import (  # noqa: E402
     compute_buffers,  # noqa: E402
     reset_adapter,  # noqa: E402
@@ -155,19 +156,32 @@ def build_run(config, run, lora_args, device, mesh=None):
     torch.manual_seed(dist.get_rank())
     with torch.no_grad():
         for parameter_name, p in model.named_parameters():
-            local = local_tensor(p)
-            local.fill_(1.0) if "norm" in parameter_name else local.normal_(0.0, 0.02)
+            fill(parameter_name, local_tensor(p))
         for buffer_name, buffer in model.named_buffers():
             if buffer_name.endswith("e_score_correction_bias"):
                 buffer.zero_()
         if ring is not None:
-            for piece in ring.pieces.values():
-                piece.shard.normal_(0.0, 0.02)
+            for parameter_name, p in model.named_parameters():
+                if id(p) in ring.pieces:
+                    fill(parameter_name, ring.pieces[id(p)].shard)
         reset_adapter(model.causal_lm, 0, ring)
         for parameter_name, p in model.named_parameters():
             if "lora_B" in parameter_name:
                 local_tensor(p).normal_(0.0, 0.01)
     return model
+
+
+def fill(name, tensor):
+    """Random weights of a standard deviation of 0.02, in FP8 by values around 1 and scales of 0.02; ones in norms."""
+    if "norm" in name:
+        tensor.fill_(1.0)
+    elif name.endswith(SCALE):
+        tensor.fill_(0.02)
+    elif tensor.dtype == FP8:
+        for part in tensor.view(len(tensor), -1).split(8):  # a stack of experts at once would take twice its memory
+            part.copy_(torch.randn(part.shape, device=part.device))
+    else:
+        tensor.normal_(0.0, 0.02)
 
 
 def random_documents(places, vocabulary, generator):

@@ -75,7 +75,6 @@ class Architecture:
     matrices: tuple[Matrix, ...]
     vectors: dict  # layer (None outside the layers) -> parameters in norms and biases
     top_k: int  # routed experts a token passes; 1 for a dense model
-    query_key_norm: bool  # queries and keys are normalised per head
     refused: str | None  # why wrap_experts would not take the experts
     stateful: tuple[str, ...]  # classes of layers that carry a state along the sequence, from document to document
 
@@ -149,11 +148,10 @@ def _architecture(config_class, config_json):
             else:
                 kind = "attention" if "attn" in name else "shared_expert" if "shared_expert" in name else "mlp"
                 matrices.append(Matrix(name, kind, layer, *parameter.shape, adapted=layer is not None))
-    query_key_norm = any("q_norm" in name for name, _ in model.named_modules())
     experts = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] == "experts"}
     reasons = {name: reason for name, module in experts.items() if (reason := why_not_conforming(module))}
     refused = next((f"{name} ({type(experts[name]).__name__}): {reason}" for name, reason in reasons.items()), None)
-    return Architecture(tuple(matrices), vectors, top_k, query_key_norm, refused, stateful_layers(model))
+    return Architecture(tuple(matrices), vectors, top_k, refused, stateful_layers(model))
 
 
 def stateful_layers(model):
@@ -265,7 +263,35 @@ def mfu(flops, seconds, gpus, device_name):
     return flops / (seconds * gpus * peak) if peak else None
 
 
-def recompute_flops(config, policy, mode, r, expert_r, document_length, frugal_layers=0):
+LEVELS = ("none", "selective", "full")  # of recomputation, in both trainers
+
+
+def dense_level(policy, layer, frugal_layers):
+    """What of layer number `layer` of a dense model is computed again, one of LEVELS: `policy`, in the first
+    `frugal_layers` the next one."""
+    return LEVELS[min(LEVELS.index(policy) + (layer < frugal_layers), 2)]
+
+
+def computed_again(kind, policy, frugal_layers, matrix):
+    """Whether the backward makes this product (but routed experts') again, under a trainer's activation policy:
+    selective is gate and up in dense models, attention in mixtures."""
+    if matrix.layer is None:
+        return False
+    if kind == "dense":
+        level = dense_level(policy, matrix.layer, frugal_layers)
+        return level == "full" or (level == "selective" and matrix.kind == "mlp" and "down_proj" not in matrix.name)
+    return policy == "full" or (policy == "selective" and matrix.kind == "attention")
+
+
+def scored_again(config, kind, policy, frugal_layers):
+    """Share of the layers whose attention scores the backward computes again."""
+    if kind == "dense":
+        layers = range(config.num_hidden_layers)
+        return sum(dense_level(policy, i, frugal_layers) == "full" for i in layers) / len(layers)
+    return float(policy != "none")
+
+
+def recompute_flops(config, policy, mode, r, expert_r, document_length, frugal_layers=0, kind="moe"):
     """FLOPs a token that are computed twice under an activation policy and a memory mode: time, never counted as
     useful."""
     flops = 0
@@ -274,13 +300,12 @@ def recompute_flops(config, policy, mode, r, expert_r, document_length, frugal_l
             continue
         size = m.active * m.out_features * m.in_features
         lora = m.active * (expert_r if m.kind == "expert" else r) * (m.out_features + m.in_features) * m.adapted
-        if policy == "full" or (policy == "selective" and m.kind == "attention"):
+        if computed_again(kind, policy, frugal_layers, m):
             flops += 2 * (size + lora)
         if m.kind == "expert" and (mode == "frugal" or m.layer < frugal_layers):
             flops += 2 * m.active * expert_r * m.in_features if m.name.endswith("down_proj") else 2 * (size + lora)
-    if policy != "none":
-        flops += config.num_hidden_layers * 4 * attention_width(config) * (document_length + 1) / 2
-    return flops
+    scores = config.num_hidden_layers * 4 * attention_width(config) * (document_length + 1) / 2
+    return flops + scores * scored_again(config, kind, policy, frugal_layers)
 
 
 def measure_gemm(size=8192, repeats=20, device="cuda"):

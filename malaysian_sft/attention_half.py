@@ -1,4 +1,4 @@
-"""The attention half of a decoder layer under LoRA as three autograd functions instead of some forty operations.
+"""The attention half of a decoder layer under LoRA or DoRA as three autograd functions, not some forty operations.
 
     h, normed = attention_half(layer, hidden, ...)      h = hidden + o_proj(attention(norm(hidden))); normed = norm(h)
 
@@ -34,12 +34,15 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from malaysian_sft.attention import attend
+from malaysian_sft.lora_linear import dora_scale
 from malaysian_sft.norm_rope import (
     RMSNorm,
+    column_products,
     norm_rope_backward,
     norm_rope_forward,
     rms_norm_backward,
     rms_norm_forward,
+    scaled,
 )
 
 
@@ -48,6 +51,7 @@ def groups_of(bases):
     widths = [base.out_features for base in bases]
     starts = [sum(widths[:i]) for i in range(len(widths))]
     at, adjacent = bases[0].weight.data_ptr(), not bases[0].weight.is_meta
+    adjacent = adjacent and not hasattr(bases[0].weight, "ds_id")  # ZeRO-3 brings a weight back to another place
     for base in bases:
         adjacent = adjacent and base.weight.is_contiguous() and base.weight.data_ptr() == at
         at += base.weight.numel() * base.weight.element_size()
@@ -63,7 +67,7 @@ def groups_of(bases):
 def lay_side_by_side(causal_lm):
     """Give q, k and v of every fused layer one storage, in order, so that their products are one; values are kept."""
     for layer in causal_lm.base_model.layers:
-        if not hasattr(layer, "recompute_attention"):
+        if "forward" not in vars(layer):  # as transformers wrote it
             continue
         projections = [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
         weights = [module.get_base_layer().weight for module in projections]
@@ -74,10 +78,14 @@ def lay_side_by_side(causal_lm):
 
 
 class NormedQKV(torch.autograd.Function):
-    """Steps 1 to 3 and 11 to 14. Also hands x through, so that the residual's gradient is added in step 14's kernel."""
+    """Steps 1 to 3 and 11 to 14. Also hands x through, so that the residual's gradient is added in step 14's kernel.
+
+    scale (N,) fp32: DoRA's, of q, k and v side by side, or None. Kept then is qkv without its bias, since the scale's
+    gradient is <dqkv, qkv> / scale, row by row.
+    """
 
     @staticmethod
-    def forward(ctx, x, cos, sin, facts, *adapters):
+    def forward(ctx, x, cos, sin, facts, scale, *adapters):
         groups, norm_weight, eps, head_norms, head_eps, D, widths, scaling = facts
         n, _, rstd = rms_norm_forward(x, norm_weight, eps)
         lora_A = torch.cat([a.to(x.dtype) for a in adapters[:3]])  # (3 r, H)
@@ -85,28 +93,36 @@ class NormedQKV(torch.autograd.Function):
         u = n @ lora_A.T  # (T, 3 r)
         qkv = x.new_empty(len(x), sum(widths))  # (T, N)
         for weight, bias, columns in groups:
-            if bias is None:
+            if bias is None or scale is not None:
                 torch.mm(n, weight.T, out=qkv[:, columns])
             else:
                 torch.addmm(bias, n, weight.T, out=qkv[:, columns])
         for part, inner, b in zip(qkv.split(widths, 1), u.chunk(3, 1), lora_B, strict=True):
             part.addmm_(inner, b.T, alpha=scaling)
+        kept = qkv
+        if scale is not None:
+            kept = scaled(qkv, scale, out=qkv)
+            qkv = with_bias(kept, groups)
         q, k, v = (part.unflatten(1, (-1, D)) for part in qkv.split(widths, 1))  # (T, heads, D)
         q, k = norm_rope_forward(q, k, head_norms, cos, sin, head_eps)
-        ctx.save_for_backward(x, rstd, u, qkv, lora_A, cos, sin, *lora_B)
+        ctx.save_for_backward(x, rstd, u, kept, lora_A, cos, sin, scale, *lora_B)
         ctx.facts, ctx.dtypes = facts, [a.dtype for a in adapters]
         return q, k, v, x
 
     @staticmethod
     def backward(ctx, dq, dk, dv, dx):
-        x, rstd, u, qkv, lora_A, cos, sin, *lora_B = ctx.saved_tensors
+        x, rstd, u, kept, lora_A, cos, sin, scale, *lora_B = ctx.saved_tensors
         groups, norm_weight, eps, head_norms, head_eps, D, widths, scaling = ctx.facts
-        dqkv = torch.empty_like(qkv)
+        dqkv, dscale = torch.empty_like(kept), None
+        qkv = kept if scale is None else with_bias(kept, groups)
         q, k, _ = (part.unflatten(1, (-1, D)) for part in qkv.split(widths, 1))
         dq_part, dk_part, dv_part = dqkv.split(widths, 1)
         out = [part.unflatten(1, (-1, D)) for part in (dq_part, dk_part)]
         norm_rope_backward(dq, dk, q, k, head_norms, cos, sin, head_eps, out)
         dv_part.copy_(dv.flatten(1))
+        if scale is not None:
+            dscale = column_products(dqkv, kept) / scale
+            dqkv = scaled(dqkv, scale, out=dqkv)
         n, _, _ = rms_norm_forward(x, norm_weight, eps, rstd=rstd)
         du = torch.empty_like(u)
         grads_B = []
@@ -116,38 +132,55 @@ class NormedQKV(torch.autograd.Function):
         grads_A = (du.T @ n).mul_(scaling).chunk(3)  # (r, H) each
         grads = [grad.to(dtype) for grad, dtype in zip([*grads_A, *grads_B], ctx.dtypes, strict=True)]
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None, *grads
+            return None, None, None, None, dscale, *grads
         dn = du @ (lora_A * scaling)  # (T, H)
         for weight, _, columns in groups:
             dn.addmm_(dqkv[:, columns], weight)
-        return rms_norm_backward(dn, x, norm_weight, rstd, dx), None, None, None, *grads
+        return rms_norm_backward(dn, x, norm_weight, rstd, dx), None, None, None, dscale, *grads
+
+
+def with_bias(qkv, groups):
+    """qkv (T, N) plus the biases of its groups, if they have any."""
+    if all(bias is None for _, bias, _ in groups):
+        return qkv
+    parts = [bias if bias is not None else qkv.new_zeros(at.stop - at.start) for _, bias, at in groups]
+    return qkv + torch.cat(parts)
 
 
 class OutputAddNorm(torch.autograd.Function):
-    """Steps 5 to 10: (h, norm(h), its rstd) from attention's output (T, heads D) and the residual x (T, H)."""
+    """Steps 5 to 10: (h, norm(h), its rstd) from attention's output (T, heads D) and the residual x (T, H). The norm
+    may go without a gradient, if who takes it returns what it owes through h. scale (H,) fp32: DoRA's, or None."""
 
     @staticmethod
-    def forward(ctx, attention, x, facts, lora_A, lora_B):
+    def forward(ctx, attention, x, facts, scale, lora_A, lora_B):
         weight, bias, norm_weight, eps, scaling = facts
         a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
         u = attention @ a.T  # (T, r)
-        o = attention @ weight.T if bias is None else torch.addmm(bias, attention, weight.T)
+        plain = bias is None or scale is not None
+        o = attention @ weight.T if plain else torch.addmm(bias, attention, weight.T)
         o.addmm_(u, b.T, alpha=scaling)
+        kept = None if scale is None else scaled(o, scale, out=o)
+        if scale is not None and bias is not None:
+            o = o + bias
         normed, h, rstd = rms_norm_forward(o, norm_weight, eps, residual=x)
-        ctx.save_for_backward(attention, u, h, rstd, a, b)
+        ctx.save_for_backward(attention, u, h, rstd, a, b, scale, kept)
         ctx.facts, ctx.dtypes = facts, (lora_A.dtype, lora_B.dtype)
         ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
         return h, normed, rstd
 
     @staticmethod
     def backward(ctx, dh, dnormed, _):
-        attention, u, h, rstd, a, b = ctx.saved_tensors
+        attention, u, h, rstd, a, b, scale, kept = ctx.saved_tensors
         weight, _, norm_weight, _, scaling = ctx.facts
-        d = rms_norm_backward(dnormed, h, norm_weight, rstd, dh)  # (T, H)
+        dx = dh if dnormed is None else rms_norm_backward(dnormed, h, norm_weight, rstd, dh)  # (T, H)
+        d, dscale = dx, None
+        if scale is not None:
+            dscale, d = column_products(dx, kept) / scale, scaled(dx, scale)
         du = d @ b
         dattention = (d @ weight).addmm_(du, a, alpha=scaling)
         grad_A, grad_B = (du.T @ attention).mul_(scaling), (d.T @ u).mul_(scaling)
-        return dattention, d, None, grad_A.to(ctx.dtypes[0]), grad_B.to(ctx.dtypes[1])
+        return dattention, dx, None, dscale, grad_A.to(ctx.dtypes[0]), grad_B.to(ctx.dtypes[1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -181,10 +214,28 @@ def usual_rotary(module):
 
 
 def plain_lora(module):
-    """Whether a linear layer is PEFT's with one LoRA adapter, no DoRA, no dropout: what the functions above compute."""
-    if "default" not in getattr(module, "lora_A", {}) or module.use_dora["default"]:
+    """Whether a linear layer is PEFT's with one adapter, LoRA or DoRA, and no dropout: what the functions above
+    compute."""
+    if "default" not in getattr(module, "lora_A", {}):
         return False
     return not isinstance(module.lora_dropout["default"], nn.Dropout) or module.lora_dropout["default"].p == 0
+
+
+def alike(projections):
+    """Whether all have the same rank and scaling, and all or none of them DoRA."""
+    return len({(m.r["default"], m.scaling["default"], m.use_dora["default"]) for m in projections}) == 1
+
+
+def scale_of(projections):
+    """DoRA's scales of the projections' rows, side by side, fp32; None for LoRA. Their gradients reach magnitudes."""
+    if not projections[0].use_dora["default"]:
+        return None
+    return torch.cat([dora_scale(module) for module in projections])
+
+
+def adapters_of(projections):
+    """The A of all projections, then their B."""
+    return [getattr(m, part)["default"].weight for part in ("lora_A", "lora_B") for m in projections]
 
 
 def why_not_fusable(layer):
@@ -205,8 +256,8 @@ def why_not_fusable(layer):
         return "a norm is not the usual RMSNorm"
     projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     if not all(plain_lora(module) for module in projections):
-        return "a projection has no LoRA, dropout or DoRA"
-    if len({(module.r["default"], module.scaling["default"]) for module in projections}) > 1:
+        return "a projection has no LoRA, or dropout"
+    if not alike(projections):
         return "projections differ in rank or scaling"
     if getattr(attention.config, "attention_dropout", 0.0):
         return "attention has dropout"
@@ -237,12 +288,11 @@ def attention_half(layer, hidden, position_embeddings, boundaries, longest):
     first, second = facts_of(layer)
     cos, sin = (x[0].contiguous() for x in position_embeddings)
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-    adapters = [getattr(m, part)["default"].weight for part in ("lora_A", "lora_B") for m in projections]
-    q, k, v, residual = NormedQKV.apply(hidden, cos, sin, first, *adapters)
+    q, k, v, residual = NormedQKV.apply(hidden, cos, sin, first, scale_of(projections), *adapters_of(projections))
     window = getattr(attention, "sliding_window", None)
     out = attend(q, k, v, boundaries, longest, attention.scaling, window).flatten(1)  # (T, heads D)
-    lora_A, lora_B = attention.o_proj.lora_A["default"].weight, attention.o_proj.lora_B["default"].weight
-    return OutputAddNorm.apply(out, residual, second, lora_A, lora_B)
+    projections = [attention.o_proj]
+    return OutputAddNorm.apply(out, residual, second, scale_of(projections), *adapters_of(projections))
 
 
 def fused_forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,

@@ -2,7 +2,7 @@
 
 import math
 
-from malaysian_sft.account import GIB, architecture
+from malaysian_sft.account import GIB, architecture, dense_level
 from malaysian_sft.fp8 import scale_shape
 
 
@@ -19,38 +19,35 @@ def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r,
     return tokens * top_k * (2 * kept + 16)
 
 
-def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r, use_dora=False, norms=None):
+def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r, use_dora=False):
     """What one decoder layer (its `matrices`) keeps for backward over `tokens` tokens, in bytes; bf16 unless said
     otherwise.
 
     full       the layer's input, H a token.
-    none       moe with LoRA (attention_half.py), attention half: input H, queries, keys and values before rotary,
-               queries and keys after it, the attention output and its fp32 log-sum-exp per head, r for each LoRA inner
-               product, its output H, of which the MLP half's normed input is made again.
-               Elsewhere, attention half: input H, normed input H, every projection's output except o_proj's, queries
-               and keys once more where they are normalised, the attention output and its log-sum-exp, r for each LoRA
-               inner product; MLP half: its input H, normed input H.
-               Everywhere, MLP half: for a dense or shared MLP gate, up and their product, 3 intermediate_size, and 3 r
-               (moe: silu(gate) as well, as transformers' own MLP does; dense models run Liger's); for routed experts
-               `experts_saved_bytes` and the router's fp32 probabilities. DoRA keeps the output before the magnitude of
-               every adapted layer, and a bf16 copy of the experts' adapter.
-    norms: whether queries and keys are normalised; by default the config is asked, which takes a millisecond.
-
-    selective  the attention half is recomputed from its input (elsewhere also its normed output's input is kept); the
-               MLP half is kept as under none.
+    none       attention half (attention_half.py): input H, queries, keys and values before rotary, queries and keys
+               after it, the attention output and its fp32 log-sum-exp per head, r for each LoRA inner product, its
+               output H, of which the MLP half's normed input is made again; with DoRA o_proj's output, H.
+               MLP half of a dense model (mlp_half.py): gate and up, 2 intermediate_size, and 3 r; with DoRA down's
+               output, H. Dense or shared MLP of a mixture, transformers' own: silu(gate) and the product as well, and
+               with DoRA every output before the magnitude. Routed experts: `experts_saved_bytes`, the router's fp32
+               probabilities, and with DoRA a bf16 copy of the experts' adapter.
+    selective  dense: as none, without gate and up. moe: the attention half is recomputed from its input, its normed
+               output kept; the MLP half is kept as under none.
     """
     hidden = config.hidden_size
-    norms = architecture(config).query_key_norm if norms is None else norms
-    fused = kind == "moe" and not use_dora
-    attention, mlp, experts = 2 * hidden, (0 if fused and policy == "none" else 1 if fused else 2) * hidden, 0
+    dense = kind == "dense"
+    attention, mlp, experts = 2 * hidden, (policy != "none" and not dense) * hidden, 0
     for m in matrices:
-        inner = (r + m.out_features * use_dora) * m.adapted
+        inner, scaled, down = r * m.adapted, m.out_features * use_dora * m.adapted, "down_proj" in m.name
         if m.kind == "attention":
-            attention += inner + (m.in_features if m.name.endswith("o_proj.weight") else m.out_features)
-            attention += m.out_features * ((norms or fused) and m.name.endswith(("q_proj.weight", "k_proj.weight")))
+            last = m.name.endswith("o_proj.weight")
+            attention += inner + (m.in_features + scaled if last else m.out_features)
+            attention += m.out_features * m.name.endswith(("q_proj.weight", "k_proj.weight"))
+        elif m.kind in ("mlp", "shared_expert") and dense:
+            mlp += inner + (scaled if down else m.out_features * (policy == "none"))
         elif m.kind in ("mlp", "shared_expert"):
-            mlp += inner + (m.in_features if "down_proj" in m.name else m.out_features)
-            mlp += m.out_features * (kind == "moe" and "gate_proj" in m.name)
+            mlp += inner + scaled + (m.in_features if down else m.out_features)
+            mlp += m.out_features * ("gate_proj" in m.name)
         elif m.kind == "router":
             mlp += 2 * m.out_features  # fp32
         elif m.kind == "expert":
@@ -62,7 +59,7 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
     if policy == "full":
         return tokens * 2 * hidden
     log_sum_exp = 4 * config.num_attention_heads
-    kept_attention = 2 * attention + log_sum_exp if policy == "none" else 2 * (1 if fused else 2) * hidden
+    kept_attention = 2 * attention + log_sum_exp if policy == "none" or dense else 2 * hidden
     return tokens * (kept_attention + 2 * mlp) + experts
 
 
@@ -72,13 +69,14 @@ def layer_working_bytes(config, matrices, tokens, mode, use_dora=False):
     Routed experts, per routed row: in the forward half of H, as the output is made from half of its columns at a time
     (with DoRA it is whole, and kept unless in frugal mode); in the backward intermediate_size, the gradient of
     silu(gate) up; in frugal mode also 2 intermediate_size, gate and silu(gate) up. A dense or shared MLP: two of
-    (tokens, intermediate_size), the LoRA's share of a projection's output or the gradient of the product. And four of
+    (tokens, intermediate_size): the product and the gradient of it, or in a mixture the LoRA's share of an output; with
+    DoRA also the gradients of gate and up. And four of
     (tokens, H): the residual stream's gradient, the two norms', the attention's.
     """
     width = 0
     for m in matrices:
         if m.kind in ("mlp", "shared_expert") and "down_proj" in m.name:
-            width = max(width, 2 * m.in_features)
+            width = max(width, (4 if use_dora and m.kind == "mlp" else 2) * m.in_features)
         if m.kind == "expert" and m.name.endswith("down_proj"):
             hidden, frugal = m.out_features, mode == "frugal"
             forward, backward = (
@@ -134,12 +132,13 @@ def moments(config, plan, layers, layer_adapter):
     reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else 10 * layer_adapter
     if kind == "moe" and plan["gpus"] * plan["nodes"] == 1:
         reduction = 6 * layer_adapter
-    found, kept, norms = [], 0, architecture(config).query_key_norm
+    found, kept = [], 0
     for number, layer in enumerate(layers):
         mode = "frugal" if number < plan["frugal_layers"] else plan["memory_mode"]
+        level = dense_level(policy, number, plan["frugal_layers"]) if kind == "dense" else policy
         own, everything = (
-            layer_saved_bytes(config, kind, layer, tokens, p, mode, plan["r"], plan["expert_r"], dora, norms)
-            for p in (policy, "none")
+            layer_saved_bytes(config, kind, layer, tokens, p, mode, plan["r"], plan["expert_r"], dora)
+            for p in (level, "none")
         )
         kept += own
         temporaries = everything - own + layer_working_bytes(config, layer, tokens, mode, dora)

@@ -1,28 +1,25 @@
 """The model of train_moe.py: transformers' own on the meta device, experts wrapped, LoRA on the rest, its loss,
 recomputation, FSDP2."""
 
-import functools
 import os
-import sys
 import types
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from fused_moe_lora import FusedMoELoRA, dora_norm, squared_row_norms, wrap_experts
+from fused_moe_lora import FusedMoELoRA, wrap_experts
 from malaysian_sft.attention import register_attention
-from malaysian_sft.attention_half import fast_norm, fuse_attention_half, lay_side_by_side, usual_rotary
+from malaysian_sft.attention_half import lay_side_by_side
 from malaysian_sft.documents_apart import takes_document_numbers, with_document_numbers
+from malaysian_sft.fast_parts import use_fast_parts
 from malaysian_sft.frozen_ring import FrozenRing
 from malaysian_sft.lora import active_experts, apply_lora
-from malaysian_sft.norm_rope import Rotary, ScaleColumns
+from malaysian_sft.lora_linear import LoraLinear, use_lora_linear
 from malaysian_sft.planning import default_mode
 from malaysian_sft.run import say
 
@@ -41,70 +38,6 @@ def make_mesh(device, shard_nodes):
     if world == shard:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
-
-
-class LoraLinearFunction(torch.autograd.Function):
-    """y = x W^T + b + u B^T with u = s x A^T, for a frozen W: forward and backward, two products with W and six of rank
-    r.
-
-    Computes in x's dtype. A and B are cast as they are used, so that no second copy of them lives from forward to
-    backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, lora_A, lora_B, scaling):
-        rows = x.reshape(-1, x.shape[-1])  # (T, in)
-        u = (rows @ lora_A.to(x.dtype).T).mul_(scaling)  # (T, r)
-        y = F.linear(rows, weight, bias).addmm_(u, lora_B.to(x.dtype).T)  # (T, out)
-        ctx.save_for_backward(rows, u, weight, lora_A, lora_B)
-        ctx.scaling = scaling
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx, dy):
-        rows, u, weight, lora_A, lora_B = ctx.saved_tensors
-        shape, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])  # (T, out)
-        du = (dy @ lora_B.to(dy.dtype)).mul_(ctx.scaling)  # (T, r)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = (dy @ weight).addmm_(du, lora_A.to(dy.dtype)).view(*shape, -1)
-        return dx, None, None, (du.T @ rows).to(lora_A.dtype), (dy.T @ u).to(lora_B.dtype), None
-
-
-class LoraLinear(PeftLinear):
-    """PEFT's LoRA / DoRA linear layer, its parameters and names unchanged, with a forward that stays in the
-    activations' dtype.
-
-    PEFT's own casts the activations to the adapter's fp32, which is several times slower. One adapter, named "default".
-    DoRA's ||W + s B A|| is computed once and kept until `forget_norms()`, which has to follow every optimiser step.
-    """
-
-    norm = None  # (out,) fp32
-
-    def forward(self, x, *args, **kwargs):
-        weight, bias = self.base_layer.weight, self.base_layer.bias
-        lora_A, lora_B = self.lora_A["default"].weight, self.lora_B["default"].weight
-        scaling, dropout = self.scaling["default"], self.lora_dropout["default"]
-        dora = self.use_dora["default"]
-        inner_bias = None if dora else bias  # DoRA scales the product, not the bias
-        if isinstance(dropout, nn.Dropout) and dropout.p > 0 and self.training:
-            u = F.linear(dropout(x), lora_A.to(x.dtype))
-            y = F.linear(x, weight, inner_bias) + scaling * F.linear(u, lora_B.to(x.dtype))
-        else:
-            y = LoraLinearFunction.apply(x, weight, inner_bias, lora_A, lora_B, scaling)
-        if not dora:
-            return y
-        if self.norm is None:
-            squares = squared_row_norms(weight.unsqueeze(0))
-            # detached
-            self.norm = dora_norm(weight.unsqueeze(0), squares, lora_A.unsqueeze(0), lora_B.unsqueeze(0), scaling)[0]
-        scale = self.lora_magnitude_vector["default"].weight.float() / self.norm
-        y = ScaleColumns.apply(y.view(-1, y.shape[-1]), scale).view(y.shape)
-        return y if bias is None else y + bias
-
-    def forget_norms(self):
-        """Drop the cached ||W + s B A||."""
-        self.norm = None
 
 
 def nll_and_gradient(logits, targets):
@@ -248,9 +181,7 @@ def build_model(config, args, lora_args):
         for module in layer.modules():
             if isinstance(module, FusedMoELoRA):
                 module.mode = "frugal"
-    for module in causal_lm.modules():
-        if type(module) is PeftLinear:
-            module.__class__ = LoraLinear
+    use_lora_linear(causal_lm)
     if args.fast_parts:
         say(use_fast_parts(causal_lm))
     set_activations(causal_lm, activations)
@@ -294,47 +225,6 @@ def compiled_for_any_length(function, length_dims):
         for tensor, dim in zip(args, length_dims, strict=False):
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
         return compiled(*args, **options)
-
-    return call
-
-
-def use_fast_parts(causal_lm):
-    """Put our kernels in place of the chains of small operations that cost more, run one by one, than the experts.
-
-    The attention half of a layer becomes three autograd functions (attention_half.py) where layer, attention, norms and
-    projections are of the usual form. Elsewhere norms and rotary are replaced one by one, and what is not recognised
-    stays as transformers wrote it. Nothing is known of any family: a part is recognised by its code. Returns a line for
-    the log that says what stayed, and why.
-    """
-    reasons = {}
-    for number, layer in enumerate(causal_lm.base_model.layers):
-        if (reason := fuse_attention_half(layer)) is not None:
-            reasons.setdefault(reason, []).append(number)
-    for module in causal_lm.modules():
-        fast_norm(module)
-    if reasons and usual_rotary(causal_lm):
-        modeling = sys.modules[type(causal_lm).__module__]
-        modeling.apply_rotary_pos_emb = fast_rotary(modeling.apply_rotary_pos_emb)
-    layers = len(causal_lm.base_model.layers)
-    fused = layers - sum(map(len, reasons.values()))
-    stayed = "".join(f"; {len(numbers)} not, since {reason}" for reason, numbers in reasons.items())
-    return f"attention halves fused in {fused} of {layers} layers{stayed}"
-
-
-def fast_rotary(rotary):
-    """`rotary`, transformers' apply_rotary_pos_emb, by our kernel for one row of the usual layout.
-
-    It stands in for `rotary` in the family's module, so a second model of the family meets it: it keeps the original as
-    __wrapped__, which inspect and `usual_rotary` see through, and is not wrapped again.
-    """
-    if hasattr(rotary, "__wrapped__"):
-        return rotary
-
-    @functools.wraps(rotary)
-    def call(q, k, cos, sin, unsqueeze_dim=1):
-        if q.shape[0] != 1 or unsqueeze_dim != 1 or cos.dim() != 3:
-            return rotary(q, k, cos, sin, unsqueeze_dim)
-        return Rotary.apply(q, k, cos, sin)
 
     return call
 

@@ -282,11 +282,13 @@ def scale_columns_kernel(x_ptr, scale_ptr, out_ptr, N, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * N + columns, (x * scale).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def scaled(x, scale):
-    """x (n, N) * scale (N,) fp32, in x's dtype: DoRA's scale, whose changes are finer than bf16."""
+def scaled(x, scale, out=None):
+    """x (n, N), contiguous, * scale (N,) fp32, in x's dtype: DoRA's scale, whose changes are finer than bf16. out: may
+    be x itself."""
+    out = torch.empty_like(x) if out is None else out
     if not by_kernel(x):
-        return (x.float() * scale).to(x.dtype)
-    out, block = torch.empty_like(x), min(1024, triton.next_power_of_2(x.shape[1]))
+        return out.copy_(x.float() * scale)
+    block = min(1024, triton.next_power_of_2(x.shape[1]))
     scale_columns_kernel[(x.shape[0], triton.cdiv(x.shape[1], block))](x, scale, out, x.shape[1], BLOCK=block)
     return out
 
@@ -304,6 +306,16 @@ def column_products_kernel(x_ptr, y_ptr, out_ptr, n, N, ROWS: tl.constexpr, BLOC
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * N + columns, total, mask=columns < N)
 
 
+def column_products(x, y):
+    """(N,) fp32: sums over the rows of x * y, both (n, N) contiguous."""
+    if not by_kernel(x):
+        return (x.float() * y.float()).sum(0)
+    (n, N), rows = x.shape, 128
+    parts = torch.empty(triton.cdiv(n, rows), N, dtype=torch.float32, device=x.device)
+    column_products_kernel[(parts.shape[0], triton.cdiv(N, 256))](x, y, parts, n, N, ROWS=rows, BLOCK=256)
+    return parts.sum(0)
+
+
 class ScaleColumns(torch.autograd.Function):
     """y (n, N) * scale (N,) fp32, in y's dtype, with both gradients."""
 
@@ -317,9 +329,4 @@ class ScaleColumns(torch.autograd.Function):
     def backward(ctx, d):
         y, scale = ctx.saved_tensors
         d = d.contiguous()
-        if not by_kernel(y):
-            return scaled(d, scale), (d.float() * y.float()).sum(0)
-        (n, N), rows = y.shape, 128
-        parts = torch.empty(triton.cdiv(n, rows), N, dtype=torch.float32, device=y.device)
-        column_products_kernel[(parts.shape[0], triton.cdiv(N, 256))](d, y, parts, n, N, ROWS=rows, BLOCK=256)
-        return scaled(d, scale), parts.sum(0)
+        return scaled(d, scale), column_products(d, y)

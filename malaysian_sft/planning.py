@@ -13,7 +13,7 @@ from malaysian_sft.memory import disk_bytes, gpu_bytes, host_bytes
 # What each trainer offers: activation policies, the least recomputation first, each with the memory modes of the
 # experts block that are worth having with it, the trainer's default first.
 CHOICES = {
-    "dense": {"none": ("fast",), "full": ("fast",)},
+    "dense": {"none": ("fast",), "selective": ("fast",), "full": ("fast",)},
     "moe": {"none": ("fast", "frugal"), "selective": ("frugal", "fast"), "full": ("fast",)},
 }
 MODES = {"dense": ("fast",), "moe": ("fast", "frugal")}
@@ -59,11 +59,11 @@ def plan_run(
 
     kind: "dense" (train_dense.py, DeepSpeed ZeRO-3) or "moe" (train_moe.py). gpus is per node. micro_batch is
     packs of max_seq_length tokens per GPU and forward (train_moe.py: 1); global_batch_size packs per optimiser step.
-    activations: none, selective (moe) or full; memory_mode of the experts block: fast or frugal, by default what
+    activations: none, selective or full; memory_mode of the experts block: fast or frugal, by default what
     the trainer couples with the policy. zero3: False for a dense model without DeepSpeed, whole on every GPU.
     gather_base: layers' frozen weights are sharded and gathered as they are needed, instead of whole on every GPU;
-    frugal_layers: the first so many layers have frugal experts whatever memory_mode says. base_dtype: "fp8" (moe) for
-    routed experts stored in FP8.
+    frugal_layers: the first so many layers have frugal experts whatever memory_mode says; in a dense model they
+    recompute what the next policy would. base_dtype: "fp8" (moe) for routed experts stored in FP8.
     reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation. document_length: mean length
     of the document that a token is in (sum of squared lengths / sum of lengths), for attention. The rest as
     train_moe.py's flags of that name.
@@ -108,7 +108,7 @@ def _account(config, plan):
     length, ranks = p["document_length"], (p["r"], p["expert_r"])
     p["flops_per_token"] = train_flops(config, 1, length, *ranks, p["use_dora"])
     p["recompute_per_token"] = recompute_flops(
-        config, p["activations"], p["memory_mode"], *ranks, length, p["frugal_layers"]
+        config, p["activations"], p["memory_mode"], *ranks, length, p["frugal_layers"], p["kind"]
     )
     return plan
 
@@ -146,7 +146,7 @@ def options(config, *, kind, gpus, nodes=1, global_batch_size=32, activations=No
         plan_run(config, **fixed, activations=policy, memory_mode=mode, **dict(zip(ways, values, strict=True)))
         for (policy, mode), *values in itertools.product(pairs or [("full", None)], *ways.values())
     ]
-    if kind == "moe" and frugal_layers is None:
+    if frugal_layers is None:
         plans += [better for plan in plans if (better := with_frugal_layers(config, plan)) is not None]
 
     def order(p):
@@ -169,7 +169,7 @@ def options(config, *, kind, gpus, nodes=1, global_batch_size=32, activations=No
 
 
 def with_frugal_layers(config, plan):
-    """`plan`, whose experts are fast, with as many frugal layers as leave SPARE of the memory, or None."""
+    """`plan`, whose layers are fast, with as many frugal ones as leave SPARE of the memory, or None."""
     config = config.get_text_config()
     limit = (1 - SPARE) * plan["limit_bytes"]
     if plan["memory_mode"] != "fast" or plan["activations"] == "full" or plan["peak_bytes"] <= limit:
@@ -188,12 +188,12 @@ def with_frugal_layers(config, plan):
 
 def trainer_flags(plan):
     """The trainer's flags that make it run as `plan` says."""
+    frugal = f" --frugal_layers {plan['frugal_layers']}" if plan["frugal_layers"] else ""
     if plan["kind"] == "dense":
-        return f"--activations {plan['activations']} --per_device_train_batch_size {plan['micro_batch']}"
+        return f"--activations {plan['activations']}{frugal} --per_device_train_batch_size {plan['micro_batch']}"
     reduce = " --reduce_every_micro_batch True" if plan["reduce_every_micro_batch"] else ""
     share = f" --shard_nodes {plan['shard_nodes']}" if plan["shard_nodes"] > 1 else ""
     gather = f" --gather_base {plan['gather_base']}" if plan["gpus"] * plan["nodes"] > 1 else ""
-    frugal = f" --frugal_layers {plan['frugal_layers']}" if plan["frugal_layers"] else ""
     mode = f"--activations {plan['activations']} --memory_mode {plan['memory_mode']}"
     stored = f" --base_dtype {plan['base_dtype']}" if plan["base_dtype"] else ""
     return f"{mode}{frugal}{gather}{reduce}{share}{stored}"

@@ -21,7 +21,15 @@ import math
 from dataclasses import asdict, dataclass, field
 from statistics import NormalDist
 
-from malaysian_sft.account import architecture, attention_pairs, attention_width, peak_flops
+from malaysian_sft.account import (
+    architecture,
+    attention_pairs,
+    attention_width,
+    computed_again,
+    dense_level,
+    peak_flops,
+    scored_again,
+)
 
 FLOOR = 1050  # tokens; by packs of several lengths in results/step.json, for both attention kernels alike
 # GB/s of memory, and GB/s of the links between a node's GPUs in one direction (NVIDIA's data sheets).
@@ -115,7 +123,7 @@ def dense_flops(config, plan):
         if m.kind in ("expert", "embedding"):
             continue
         size, inner = m.out_features * m.in_features, m.adapted * plan["r"] * (m.out_features + m.in_features)
-        again = m.layer is not None and (policy == "full" or (policy == "selective" and m.kind == "attention"))
+        again = computed_again(plan["kind"], policy, plan["frugal_layers"], m)
         flops += tokens * ((4 + 2 * again) * size + (6 + 2 * again) * inner)
     return flops
 
@@ -124,32 +132,33 @@ def attention_flops(config, plan):
     """FLOPs of the scores of one micro-batch; a document counts FLOOR tokens more than it has."""
     tokens = plan["micro_batch"] * plan["max_seq_length"]
     pairs = attention_pairs(config, tokens, tokens * (plan["document_length"] + FLOOR))
-    return (12 + 4 * (plan["activations"] != "none")) * attention_width(config) * pairs
+    again = scored_again(config, plan["kind"], plan["activations"], plan["frugal_layers"])
+    return (12 + 4 * again) * attention_width(config) * pairs
 
 
 def passed_bytes(config, plan):
     """Bytes of the element-wise passes of one micro-batch, and of the casts and sums of the adapters' gradients."""
     tokens, hidden = plan["micro_batch"] * plan["max_seq_length"], config.hidden_size
-    fused, dora = plan["kind"] == "moe" and not plan["use_dora"], plan["use_dora"]
-    elements = 0
-    for layer in architecture(config).layers():
+    dense, elements = plan["kind"] == "dense", 0
+    for number, layer in enumerate(architecture(config).layers()):
         # widths of a token's passes: forward of the attention half and of the MLP half, all of the backward
         attention, mlp, backward = 7 * hidden, 3 * hidden, 20 * hidden
         for m in layer:
-            adapter = (7 if dora else 5) * m.out_features * (m.adapted and m.kind != "expert" and not fused)
+            # DoRA scales an output, and in the backward its gradient, and sums the product of both
+            scaled = 2 * m.out_features * (plan["use_dora"] and m.adapted and m.kind != "expert")
+            backward += 2 * scaled
             if m.kind == "attention":
-                attention += adapter
+                attention += scaled
             else:
-                mlp += adapter
-            if adapter:  # PEFT scales LoRA's output and adds it, and adds up dx; DoRA scales and differentiates the sum
-                backward += (3 if dora else 2) * m.out_features + 3 * m.in_features
+                mlp += scaled
             if m.name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-                attention += (2 if fused else 6) * m.out_features
-                backward += (3 if fused else 7) * m.out_features
+                attention += 2 * m.out_features
+                backward += 3 * m.out_features
             if m.kind in ("mlp", "shared_expert") and "down_proj" in m.name:
-                mlp += 5 * m.in_features
-                backward += 7 * m.in_features
-        again = {"none": 0, "selective": attention, "full": attention + mlp}[plan["activations"]]
+                mlp += (3 if dense else 5) * m.in_features
+                backward += (6 if dense else 7) * m.in_features
+        policy = dense_level(plan["activations"], number, plan["frugal_layers"]) if dense else plan["activations"]
+        again = {"none": 0, "selective": 0 if dense else attention, "full": attention + mlp}[policy]
         elements += attention + mlp + backward + again
     head = 4 * config.vocab_size
     copies = plan["gpus"] * plan["nodes"] if plan["kind"] == "dense" and plan["zero3"] else 1
@@ -201,7 +210,7 @@ def work(config, plan):
         "step": {"optimiser": 40 * plan["parameters"]["trainable"] / shard, "links": once, "node links": between},
         "micro_batches": plan["accumulation"],
         "kind": plan["kind"],
-        "fused": plan["kind"] == "moe" and not plan["use_dora"],
+        "fused": True,
         "gpus": plan["gpus"] * plan["nodes"],
         "nodes": plan["nodes"],
         "sharing_nodes": plan["nodes"] if plan["kind"] == "dense" else plan["shard_nodes"],

@@ -205,7 +205,8 @@ def test_ligers_loss_equals_the_plain_loop(workspace, plain_loop):
 def test_bf16_does_not_need_an_autocast_around_the_model(workspace):
     """DeepSpeed's engine turns one off on a GPU, and the fp32 adapters would meet bf16 activations in an error."""
     model_args = SimpleNamespace(model_name_or_path=str(workspace / "model"), model_revision=None)
-    training_args = SimpleNamespace(bf16=True, seed=0, gradient_checkpointing=False, device=torch.device("cpu"))
+    choices = dict(activations="none", frugal_layers=0, fast_parts=True)
+    training_args = SimpleNamespace(bf16=True, seed=0, deepspeed=None, **choices)
     model = train_dense.build_model(model_args, LoraArguments(r=4), training_args)
     ids = torch.arange(3, 12)[None]
     batch = multipack.collate([[{"input_ids": ids[0], "labels": ids[0]}]])
