@@ -37,6 +37,7 @@ COMPONENTS = (
     ("experts: SwiGLU, gradients", r"swiglu|lora_grad|dora_down"),
     ("experts: routing, combine", r"combine_kernel|count_kernel|scan_kernel|tile_kernel|place_kernel|router_grad"),
     ("norms, rotary", r"rms_norm|norm_rope|scale_columns|column_products"),
+    ("SwiGLU", r"swiglu|silu"),
     ("optimiser", r"[Aa]dam|multi_tensor|lpnorm|clip"),
     ("dense products", r"nvjet|gemm|cutlass|xmma|splitK|cublas"),
     ("loss", r"^triton_"),
@@ -202,27 +203,36 @@ class Run:
             self.micro_batch(batch)
             self.synchronize()
         self.optimizer.zero_grad()
-        spans, components, others = [], {}, {}
-        for event in profiler.events():
-            if event.device_type != self.torch.autograd.DeviceType.CUDA:
-                continue
-            start, end = event.time_range.start, event.time_range.end
-            kind = next((name for name, pattern in COMPONENTS if re.search(pattern, event.name)), "other")
-            components[kind] = components.get(kind, 0.0) + (end - start) / 1e3
-            if kind == "other":
-                others[event.name[:60]] = others.get(event.name[:60], 0.0) + (end - start) / 1e3
-            spans.append((start, end, kind == "communication"))
-        wall = (max(s[1] for s in spans) - min(s[0] for s in spans)) / 1e3
-        busy, computing = union(spans), union([s for s in spans if not s[2]])
         return {
-            "micro_batch_ms": round(wall, 1),
             "profiled_squares_over_tokens": round(sum(n * n for n in lengths) / sum(lengths)),
-            "components_ms": {k: round(v, 1) for k, v in sorted(components.items(), key=lambda i: -i[1])},
-            "other_kernels_ms": {k: round(v, 2) for k, v in sorted(others.items(), key=lambda i: -i[1])[:6]},
-            "gaps_ms": round(wall - busy, 1),
-            "communication_not_hidden_ms": round(busy - computing, 1),
-            "kernels": len(spans),
+            **by_component(profiler.events()),
         }
+
+
+def by_component(events):
+    """Kernel ms of a profile's events by component, their wall ms, the gaps, and communication that nothing hides."""
+    from torch.autograd import DeviceType
+
+    spans, components, others = [], {}, {}
+    for event in events:
+        if event.device_type != DeviceType.CUDA or event.is_user_annotation:
+            continue
+        start, end = event.time_range.start, event.time_range.end
+        kind = next((name for name, pattern in COMPONENTS if re.search(pattern, event.name)), "other")
+        components[kind] = components.get(kind, 0.0) + (end - start) / 1e3
+        if kind == "other":
+            others[event.name[:60]] = others.get(event.name[:60], 0.0) + (end - start) / 1e3
+        spans.append((start, end, kind == "communication"))
+    wall = (max(s[1] for s in spans) - min(s[0] for s in spans)) / 1e3
+    busy, computing = union(spans), union([s for s in spans if not s[2]])
+    return {
+        "micro_batch_ms": round(wall, 1),
+        "components_ms": {k: round(v, 1) for k, v in sorted(components.items(), key=lambda i: -i[1])},
+        "other_kernels_ms": {k: round(v, 2) for k, v in sorted(others.items(), key=lambda i: -i[1])[:6]},
+        "gaps_ms": round(wall - busy, 1),
+        "communication_not_hidden_ms": round(busy - computing, 1),
+        "kernels": len(spans),
+    }
 
 
 def union(spans):

@@ -233,3 +233,48 @@ def test_with_a_cache_or_without_documents_a_layer_is_transformers_own(directori
         fuse_attention_half(layer)
     torch.testing.assert_close(model(**inputs).logits, want)
     torch.testing.assert_close(model(**batch, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_on_a_gpu_gradients_are_as_near_to_fp32_as_transformers_own_in_bf16(adapter, policy):
+    from transformers import Qwen3Config
+
+    config = Qwen3Config(
+        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128,
+    )  # fmt: skip
+    batch = {k: v.cuda() if torch.is_tensor(v) else v for k, v in batch_of(200, 77, 128, 1).items()}
+
+    def gradients(dtype, fused):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=register_attention())
+        apply_lora(model, LoraArguments(r=16, use_dora=adapter == "dora"))
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=0.05)
+            if "lora_" not in name:
+                p.data = p.data.to(torch.bfloat16).to(dtype)  # the same weights in both
+        model.cuda().train()
+        use_lora_linear(model)
+        if fused:
+            assert "2 of 2" in use_fast_parts(model, fuse_dense_layer)
+            set_recompute(model, policy)
+            lay_side_by_side(model)
+        return loss_and_gradients(model, batch)
+
+    (exact_loss, exact), (plain_loss, plain), (loss, ours) = (
+        gradients(torch.float32, False), gradients(torch.bfloat16, False), gradients(torch.bfloat16, True)
+    )  # fmt: skip
+    assert abs(loss - exact_loss) < 2 * abs(plain_loss - exact_loss) + 2e-3
+    kinds = {}
+    for name, want in exact.items():
+        kind = name.split("layers.")[1].split(".", 1)[1]
+        found = kinds.setdefault(kind, [0.0, 0.0, 0.0])
+        for i, got in enumerate((ours, plain)):
+            found[i] += (got[name].float() - want).square().sum().item()
+        found[2] += want.square().sum().item()
+    for kind, (mine, theirs, size) in kinds.items():
+        assert (mine / size) ** 0.5 < 1.3 * (theirs / size) ** 0.5 + 2e-3, (kind, mine, theirs, size)
