@@ -5,6 +5,9 @@ import math
 from malaysian_sft.account import GIB, architecture, dense_level
 from malaysian_sft.fp8 import scale_shape
 
+# ds3.json's stage3_prefetch_bucket_size and reduce_bucket_size, parameters
+PREFETCHED, BUCKET = 10**9, 5 * 10**7
+
 
 def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r, mode, use_dora=False):
     """What a routed-experts block keeps for backward beyond its input and output, in bytes.
@@ -124,12 +127,12 @@ def adapter_size(matrix, plan):
 def moments(config, plan, layers, layer_adapter):
     """The terms of each layer's backward, and of the loss.
 
-    Reducing takes, in dense models, DeepSpeed's bucket twice (ds3.json's "auto", H x H); in mixtures a layer's gradient
+    Reducing takes, in dense models, ds3.json's bucket twice; in mixtures a layer's gradient
     in bf16 and two fp32 buffers, on a single GPU a layer's gradient in bf16 and in fp32, before it is added.
     """
     kind, policy, dora = plan["kind"], plan["activations"], plan["use_dora"]
     tokens = plan["micro_batch"] * plan["max_seq_length"]
-    reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else 10 * layer_adapter
+    reduction = 2 * 4 * BUCKET if kind == "dense" else 10 * layer_adapter
     if kind == "moe" and plan["gpus"] * plan["nodes"] == 1:
         reduction = 6 * layer_adapter
     found, kept = [], 0
@@ -150,12 +153,12 @@ def moments(config, plan, layers, layer_adapter):
 def dense_terms(config, plan, layer_base, layer_adapter):
     """What lives throughout a step of train_dense.py: DeepSpeed ZeRO-3 over all ranks; without it, as on one.
 
-    bf16 base and adapter, fp32 master adapter, gradient and two Adam moments are all sharded; whole parameters live up
-    to DeepSpeed's stage3_max_live_parameters (1e9) or one layer, whichever is more, and its prefetch (H x H).
+    bf16 base and adapter, fp32 master adapter, gradient and two Adam moments are all sharded; whole are a layer and
+    what ds3.json prefetches behind it.
     """
     base, adapter = plan["parameters"]["total"], plan["parameters"]["trainable"]
     shard = plan["gpus"] * plan["nodes"] if plan["zero3"] else 1
-    live = min(max(10**9, layer_base + layer_adapter) + config.hidden_size**2, base + adapter)
+    live = min(layer_base + layer_adapter + PREFETCHED, base + adapter)
     return {
         "frozen base, bf16 shard": 2 * base / shard,
         "adapter, bf16 and fp32 master": 6 * adapter / shard,
