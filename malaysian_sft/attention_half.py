@@ -281,16 +281,19 @@ def facts_of(layer):
     return first, (out.weight, out.bias, after.weight, after.variance_epsilon, scaling)
 
 
-def attention_half(layer, hidden, position_embeddings, boundaries, longest):
+def attention_half(layer, hidden, position_embeddings, boundaries, longest, rotate_again=False):
     """(h, normed) (T, H) each, and rstd (T,): see the module's docstring. hidden (T, H); position_embeddings (cos,
-    sin), each (1, T, R); boundaries and longest bound the documents, as for `attend`."""
+    sin), each (1, T, R); boundaries and longest bound the documents, as for `attend`. rotate_again: rotated queries and
+    keys are not kept for the backward, but made again from those before rotary, which are: a pass over them, for their
+    memory."""
     attention = layer.self_attn
     first, second = facts_of(layer)
     cos, sin = (x[0].contiguous() for x in position_embeddings)
     projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     q, k, v, residual = NormedQKV.apply(hidden, cos, sin, first, scale_of(projections), *adapters_of(projections))
     window = getattr(attention, "sliding_window", None)
-    out = attend(q, k, v, boundaries, longest, attention.scaling, window).flatten(1)  # (T, heads D)
+    with rotated_again(q, k, v, cos, sin, first) if rotate_again else contextlib.nullcontext():
+        out = attend(q, k, v, boundaries, longest, attention.scaling, window).flatten(1)  # (T, heads D)
     projections = [attention.o_proj]
     return OutputAddNorm.apply(out, residual, second, scale_of(projections), *adapters_of(projections))
 
@@ -322,6 +325,31 @@ def made_again(normed, h, norm, rstd):
             return saved
         again, _, _ = rms_norm_forward(h.detach(), norm.weight, norm.variance_epsilon, rstd=rstd)
         return again.as_strided(*saved)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def rotated_again(q, k, v, cos, sin, facts):
+    """Within: whoever saves q or k (T, heads, D) for the backward gets them made again from the row that v is the last
+    part of, queries, keys and values side by side before rotary."""
+    *_, head_norms, head_eps, D, widths, _ = facts
+    at = {x.data_ptr(): (i, x.numel(), x.dtype) for i, x in enumerate((q, k))}
+    v, made = v.detach(), {}
+
+    def pack(tensor):
+        i, *same = at.get(tensor.data_ptr(), (None, None, None))
+        return (i, tuple(tensor.shape), tensor.stride()) if same == [tensor.numel(), tensor.dtype] else tensor
+
+    def unpack(saved):
+        if isinstance(saved, torch.Tensor):
+            return saved
+        i, *form = saved
+        if i not in made:
+            start = v.storage_offset() - widths[0] - widths[1]
+            row = v.as_strided((len(v), sum(widths)), (sum(widths), 1), start)
+            before = [part.unflatten(1, (-1, D)) for part in row.split(widths, 1)[:2]]
+            made.update(enumerate(norm_rope_forward(*before, head_norms, cos, sin, head_eps)))
+        return made.pop(i).as_strided(*form)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 

@@ -5,9 +5,6 @@ import math
 from malaysian_sft.account import GIB, architecture, dense_level
 from malaysian_sft.fp8 import scale_shape
 
-# ds3.json's stage3_prefetch_bucket_size and reduce_bucket_size, parameters
-PREFETCHED, BUCKET = 10**9, 5 * 10**7
-
 
 def experts_saved_bytes(tokens, top_k, hidden_size, intermediate_size, expert_r, mode, use_dora=False):
     """What a routed-experts block keeps for backward beyond its input and output, in bytes.
@@ -27,9 +24,9 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
     otherwise.
 
     full       the layer's input, H a token.
-    none       attention half (attention_half.py): input H, queries, keys and values before rotary, queries and keys
-               after it, the attention output and its fp32 log-sum-exp per head, r for each LoRA inner product, its
-               output H, of which the MLP half's normed input is made again; with DoRA o_proj's output, H.
+    none       attention half (attention_half.py): input H, queries, keys and values before rotary, in mixtures also
+               queries and keys after it, the attention output and its fp32 log-sum-exp per head, r for each LoRA inner
+               product, its output H, of which the MLP half's normed input is made again; with DoRA o_proj's output, H.
                MLP half of a dense model (mlp_half.py): gate and up, 2 intermediate_size, and 3 r; with DoRA down's
                output, H. Dense or shared MLP of a mixture, transformers' own: silu(gate) and the product as well, and
                with DoRA every output before the magnitude. Routed experts: `experts_saved_bytes`, the router's fp32
@@ -45,7 +42,7 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
         if m.kind == "attention":
             last = m.name.endswith("o_proj.weight")
             attention += inner + (m.in_features + scaled if last else m.out_features)
-            attention += m.out_features * m.name.endswith(("q_proj.weight", "k_proj.weight"))
+            attention += m.out_features * (not dense and m.name.endswith(("q_proj.weight", "k_proj.weight")))
         elif m.kind in ("mlp", "shared_expert") and dense:
             mlp += inner + (scaled if down else m.out_features * (policy == "none"))
         elif m.kind in ("mlp", "shared_expert"):
@@ -127,12 +124,12 @@ def adapter_size(matrix, plan):
 def moments(config, plan, layers, layer_adapter):
     """The terms of each layer's backward, and of the loss.
 
-    Reducing takes, in dense models, ds3.json's bucket twice; in mixtures a layer's gradient
+    Reducing takes, in dense models, DeepSpeed's bucket twice (ds3.json's "auto", H x H); in mixtures a layer's gradient
     in bf16 and two fp32 buffers, on a single GPU a layer's gradient in bf16 and in fp32, before it is added.
     """
     kind, policy, dora = plan["kind"], plan["activations"], plan["use_dora"]
     tokens = plan["micro_batch"] * plan["max_seq_length"]
-    reduction = 2 * 4 * BUCKET if kind == "dense" else 10 * layer_adapter
+    reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else 10 * layer_adapter
     if kind == "moe" and plan["gpus"] * plan["nodes"] == 1:
         reduction = 6 * layer_adapter
     found, kept = [], 0
@@ -153,12 +150,14 @@ def moments(config, plan, layers, layer_adapter):
 def dense_terms(config, plan, layer_base, layer_adapter):
     """What lives throughout a step of train_dense.py: DeepSpeed ZeRO-3 over all ranks; without it, as on one.
 
-    bf16 base and adapter, fp32 master adapter, gradient and two Adam moments are all sharded; whole are a layer and
-    what ds3.json prefetches behind it.
+    bf16 base and adapter, fp32 master adapter, gradient and two Adam moments are all sharded; whole parameters live up
+    to DeepSpeed's stage3_max_live_parameters (1e9) or one layer, whichever is more, its prefetch (H x H), and the
+    buffer that a layer is gathered into before it is copied to its parameters.
     """
     base, adapter = plan["parameters"]["total"], plan["parameters"]["trainable"]
     shard = plan["gpus"] * plan["nodes"] if plan["zero3"] else 1
-    live = min(layer_base + layer_adapter + PREFETCHED, base + adapter)
+    layer = layer_base + layer_adapter
+    live = min(max(10**9, layer) + config.hidden_size**2, base + adapter) + layer
     return {
         "frozen base, bf16 shard": 2 * base / shard,
         "adapter, bf16 and fp32 master": 6 * adapter / shard,

@@ -185,7 +185,9 @@ def mlp_half(layer, h, normed, rstd):
 
 def dense_layer(layer, hidden, position_embeddings, boundaries, longest):
     """A decoder layer over packed documents, (T, H) -> (T, H); arguments as attention_half's."""
-    return mlp_half(layer, *attention_half(layer, hidden, position_embeddings, boundaries, longest))
+    kept = layer.recompute != "full"
+    half = attention_half(layer, hidden, position_embeddings, boundaries, longest, rotate_again=kept)
+    return mlp_half(layer, *half)
 
 
 def dense_forward(self, hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,

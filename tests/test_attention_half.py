@@ -125,6 +125,26 @@ def test_biases_are_added_after_doras_scale(dora, mlp_bias):
     check_same(*results[1], *results[0])
 
 
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("dora", [False, True])
+def test_rotated_queries_and_keys_are_made_again_in_the_backward(family, dora, directories, monkeypatch):
+    """One document, whose queries attention keeps as they are; more are cut up on a CPU, and kept."""
+    from malaysian_sft import attention_half
+
+    calls, rotate = [], attention_half.norm_rope_forward
+    monkeypatch.setattr(attention_half, "norm_rope_forward", lambda *args: calls.append(1) or rotate(*args))
+    batch = batch_of(17)
+    want = loss_and_gradients(model_of(directories[family], use_dora=dora), batch)
+    model = model_of(directories[family], use_dora=dora)
+    use_lora_linear(model)
+    use_fast_parts(model, fuse_dense_layer)
+    loss = model(**batch, use_cache=False).loss
+    assert len(calls) == 2  # one a layer
+    loss.backward()
+    assert len(calls) == 4
+    check_same(loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, *want)
+
+
 @pytest.mark.parametrize(("policy", "dora"), [("none", False), ("none", True), ("selective", False)])
 def test_a_second_backward_is_right_or_refused(policy, dora, directories):
     """The first may write over what was kept for it."""
