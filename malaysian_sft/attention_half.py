@@ -77,6 +77,18 @@ def lay_side_by_side(causal_lm):
                 weight.data = part
 
 
+def together(adapters, stacked, dtype):
+    """(the first `stacked` A one on another, the other A, the B) of the adapters in `adapters_of`'s order, in dtype."""
+    adapters = [adapter.to(dtype) for adapter in adapters]
+    return torch.cat(adapters[:stacked]), *adapters[stacked:]
+
+
+def comes_back(adapters):
+    """Whether ZeRO-3 has these parameters: it brings them back for the backward, and a reference to what it gathered
+    for the forward would keep that until then."""
+    return all(hasattr(adapter, "ds_id") for adapter in adapters)
+
+
 class NormedQKV(torch.autograd.Function):
     """Steps 1 to 3 and 11 to 14. Also hands x through, so that the residual's gradient is added in step 14's kernel.
 
@@ -88,8 +100,7 @@ class NormedQKV(torch.autograd.Function):
     def forward(ctx, x, cos, sin, facts, scale, *adapters):
         groups, norm_weight, eps, head_norms, head_eps, D, widths, scaling = facts
         n, _, rstd = rms_norm_forward(x, norm_weight, eps)
-        lora_A = torch.cat([a.to(x.dtype) for a in adapters[:3]])  # (3 r, H)
-        lora_B = [b.to(x.dtype) for b in adapters[3:]]
+        lora_A, *lora_B = together(adapters, 3, x.dtype)  # (3 r, H)
         u = n @ lora_A.T  # (T, 3 r)
         qkv = x.new_empty(len(x), sum(widths))  # (T, N)
         for weight, bias, columns in groups:
@@ -105,13 +116,16 @@ class NormedQKV(torch.autograd.Function):
             qkv = with_bias(kept, groups)
         q, k, v = (part.unflatten(1, (-1, D)) for part in qkv.split(widths, 1))  # (T, heads, D)
         q, k = norm_rope_forward(q, k, head_norms, cos, sin, head_eps)
-        ctx.save_for_backward(x, rstd, u, kept, lora_A, cos, sin, scale, *lora_B)
         ctx.facts, ctx.dtypes = facts, [a.dtype for a in adapters]
+        ctx.adapters = adapters if comes_back(adapters) else None
+        kept_adapters = [] if ctx.adapters else [lora_A, *lora_B]
+        ctx.save_for_backward(x, rstd, u, kept, cos, sin, scale, *kept_adapters)
         return q, k, v, x
 
     @staticmethod
     def backward(ctx, dq, dk, dv, dx):
-        x, rstd, u, kept, lora_A, cos, sin, scale, *lora_B = ctx.saved_tensors
+        x, rstd, u, kept, cos, sin, scale, *kept_adapters = ctx.saved_tensors
+        lora_A, *lora_B = kept_adapters or together(ctx.adapters, 3, x.dtype)
         groups, norm_weight, eps, head_norms, head_eps, D, widths, scaling = ctx.facts
         dqkv, dscale = torch.empty_like(kept), None
         qkv = kept if scale is None else with_bias(kept, groups)
@@ -163,7 +177,8 @@ class OutputAddNorm(torch.autograd.Function):
         if scale is not None and bias is not None:
             o = o + bias
         normed, h, rstd = rms_norm_forward(o, norm_weight, eps, residual=x)
-        ctx.save_for_backward(attention, u, h, rstd, a, b, scale, kept)
+        ctx.adapters = (lora_A, lora_B) if comes_back((lora_A, lora_B)) else None
+        ctx.save_for_backward(attention, u, h, rstd, scale, kept, *([] if ctx.adapters else [a, b]))
         ctx.facts, ctx.dtypes = facts, (lora_A.dtype, lora_B.dtype)
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
@@ -171,7 +186,8 @@ class OutputAddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dh, dnormed, _):
-        attention, u, h, rstd, a, b, scale, kept = ctx.saved_tensors
+        attention, u, h, rstd, scale, kept, *kept_adapters = ctx.saved_tensors
+        a, b = kept_adapters or (adapter.to(h.dtype) for adapter in ctx.adapters)
         weight, _, norm_weight, _, scaling = ctx.facts
         dx = dh if dnormed is None else rms_norm_backward(dnormed, h, norm_weight, rstd, dh)  # (T, H)
         d, dscale = dx, None

@@ -29,7 +29,10 @@ def quantise(weight):
     wide = weight.float()
     blocks = F.pad(wide.abs(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     largest = blocks.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax(dim=(1, 3))
-    scales = (largest / LARGEST).clamp_min(torch.finfo(torch.float32).tiny)  # a block of zeros has one too
+    # by a tensor, since a GPU divides by a number as by its inverse, and bits would depend on where this runs
+    scales = (largest / torch.full_like(largest, LARGEST)).clamp_min(
+        torch.finfo(torch.float32).tiny
+    )  # a block of zeros has one too
     return (wide / spread(scales, rows, columns)).to(FP8), scales
 
 

@@ -28,9 +28,11 @@ from malaysian_sft.attention_half import (
     adapters_of,
     alike,
     attention_half,
+    comes_back,
     is_like,
     plain_lora,
     scale_of,
+    together,
     why_not_fusable,
 )
 from malaysian_sft.norm_rope import by_kernel, column_products, rms_norm_backward, rms_norm_forward, scaled
@@ -97,7 +99,7 @@ class GatedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, normed, rstd, facts, scale, down_scale, *adapters):
         (*_, down), _, _, scaling, recompute = facts
-        A, A_down, *B = (adapter.to(h.dtype) for adapter in joined(adapters))
+        A, A_down, *B = together(adapters, 2, h.dtype)
         u = normed @ A.T  # (T, 2 r)
         gate, up = gate_and_up(normed, u, B[:2], facts, scale)
         a = swiglu(gate, up)
@@ -112,13 +114,20 @@ class GatedMLP(torch.autograd.Function):
             y = (a @ down.weight.T).addmm_(u_down, B[2].T, alpha=scaling)
             y = scaled(y, down_scale, out=y)
             out = h + y
-        ctx.save_for_backward(h, rstd, u, u_down, A, A_down, *B, scale, down_scale, y, *kept)
+        ctx.adapters = adapters if comes_back(adapters) else None
+        kept_adapters = [] if ctx.adapters else [A, A_down, *B]
+        ctx.save_for_backward(h, rstd, u, u_down, scale, down_scale, y, *kept_adapters, *kept)
         ctx.facts, ctx.dtypes = facts, [adapter.dtype for adapter in adapters]
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        h, rstd, u, u_down, A, A_down, B_gate, B_up, B_down, scale, down_scale, y, *kept = ctx.saved_tensors
+        h, rstd, u, u_down, scale, down_scale, y, *rest = ctx.saved_tensors
+        kept_adapters, kept = rest[:5], rest[5:]
+        if ctx.adapters:
+            kept_adapters, kept = together(ctx.adapters, 2, h.dtype), rest
+        A, A_down, B_gate, B_up, B_down = kept_adapters
+        del rest
         (gate_proj, up_proj, down), norm_weight, eps, scaling, _ = ctx.facts
         dout = dout.contiguous()
         n, _, _ = rms_norm_forward(h, norm_weight, eps, rstd=rstd)
@@ -148,11 +157,6 @@ class GatedMLP(torch.autograd.Function):
         grads = [grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
         dn = (du @ (A * scaling)).addmm_(dgate, gate_proj.weight).addmm_(dup, up_proj.weight)
         return rms_norm_backward(dn, h, norm_weight, rstd, dout), None, None, None, dscale, ddown_scale, *grads
-
-
-def joined(adapters):
-    """A of gate and up as one, A of down, and the three B, of the six adapters in the order of `adapters_of`."""
-    return torch.cat(adapters[:2]), *adapters[2:]
 
 
 def gate_and_up(n, u, B, facts, scale):

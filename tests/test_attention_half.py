@@ -125,6 +125,26 @@ def test_biases_are_added_after_doras_scale(dora, mlp_bias):
     check_same(*results[1], *results[0])
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_that_zero_3_gathers_are_read_again_in_the_backward(dora, directories):
+    """What was gathered for the forward is gone by then: nothing may hold it, or every layer's stays in memory."""
+    batch = batch_of(7, 5)
+    want = loss_and_gradients(model_of(directories["qwen3"], use_dora=dora), batch)
+    model = model_of(directories["qwen3"], use_dora=dora)
+    use_lora_linear(model)
+    assert "2 of 2" in use_fast_parts(model, fuse_dense_layer)
+    adapters = [p for name, p in model.named_parameters() if "lora_A" in name or "lora_B" in name]
+    for number, p in enumerate(adapters):
+        p.ds_id = number
+    loss = model(**batch, use_cache=False).loss
+    for p in adapters:
+        gathered = p.data
+        p.data = gathered.clone()
+        gathered.fill_(float("nan"))
+    loss.backward()
+    check_same(loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}, *want)
+
+
 @pytest.mark.parametrize("family", DENSE)
 @pytest.mark.parametrize("dora", [False, True])
 def test_rotated_queries_and_keys_are_made_again_in_the_backward(family, dora, directories, monkeypatch):
