@@ -29,10 +29,8 @@ import torch.nn.functional as F
 from torch.utils.data import SequentialSampler
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -41,18 +39,15 @@ from transformers.trainer_utils import IntervalStrategy
 import multipack
 from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu, train_flops
 from malaysian_sft.adapter_state import save_adapter
-from malaysian_sft.attention import register_attention
-from malaysian_sft.attention_half import lay_side_by_side
-from malaysian_sft.base_model import load_config, load_tokenizer, name_as_on_disk
+from malaysian_sft.base_model import load_config, load_tokenizer
 from malaysian_sft.checkpoints import Saver, load_state, newest_checkpoint, recorded_facts, refuse_another_base
 from malaysian_sft.conversations import DataArguments
+from malaysian_sft.dense_model import build_model
 from malaysian_sft.documents_apart import check_documents_apart
-from malaysian_sft.fast_parts import use_fast_parts
 from malaysian_sft.flags import check_values, parse_flags
-from malaysian_sft.lora import LoraArguments, apply_lora
-from malaysian_sft.lora_linear import LoraLinear, use_lora_linear
+from malaysian_sft.lora import LoraArguments
+from malaysian_sft.lora_linear import LoraLinear
 from malaysian_sft.memory import compare_peak, need
-from malaysian_sft.mlp_half import fuse_dense_layer, set_recompute
 from malaysian_sft.plan_page import dry_run
 from malaysian_sft.planning import settle, this_machine, trainer_flags
 from malaysian_sft.ranks import Stop, on_the_first, one_last_line, start_deepspeed_on_cpus
@@ -79,7 +74,6 @@ from malaysian_sft.trainer_parts import (
     check_deepspeed,
     check_gradients,
     collator,
-    gather_whole_layers,
 )
 from malaysian_sft.training_state import get_shares
 from malaysian_sft.watchdog import WAITING
@@ -414,48 +408,6 @@ class DenseTrainer(Trainer):
         self.tokens = self.sum_squared_lengths = 0
         self.last_log_time = time.perf_counter()
         return super().train(*args, **kwargs)
-
-
-def build_model(model_args, lora_args, training_args):
-    """The base in bf16 (fp32 without --bf16) with attention that keeps packed documents apart, adapted.
-
-    Of a checkpoint with several towers the text model. Raises ValueError for weights that the checkpoint lacks, which
-    transformers would make up.
-    """
-    name, revision = model_args.model_name_or_path, model_args.model_revision
-    model, info = AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=revision,
-        config=load_config(name, revision).get_text_config(),
-        dtype=torch.bfloat16 if training_args.bf16 else torch.float32,
-        attn_implementation=register_attention(),
-        output_loading_info=True,
-        use_safetensors=True,
-    )
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"{name}: the checkpoint has no {missing[0]}"
-            + (f" and {len(missing) - 1} more weights" if len(missing) > 1 else "")
-            + f" of {type(model).__name__}; it is another model's, or incomplete"
-        )
-    name_as_on_disk(model, name)
-    return adapt(model, lora_args, training_args)
-
-
-def adapt(model, lora_args, training_args):
-    """`model` frozen, with LoRA on it, its layers fused (mlp_half.py) where they are of the usual form."""
-    model.config.use_cache = False
-    set_seed(training_args.seed)  # every rank draws the same A
-    peft_model = apply_lora(model, lora_args)
-    use_lora_linear(model)  # which computes in the activations' dtype; PEFT's own would in the adapters' fp32
-    if training_args.fast_parts:
-        say(use_fast_parts(model, fuse_dense_layer))
-    set_recompute(model, training_args.activations, training_args.frugal_layers or 0)
-    if training_args.deepspeed:
-        gather_whole_layers(model)
-    else:
-        lay_side_by_side(model)
-    return peft_model
 
 
 def plan_arguments(data_args, lora_args, training_args):

@@ -61,14 +61,11 @@ def parse():
 
 
 def make_config(job):
+    import bench_train_moe as slices
     import multi_gpu_measurements as m
 
     config = m.tiny_dense_config() if job["model"] == "tiny" else m.published_config(job["model"])
-    if job["layers"]:
-        config.num_hidden_layers = job["layers"]
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: job["layers"]]
-    return config
+    return slices.shortened(config, job["layers"]) if job["layers"] else config
 
 
 def make_model(config, dtype):
@@ -87,6 +84,7 @@ def our_trainer(job, config, packs, steps):
     import torch
 
     import train_dense
+    from malaysian_sft import dense_model
     from malaysian_sft.flags import parse_flags
 
     flags = dict(model_name_or_path=job["model"], output_dir=job["output"], max_seq_length=job["tokens"], r=job["r"])
@@ -100,7 +98,7 @@ def our_trainer(job, config, packs, steps):
     _, data_args, lora_args, args = parse_flags(kinds, [word for k, v in flags.items() for word in (f"--{k}", str(v))])
     planned = train_dense.check_memory(config, data_args, lora_args, args)
     train_dense.choose_activations(args, planned)
-    model = train_dense.adapt(make_model(config, torch.bfloat16 if args.bf16 else torch.float32), lora_args, args)
+    model = dense_model.adapt(make_model(config, torch.bfloat16 if args.bf16 else torch.float32), lora_args, args)
     packs = train_dense.EvenPacks(packs, job["packs"] * job["gpus"])
     job |= {"activations": args.activations, "frugal_layers": args.frugal_layers}
     return train_dense.DenseTrainer(

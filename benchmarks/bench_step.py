@@ -37,7 +37,7 @@ COMPONENTS = (
     ("experts: SwiGLU, gradients", r"swiglu|lora_grad|dora_down"),
     ("experts: routing, combine", r"combine_kernel|count_kernel|scan_kernel|tile_kernel|place_kernel|router_grad"),
     ("norms, rotary", r"rms_norm|norm_rope|scale_columns|column_products"),
-    ("SwiGLU", r"swiglu|silu"),
+    ("SwiGLU", r"silu_mul"),
     ("optimiser", r"[Aa]dam|multi_tensor|lpnorm|clip"),
     ("dense products", r"nvjet|gemm|cutlass|xmma|splitK|cublas"),
     ("loss", r"^triton_"),

@@ -171,6 +171,14 @@ def build_run(config, run, lora_args, device, mesh=None):
     return model
 
 
+def shortened(config, layers):
+    """`config` with its first so many decoder layers."""
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
 def fill(name, tensor):
     """Random weights of a standard deviation of 0.02, in FP8 by values around 1 and scales of 0.02; ones in norms."""
     if "norm" in name:

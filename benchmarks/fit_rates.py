@@ -3,8 +3,8 @@
     python3 benchmarks/fit_rates.py --device "NVIDIA H200"
 
 Fits on all profiled steps of the device, and prints for every whole step what the others alone would have planned for
-it (leave one out), for the dense step what the mixtures' rates plan, and for slices of four layers on a device of the
-same chip what these rates plan for it. Appends a record for plan.py to results/rates.json.
+it (leave one out), for steps of train_dense.py what the mixtures' rates plan, and for slices of four layers on a
+device of the same chip what these rates plan for it. Appends a record for plan.py to results/rates.json.
 """
 
 import argparse
@@ -14,7 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from malaysian_sft.account import train_flops  # noqa: E402 (the repository root must be on the path first)
+import bench_train_moe  # noqa: E402 (the repository root must be on the path first)
+
+from malaysian_sft.account import train_flops  # noqa: E402
 from malaysian_sft.base_model import load_config  # noqa: E402
 from malaysian_sft.measure_rates import append  # noqa: E402
 from malaysian_sft.plan_page import read_results  # noqa: E402
@@ -22,15 +24,15 @@ from malaysian_sft.planning import plan_run  # noqa: E402
 from malaysian_sft.timing import Rates, data_sheet, fit, host_table, known_rates, step_time, work  # noqa: E402
 
 NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B-Instruct-2507", "qwen3-235b-a22b": "Qwen3-235B-A22B-Instruct-2507"}
-NAMES |= {"glm-4.5-air": "GLM-4.5-Air", "qwen3-32b": "Qwen3-32B"}
+NAMES |= {"glm-4.5-air": "GLM-4.5-Air", "qwen3-32b": "Qwen3-32B", "llama-3.1-70b": "Llama-3.1-70B-Instruct"}
 TOKENS = 0.9963  # of a pack's places that benchmarks fill: random_documents leaves up to a hundredth
 
 
 def work_of(record, squares_over_tokens):
-    """`work` of the run that a record of step.json, train_moe.json or multi_gpu.json was measured in."""
+    """`work` of the run that a record of step.json, train_moe.json or dense.json was measured in."""
     config = load_config(str(ROOT / "tests/configs" / f"{NAMES[record['model']]}.json"), None)
-    config.num_hidden_layers = record["layers"]
-    kind = "dense" if record.get("part") == "dense" else "moe"
+    config = bench_train_moe.shortened(config, record["layers"])
+    kind = "dense" if "implementation" in record else "moe"
     planned = plan_run(
         config,
         kind=kind,
@@ -58,36 +60,43 @@ def squares_by_mfu(record, seconds):
     return max(1000 * (flops - none) / (some - none), 0.0)
 
 
-def rates_of(device, records, unexplained=True):
-    """`Rates` of a device from records: profiles, the host's times, and the dense run for what they leave unexplained
-    of one."""
+def profiled(device, records):
+    """The profiled steps of train_moe.py as it is: not of layers before they were fused, nor of a base in FP8."""
+    wanted = [r for r in records if r.get("device") == device and r.get("components_ms")]
+    return [r for r in wanted if "implementation" not in r and r.get("fused", True) and not r.get("base_dtype")]
+
+
+def dense_steps(device, records):
+    """The steps of train_dense.py that were measured on a device."""
+    wanted = [r for r in records if r.get("device") == device and r.get("implementation") == "train_dense"]
+    return [r for r in wanted if r["tokens_per_second_per_gpu"]]
+
+
+def rates_of(device, records):
+    """`Rates` of a device from records: profiles, and the host's times."""
     here = [r for r in records if r.get("device") == device]
-    profiles = [r for r in here if r.get("components_ms")]
+    profiles = profiled(device, records)
     rates = fit((work_of(r, r["profiled_squares_over_tokens"])[1], r) for r in profiles)
     rates["links"] = 1e9 * data_sheet(device)[1]
-    files = sorted({f"results/{r['source']}" for r in here if r.get("components_ms") or r.get("host_ms_a_layer")})
+    hosts = [r for r in here if r.get("host_ms_a_layer") and r.get("fused", True) and not r.get("base_dtype")]
+    files = sorted({f"results/{r['source']}" for r in (*profiles, *hosts)})
     source = f"{', '.join(files)}, links by NVIDIA's data sheet"
-    found = Rates(device, rates, host_table([r for r in here if r.get("host_ms_a_layer")]), source)
-    if unexplained:
-        for r in (r for r in here if r.get("part") == "dense"):
-            measured, planned = dense_step(r, found)
-            found.unexplained["dense"] = round(measured / planned["ms"] - 1, 3)
-    return found
+    return Rates(device, rates, host_table(hosts), source)
 
 
 def dense_step(record, rates):
-    """(measured ms, planned) of the dense step."""
-    measured = 1e3 * record["tokens"] / record["tokens_per_second_per_gpu"]
+    """(measured ms a step, planned) of a step of train_dense.py."""
+    measured = 1e3 * TOKENS * record["tokens"] * record["packs"] / record["tokens_per_second_per_gpu"]
     _, done = work_of(record, squares_by_mfu(record, measured / 1e3))
-    return measured, step_time(done, rates, record["attention"])
+    return measured, TOKENS * step_time(done, rates, record["attention"])["ms"]
 
 
 def leave_one_out(device, records, which=None):
     """[(record, measured ms, planned ms without it)] of every whole step of a device, or of those numbered `which`."""
-    steps = [r for r in records if r.get("device") == device and r.get("step_ms") and r.get("components_ms")]
+    steps = profiled(device, records)
     found = []
     for record in steps if which is None else [steps[i] for i in which]:
-        rates = rates_of(device, [r for r in records if r is not record], unexplained=False)
+        rates = rates_of(device, [r for r in records if r is not record])
         _, done = work_of(record, record["squares_over_tokens"])
         planned = step_time(done, rates, record["attention"])
         found.append((record, sum(record["step_ms"]) / len(record["step_ms"]), TOKENS * planned["ms"]))
@@ -113,11 +122,10 @@ def main():
     records = read_results(ROOT / "results")
     rates = rates_of(args.device, records)
     rows = [(r, m, p, "left out") for r, m, p in leave_one_out(args.device, records)]
-    cold = rates_of(args.device, records, unexplained=False)
-    for r in (r for r in records if r.get("part") == "dense" and r["device"] == args.device):
-        measured, planned = dense_step(r, cold)
-        rows.append((r, measured, planned["ms"], "by the mixtures' rates"))
     other = known_rates(args.slices, [rates.record()])
+    for here in (rates, other):
+        for r in dense_steps(here.device, records):
+            rows.append((r, *dense_step(r, here), "by the mixtures' rates"))
     rows += [(r, m, p, "slice, by the other device's rates") for r, m, p in slices(other, records)]
     for r, measured, planned, how in rows:
         what = f"{r['model']} {r['adapter']} {r['activations']} {r.get('mode') or ''} {r['gpus']} x {r['device']}"

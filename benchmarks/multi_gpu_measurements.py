@@ -275,6 +275,7 @@ def dense(job):
     """Optimiser steps of train_dense.py's Trainer, one pack a GPU, on a whole model with random weights, partitioned as
     it is made."""
     import train_dense  # here, because it takes seconds and the other measurements need none of it
+    from malaysian_sft import dense_model
 
     world, name, cuda = int(os.environ["WORLD_SIZE"]), job["model"], torch.cuda.is_available()
     flags = {
@@ -304,7 +305,7 @@ def dense(job):
     dtype = torch.bfloat16 if cuda else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register_attention())
     trainer = train_dense.DenseTrainer(
-        model=train_dense.adapt(model, lora_args, training_args),
+        model=dense_model.adapt(model, lora_args, training_args),
         args=training_args,
         train_dataset=train_dense.EvenPacks(
             RandomPacks(world * (job["steps"] + 1), job["tokens"], config.vocab_size), world

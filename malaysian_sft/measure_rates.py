@@ -111,8 +111,7 @@ def rates_of(records, links=None):
     if links is not None:
         rates["links"] = links
     host = host_table(host_of_a_layer(records))
-    for fused in ("fused", "unfused"):
-        host.setdefault(f"{fused}, several", SEVERAL * host[f"{fused}, one GPU"])
+    host.setdefault("several GPUs", SEVERAL * host["one GPU"])
     return Rates(device, rates, host, origin)
 
 

@@ -39,7 +39,7 @@ from malaysian_sft.norm_rope import by_kernel, column_products, rms_norm_backwar
 
 
 @triton.jit
-def swiglu_kernel(gate_ptr, up_ptr, a_ptr, n, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_ptr, up_ptr, a_ptr, n, BLOCK: tl.constexpr):
     """Grid (blocks of all n values,): a = silu(gate) up."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < n
@@ -49,7 +49,7 @@ def swiglu_kernel(gate_ptr, up_ptr, a_ptr, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_backward_kernel(gate_ptr, up_ptr, da_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr):
+def silu_mul_backward_kernel(gate_ptr, up_ptr, da_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr):
     """Grid (blocks of all n values,): dgate and dup, and a in place of da. dgate and dup may take gate's and up's
     place."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -70,7 +70,7 @@ def swiglu(gate, up):
     if not by_kernel(gate):
         return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
     a, n, block = torch.empty_like(gate), gate.numel(), 4096
-    swiglu_kernel[(triton.cdiv(n, block),)](gate, up, a, n, BLOCK=block, num_warps=8)
+    silu_mul_kernel[(triton.cdiv(n, block),)](gate, up, a, n, BLOCK=block, num_warps=8)
     return a
 
 
@@ -80,7 +80,7 @@ def swiglu_backward(gate, up, da, in_place):
     dgate, dup = (gate, up) if in_place else (torch.empty_like(gate), torch.empty_like(up))
     if by_kernel(gate):
         n, block = gate.numel(), 4096
-        swiglu_backward_kernel[(triton.cdiv(n, block),)](gate, up, da, dgate, dup, n, BLOCK=block, num_warps=8)
+        silu_mul_backward_kernel[(triton.cdiv(n, block),)](gate, up, da, dgate, dup, n, BLOCK=block, num_warps=8)
         return da, dgate, dup
     wide_gate, wide_up, wide_da = gate.float(), up.float(), da.float()  # gate, up and da themselves in fp32
     sigmoid = wide_gate.sigmoid()

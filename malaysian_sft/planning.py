@@ -123,9 +123,9 @@ def options(config, *, kind, gpus, nodes=1, global_batch_size=32, activations=No
     whether every micro-batch reduces gradients and how many nodes share a copy (moe); best first. An argument that is
     given (as for plan_run) stays.
 
-    Best: fits, gathers weights inside a node, leaves SPARE of the memory, recomputes least, reduces least often, fills
-    the GPU (FULL_TOKENS tokens in a micro-batch, then the smallest such). What doesn't fit follows, the nearest to
-    fitting first.
+    Best: fits, gathers weights inside a node, leaves SPARE of the memory, fills the GPU (FULL_TOKENS tokens in a
+    micro-batch), recomputes least, reduces least often, has the smallest micro-batch. What doesn't fit follows, the
+    nearest to fitting first.
     """
     per_gpu = max(global_batch_size // (gpus * nodes), 1)
     policies = (
@@ -159,9 +159,9 @@ def options(config, *, kind, gpus, nodes=1, global_batch_size=32, activations=No
             False,
             p["shard_nodes"],
             tight,
+            small,
             p["recompute_per_token"] / p["flops_per_token"] + GATHERING * p["gather_base"],
             p["reduce_every_micro_batch"],
-            small,
             p["micro_batch"],
         )
 

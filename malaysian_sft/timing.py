@@ -18,7 +18,7 @@ Ranks wait for the one whose documents are longest, pack by pack.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
 from malaysian_sft.account import (
@@ -58,7 +58,7 @@ MEASURED = {
     "experts: passes": ("experts: SwiGLU, gradients", "experts: routing, combine"),
     "dense products": ("dense products",),
     "attention": ("attention",),
-    "element-wise passes": ("norms, rotary", "copies", "other", "router", "loss"),
+    "element-wise passes": ("norms, rotary", "SwiGLU", "copies", "other", "router", "loss"),
 }
 SHORTER = {
     "experts: products": "products in FP8, or fewer recomputed (--frugal_layers 0, more memory)",
@@ -72,7 +72,6 @@ SHORTER = {
     "host, not hidden": "LoRA in place of DoRA, whose layers launch twice as much; a faster CPU; longer packs",
     "waiting for the longest documents": "fewer GPUs, or shorter documents",
     "gaps": "longer packs",
-    "ZeRO-3 (one run measured)": "more tokens a GPU and forward (--per_device_train_batch_size)",
 }
 
 
@@ -83,10 +82,9 @@ class Rates:
 
     device: str
     rates: dict  # component -> FLOP/s or byte/s; attention has one a kernel ("attention, flash-attn-4")
-    host_ms: dict  # "fused" or "unfused", ", one GPU" or ", several" -> ms a layer, forward and backward
+    host_ms: dict  # "one GPU" or "several GPUs" -> ms a layer, forward and backward
     origin: str
     tolerance: float = 0.10  # of a step's time
-    unexplained: dict = field(default_factory=dict)  # trainer -> share of its GPU work that no component explains
 
     def record(self):
         return {"part": "rates"} | asdict(self)
@@ -210,7 +208,6 @@ def work(config, plan):
         "step": {"optimiser": 40 * plan["parameters"]["trainable"] / shard, "links": once, "node links": between},
         "micro_batches": plan["accumulation"],
         "kind": plan["kind"],
-        "fused": True,
         "gpus": plan["gpus"] * plan["nodes"],
         "nodes": plan["nodes"],
         "sharing_nodes": plan["nodes"] if plan["kind"] == "dense" else plan["shard_nodes"],
@@ -234,17 +231,17 @@ def fit(profiles):
     return rates | {"optimiser": rates["element-wise passes"]}
 
 
-def host_key(fused, gpus):
-    """The key of `Rates.host_ms` for layers that run fused (attention_half.py) or not, on so many GPUs."""
-    return f"{'fused' if fused else 'unfused'}, {'one GPU' if gpus == 1 else 'several'}"
+def host_key(gpus):
+    """The key of `Rates.host_ms` for so many GPUs."""
+    return "one GPU" if gpus == 1 else "several GPUs"
 
 
 def host_table(records):
-    """`Rates.host_ms` from records with `host_ms_a_layer`, `gpus`, and `adapter` (LoRA runs fused) or `fused`."""
+    """`Rates.host_ms` from records with `host_ms_a_layer` and `gpus`, of layers that ran fused."""
     found = {}
     for r in records:
-        fused = r.get("fused", r.get("adapter") == "lora")
-        found.setdefault(host_key(fused, r["gpus"]), []).append(r["host_ms_a_layer"])
+        if r.get("fused", True):
+            found.setdefault(host_key(r["gpus"]), []).append(r["host_ms_a_layer"])
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 
@@ -274,7 +271,7 @@ def known_rates(device, records):
     if "links" in rates:
         rates["links"] = other.rates["links"] * data_sheet(device)[1] / data_sheet(other.device)[1]
     origin = f"{other.origin}, measured on {other.device}; bytes by memory bandwidth"
-    return Rates(device, rates, other.host_ms, origin, other.tolerance + 0.05, other.unexplained)
+    return Rates(device, rates, other.host_ms, origin, other.tolerance + 0.05)
 
 
 def together(gpu_ms, host_ms):
@@ -294,7 +291,7 @@ def lacks(done, rates, attention):
         | {f"attention, {attention}"}
         | ({"links"} if done["gpus"] > 1 else set())
     )
-    return sorted(wanted - rates.rates.keys()) + sorted({host_key(done["fused"], done["gpus"])} - rates.host_ms.keys())
+    return sorted(wanted - rates.rates.keys()) + sorted({host_key(done["gpus"])} - rates.host_ms.keys())
 
 
 def through_a_port(done):
@@ -321,12 +318,10 @@ def step_time(done, rates, attention="varlen_attn"):
     }
     count = done["micro_batches"]
     pack = {name: 1e3 * amount / of[name] for name, amount in done["micro"].items() if name != "host"}
-    if share := rates.unexplained.get(done["kind"]):
-        pack["ZeRO-3 (one run measured)"] = share * sum(pack.values())
     if done["gpus"] > 1:
         pack["waiting for the longest documents"] = SPREAD * slowest(done["gpus"]) * pack["attention"]
     gpu = sum(pack.values())
-    host = done["micro"]["host"] * rates.host_ms[host_key(done["fused"], done["gpus"])]
+    host = done["micro"]["host"] * rates.host_ms[host_key(done["gpus"])]
     pack["gaps"] = IDLE * gpu
     pack["host, not hidden"] = together(gpu, host) - gpu
     total = {name: count * ms for name, ms in pack.items()}
@@ -334,7 +329,7 @@ def step_time(done, rates, attention="varlen_attn"):
         total[name] = total.get(name, 0.0) + 1e3 * amount / of[name]
     total = {name: ms for name, ms in sorted(total.items(), key=lambda item: -item[1]) if ms > 1e-3}
     ms, largest = sum(total.values()), next(iter(total))
-    tolerance = rates.tolerance + rates.unexplained.get(done["kind"], 0.0)
+    tolerance = rates.tolerance
     beyond = UNMEASURED["several nodes" if done["nodes"] > 1 else "more than two GPUs"] * (done["gpus"] > 2)
     return {
         "components": total,

@@ -81,18 +81,6 @@ def check_deepspeed(training_args):
             raise ValueError(f"--deepspeed {training_args.deepspeed}: ZeRO stage 3 is expected, not {stage}")
 
 
-def gather_whole_layers(model):
-    """Have ZeRO-3 gather a fused layer at once, when it is called, instead of module by module: its modules are not
-    called. It reduces a layer's gradients when that of the layer's input is known, so the first needs one as well."""
-    from deepspeed.utils import set_z3_leaf_module
-
-    fused = [layer for layer in model.base_model.layers if "forward" in vars(layer)]
-    for layer in fused:
-        set_z3_leaf_module(layer, True)
-    if fused:
-        model.enable_input_require_grads()
-
-
 def check_gradients(engine):
     """Have DeepSpeed's ZeRO-3 skip a step whose gradients are not finite in every dtype, as it does in fp16 alone."""
     zero = engine.optimizer

@@ -12,7 +12,7 @@ from malaysian_sft.plan_page import read_results
 from malaysian_sft.timing import known_rates
 
 ROOT = Path(__file__).parents[1]
-PROFILES = [r for r in read_results(ROOT / "results") if r.get("components_ms")]
+PROFILES = [r for r in read_results(ROOT / "results") if r.get("profiled_squares_over_tokens")]
 
 
 def records(gpus):
@@ -46,7 +46,7 @@ def test_profiles_become_rates_that_the_plan_takes(tmp_path, monkeypatch, capsys
         flops / (PROFILES[0]["components_ms"]["dense products"] / 2e3)
     )
     assert rates.rates["links"] == 1e11
-    host = {"fused, one GPU": 4, "unfused, one GPU": 8, "fused, several": 8, "unfused, several": 16}
+    host = {"one GPU": 6, "several GPUs": 12}  # of LoRA and DoRA
     assert rates.host_ms == pytest.approx(host)
     assert "wrote" in capsys.readouterr().out
     measure_rates.measure(path)
@@ -56,7 +56,7 @@ def test_profiles_become_rates_that_the_plan_takes(tmp_path, monkeypatch, capsys
 def test_one_gpu_measures_what_it_can():
     rates = measure_rates.rates_of(records(1))
     assert "links" not in rates.rates  # no data sheet here has this card's
-    assert rates.host_ms["fused, several"] == pytest.approx(1.5 * 4)
+    assert rates.host_ms["several GPUs"] == pytest.approx(1.5 * 6)
     known = measure_rates.rates_of([r | {"device": "NVIDIA H200"} for r in records(1)])
     assert known.rates["links"] == 450e9 and "data sheet" in known.origin
 

@@ -167,6 +167,39 @@ def test_without_zero3_every_gpu_holds_all():
 
 
 STEPS = [r for r in json.loads((ROOT / "results" / "step.json").read_text()) if r.get("peak_gib")]
+STEPS = [r for r in STEPS if r.get("fused", True)]  # DoRA's layers were not, when they were measured
+DENSE_STEPS = [
+    r
+    for r in json.loads((ROOT / "results" / "dense.json").read_text())
+    if r.get("peak_gib") and r["implementation"] == "train_dense"
+]
+
+
+@pytest.mark.parametrize("record", DENSE_STEPS, ids=lambda r: f"{r['adapter']}-{r['gpus']}-{r['activations']}")
+def test_planned_memory_of_dense_steps_is_what_was_measured(record):
+    """By benchmarks/bench_dense.py, within 5 %; but for the first commits, which kept rotated queries and keys, by
+    hand: 64 + 8 heads of 128, in bf16. One took another ds3.json, and is left to what it shows."""
+    if record.get("zero_optimization", "auto") != "auto":
+        assert record["peak_gib"] > 1.05 * record["planned_gib"]  # why it is not ours
+        return
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import bench_train_moe
+
+    config = bench_train_moe.shortened(real_config("Qwen3-32B"), record["layers"])
+    planned = plan_run(
+        config,
+        kind="dense",
+        gpus=record["gpus"],
+        global_batch_size=record["gpus"] * record["packs"],
+        max_seq_length=record["tokens"],
+        r=record["r"],
+        use_dora=record["adapter"] == "dora",
+        activations=record["activations"],
+        frugal_layers=record["frugal_layers"],
+    )["peak_bytes"]
+    if record["commit"] in ("dbe5e06", "6523e2c") and record["activations"] != "full":
+        planned += record["layers"] * record["tokens"] * 2 * (64 + 8) * 128
+    assert planned / GIB == pytest.approx(record["peak_gib"], rel=0.05)
 
 
 @pytest.mark.parametrize("record", STEPS, ids=lambda r: f"{r['model']}-{r['adapter']}-{r['gpus']}-{r['mode']}")
@@ -188,6 +221,7 @@ def test_planned_memory_is_what_was_measured(record):
         memory_mode=record["mode"],
         frugal_layers=record["frugal_layers"],
         gather_base=record["gather_base"],
+        base_dtype=record.get("base_dtype"),
     )
     assert planned["peak_bytes"] / GIB == pytest.approx(record["peak_gib"], rel=0.05)
 

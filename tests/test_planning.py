@@ -141,7 +141,7 @@ def test_what_cannot_fit_is_refused_with_its_largest_terms():
     [
         (dict(kind="moe"), "no routed experts"),
         (dict(kind="sparse"), "kind is 'sparse'"),
-        (dict(activations="selective"), "activations is 'selective'; expected one of none, full"),
+        (dict(activations="some"), "activations is 'some'; expected one of none, selective, full"),
         (dict(memory_mode="frugal"), "memory_mode is 'frugal'"),
         (dict(gpus=7), "no multiple of 7 GPUs"),
         (dict(nodes=2, shard_nodes=3), "no multiple of --shard_nodes 3"),

@@ -22,7 +22,7 @@ PAGE = ROOT / "docs/planning.md"
 H200, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"
 
 
-@pytest.mark.parametrize("index", range(len([r for r in RECORDS if r.get("components_ms")])))
+@pytest.mark.parametrize("index", range(len(fit_rates.profiled(H200, RECORDS))))
 def test_a_step_left_out_of_the_fit_is_planned_within_a_tenth(index):
     """Whole models on one and two GPUs, LoRA and DoRA, both kernels of attention, the base whole and gathered."""
     record, measured, planned = fit_rates.leave_one_out(H200, RECORDS, [index])[0]
@@ -37,29 +37,38 @@ def test_models_and_a_device_that_no_rate_was_fitted_on_are_planned_within_a_ten
         assert planned == pytest.approx(measured, rel=0.10), record
 
 
-def test_the_dense_step_is_in_the_range_that_is_printed():
-    """One was measured. The mixtures' rates alone miss it by 12 %, so the plan adds that share, by name, and widens."""
-    (record,) = [r for r in RECORDS if r.get("part") == "dense" and r["device"] == H200]
-    measured, cold = fit_rates.dense_step(record, fit_rates.rates_of(H200, RECORDS, unexplained=False))
-    assert 0.85 * measured < cold["ms"] < measured
-    _, planned = fit_rates.dense_step(record, known_rates(H200, RECORDS))
-    assert planned["low"] < 0.9 * measured and planned["high"] > 1.1 * measured
-    assert planned["components"]["ZeRO-3 (one run measured)"] > 0
+def dense_rows():
+    """[(record, measured ms, planned by the mixtures' rates)] of train_dense.py's steps on both devices."""
+    rows = []
+    for device in (H200, H100):
+        rates = known_rates(device, [r for r in RECORDS if r.get("device") == H200])
+        rows += [(r, *fit_rates.dense_step(r, rates)) for r in fit_rates.dense_steps(device, RECORDS)]
+    return rows
+
+
+def test_dense_steps_are_planned_within_a_tenth_by_the_mixtures_rates():
+    """No rate was fitted on a dense model. The one step that is missed ran out of memory's room: the allocator gave all
+    it had back and asked anew, three times a step."""
+    rows = dense_rows()
+    assert len(rows) == 7
+    for record, measured, planned in rows:
+        if "note" in record:
+            assert "flushed" in record["note"] and planned < measured
+        else:
+            assert planned == pytest.approx(measured, rel=0.10), record
 
 
 def test_the_page_says_how_far_off_it_is():
     rows = re.findall(r"^\| \d \| .* \| ([\d,]+) \| ([\d,]+) \| (\S+) % \|$", PAGE.read_text(), re.MULTILINE)
-    expected = {
-        (f"{m:,.0f}", f"{p:,.0f}", f"{100 * (p / m - 1):+.1f}") for _, m, p in fit_rates.leave_one_out(H200, RECORDS)
-    }
-    assert set(rows) == expected and len(rows) == 7
+    steps = [*fit_rates.leave_one_out(H200, RECORDS), *dense_rows()]
+    assert set(rows) == {(f"{m:,.0f}", f"{p:,.0f}", f"{100 * (p / m - 1):+.1f}") for _, m, p in steps}
+    assert len(rows) == 13
 
 
 def test_the_rates_of_plan_are_those_of_the_records():
     kept = known_rates(H200, RECORDS)
     fitted = fit_rates.rates_of(H200, RECORDS)
     assert fitted.rates == pytest.approx(kept.rates) and fitted.host_ms == pytest.approx(kept.host_ms)
-    assert fitted.unexplained == pytest.approx(kept.unexplained)
 
 
 def test_the_profiled_pack_is_the_one_that_was_drawn():
@@ -139,7 +148,7 @@ RATES = Rates(
         "optimiser": 1e9,
         "links": 1e9,
     },
-    {"fused, one GPU": 1.0, "fused, several": 1.0},
+    {"one GPU": 1.0, "several GPUs": 1.0},
     "by hand",
 )
 
@@ -152,7 +161,6 @@ def done(gpus=1, host=0, between=False, **micro):
         "step": {"optimiser": 5e6, "links": 0},
         "micro_batches": 4,
         "kind": "moe",
-        "fused": True,
         "gpus": gpus,
         "nodes": 1 + between,
         "sharing_nodes": 1 + between,
