@@ -370,6 +370,7 @@ def bar_label(r):
     """What a record is, in two short lines."""
     base = "" if r["gpus"] == 1 else ", base gathered" if r["gather_base"] else ", base whole"
     frugal = f", {r['frugal_layers']} layers frugal" if r["frugal_layers"] else ""
+    frugal += ", experts in FP8" if r.get("base_dtype") else ""
     first = f"{r['model']}, {r['adapter']}, {r['gpus']} x {r['device'].removeprefix('NVIDIA ')}{base}"
     return f"{first}\n{r['activations']}, {r['mode']}{frugal}; {r['attention']}"
 
