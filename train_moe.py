@@ -13,12 +13,12 @@ Output, under outputs/<run_name>/:
     skipped.jsonl       steps whose loss or gradient was not finite, and their documents
 
 How a step works. The model is transformers' own; the experts of every layer are one FusedMoELoRA (fused_moe_lora.py),
-the other linear layers PEFT's, with a faster forward (LoraLinear). Adapters are sharded by FSDP2. Frozen weights are
-whole on every GPU, or spread by experts and rows, read from the checkpoint by the rank that holds them, and gathered a
-layer at a time (FrozenRing). Each rank takes every world_size-th pack of the step; the loss is the sum over all
-supervised tokens of the step, divided by their number, whatever the number of ranks and micro-batches. Random numbers
-are seeded anew for every step, and the order of the data follows from (seed, epoch), so a position in the run is all
-that a resumed run must know of either.
+the other linear layers PEFT's, with a faster forward (LoraLinear). Adapters are sharded (FlatAdapters). Frozen weights
+are whole on every GPU, or spread by experts and rows, read from the checkpoint by the rank that holds them. Both are
+gathered a layer at a time (FrozenRing). Each rank takes every world_size-th pack of the step; the loss is the sum over
+all supervised tokens of the step, divided by their number, whatever the number of ranks and micro-batches. Random
+numbers are seeded anew for every step, and the order of the data follows from (seed, epoch), so a position in the run
+is all that a resumed run must know of either.
 """
 
 import contextlib
@@ -33,7 +33,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 import multipack
@@ -44,7 +43,7 @@ from malaysian_sft.conversations import DataArguments
 from malaysian_sft.documents_apart import check_documents_apart
 from malaysian_sft.flags import check_values, parse_flags
 from malaysian_sft.load_base import load_weights, reset_adapter
-from malaysian_sft.lora import LoraArguments, local_tensor
+from malaysian_sft.lora import LoraArguments
 from malaysian_sft.memory import compare_peak, need
 from malaysian_sft.moe_model import build_model, make_mesh, shard
 from malaysian_sft.plan_page import dry_run
@@ -274,14 +273,17 @@ def to_device(batch, device):
 
 def make_optimizer(model, args):
     """Fused AdamW on the adapter, its state allocated at once, so that a checkpoint can be read into it."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = {}  # what is updated, in order: the parameters, or this rank's shards of several at a time; a name of each
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            named.setdefault(p.sharded.flat.shard if hasattr(p, "sharded") else p, name)
     # magnitudes are not decayed: towards zero they would shrink the base weight itself
-    decayed = [p for name, p in named if "magnitude" not in name]
-    others = [p for name, p in named if "magnitude" in name]
+    decayed = [p for p, name in named.items() if "magnitude" not in name]
+    others = [p for p, name in named.items() if "magnitude" in name]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}] if others else [{"params": decayed}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    for _, p in named:
-        step = torch.zeros((), device=local_tensor(p).device)
+    for p in named:
+        step = torch.zeros((), device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
 
@@ -291,22 +293,20 @@ def forward_backward(model, batches, supervised, args, device, packs=None, stop=
     or None if `stop`, a Stop, was told to all before the last batch.
 
     supervised: how many tokens of the whole step, over all ranks, have a loss; packs: how many packs it has, if fewer
-    than places. The loss is a mean over the ones, the auxiliary loss over the others. FSDP averages gradients over the
-    ranks, and these are sums over them, hence the factor of world_size.
+    than places. The loss is a mean over the ones, the auxiliary loss over the others. Gradients are sums over ranks.
     """
-    world = dist.get_world_size()
-    packs = packs or world * len(batches)
+    packs, ring = packs or dist.get_world_size() * len(batches), model.ring
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         if i and stop is not None and stop.agreed():
             return None
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(last or args.reduce_every_micro_batch)
-            model.set_requires_all_reduce(last)  # across copies of the model, once a step
-            model.set_is_last_backward(last)
+        if ring is not None:  # across copies of the model, gradients are reduced once a step
+            ring.adapters.begin(reduces=last or args.reduce_every_micro_batch, last=last)
         loss, auxiliary = model(to_device(batch, device))
-        (loss * (world / supervised) + auxiliary * (args.router_aux_loss_coef * world / packs)).backward()
+        (loss / supervised + auxiliary * (args.router_aux_loss_coef / packs)).backward()
+        if ring is not None:
+            ring.adapters.finish()
         totals += torch.stack([loss.detach(), auxiliary.detach()])
     return totals
 
@@ -314,7 +314,7 @@ def forward_backward(model, batches, supervised, args, device, packs=None, stop=
 @torch.no_grad()
 def clip_gradients(parameters, max_norm, mesh):
     """Scale gradients to a global norm of at most `max_norm`; returns the norm before, on the device."""
-    gradients = [local_tensor(p.grad) for p in parameters]
+    gradients = [p.grad for p in parameters]
     squares = torch.nn.utils.get_total_norm(gradients, 2.0).square()
     dist.all_reduce(squares, group=mesh["shard"].get_group())
     norm = squares.sqrt()
@@ -380,7 +380,7 @@ class Run:
 
     @property
     def parameters(self):
-        """Those that are trained."""
+        """What the optimiser updates: those that are trained, or this rank's shards of them."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
@@ -389,7 +389,7 @@ def load_model(config, args, lora_args, directory, mesh, device):
     peft_model, model = build_model(config, args, lora_args)
     ring = shard(model, mesh, args, lora_args.use_dora)
     load_weights(model.causal_lm, directory, device, ring)
-    for module in model.modules():  # FSDP brings parameters to the device when they are needed, not buffers
+    for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     reset_adapter(model.causal_lm, args.seed, ring)
@@ -539,7 +539,8 @@ def train_claimed(args, data_args, lora_args, stop, device, mesh):
     step = checkpoints.load(resume_from) if resume_from else 0
     not_finite = NotFinite(args.output_dir, args.max_skipped_steps)
     run = Run(args, lora_args, config, device, mesh, dataset, model, optimizer, *steps, micro, stop, not_finite)
-    trained, everything = (sum(p.numel() for p in ps) for ps in (run.parameters, model.parameters()))
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"training {trained:,} of {everything:,} parameters")
     if resume_from:
         say(f"resuming from {resume_from}")

@@ -28,6 +28,8 @@ from malaysian_sft.lora import (
     disk_name,
     expert_patterns,
     gathered,
+    local_part,
+    local_tensor,
     parameter_names,
     plain_number,
     short_names,
@@ -56,10 +58,12 @@ def _adapter_parameters(model):
 
 
 def _whole(parameter):
-    """The parameter's whole fp32 value; collective for DTensor and ZeRO-3 parameters.
+    """The parameter's whole fp32 value; collective for sharded parameters.
 
     DeepSpeed trains an fp32 master copy and keeps the parameter itself in bf16: the master is the adapter.
     """
+    if hasattr(parameter, "sharded"):
+        return parameter.sharded.whole(parameter)
     if hasattr(parameter, "full_tensor"):
         return parameter.full_tensor()
     if hasattr(parameter, "ds_id"):
@@ -146,7 +150,10 @@ def load_adapter(model: nn.Module, directory) -> None:
 
 
 def _assign(parameter, value):
-    """Copy a whole tensor into a plain, DTensor or ZeRO-3 parameter."""
+    """Copy a whole tensor into a plain, flat-sharded, DTensor or ZeRO-3 parameter."""
+    if hasattr(parameter, "sharded"):
+        local_tensor(parameter).copy_(local_part(value, parameter))
+        return
     if hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 

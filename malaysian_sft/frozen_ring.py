@@ -1,4 +1,4 @@
-"""Frozen weights of the decoder layers, sharded over ranks and gathered into a ring of two buffers.
+"""The decoder layers' weights, sharded over ranks and gathered into a ring of two buffers.
 
 FSDP2 gathers by copying: shards into one flat buffer, and out of it into parameters, forward and backward, although
 frozen weights never change. Here a rank holds rows of every large frozen weight (of a stack of experts: whole experts).
@@ -7,7 +7,9 @@ parameters are views of that place from the start: nothing is copied, and nothin
 gathered on a stream of its own while the one before it computes, in the forward and in the backward. Two layers are
 whole at any time.
 
-Norms, embedding and head stay whole on every rank. Adapters, which do change, are FSDP2's.
+Adapters do change: their fp32 shards (flat_adapters.py) are cast to the compute dtype each time they are gathered, and
+`forget` has to follow every change. Norms, embedding and head stay whole on every rank, and so does all that is frozen
+if only adapters are gathered.
 """
 
 from dataclasses import dataclass
@@ -18,28 +20,31 @@ import torch.distributed as dist
 from malaysian_sft.fp8 import SCALE
 
 SMALLEST = 1 << 12  # values; a weight with fewer stays whole on every rank
-ALIGNED = 16  # bytes, for NCCL and for the kernels' descriptors
+ALIGNED = 128  # bytes, for NCCL and for the kernels' descriptors
 
 
 @dataclass
 class Piece:
-    """One frozen weight of a layer: this rank's rows, and the place where all ranks' rows come together."""
+    """A frozen weight of a layer, or a Flat: this rank's rows, and the place where all ranks' rows come together."""
 
     shard: torch.Tensor  # (rows a rank, ...): this rank's rows, the last rank's padded
     first: int  # row of the whole weight that the shard begins with
     rows: int  # of the shard that are the weight's
     whole: torch.Tensor  # (rows a rank * ranks, ...), a part of a buffer
+    master: torch.Tensor | None = None  # an adapter's: what the shard is cast from before it is gathered
 
 
 class FrozenRing:
-    """Shards of the frozen weights of `layers` over `group`, and the two buffers they are gathered into.
+    """Shards of `adapters` (FlatAdapters), and if `frozen` of the frozen weights of `layers`, over the adapters' group;
+    and the two buffers they are gathered into.
 
     Made of a model on the meta device. `allocate` takes the place of `to_empty` for it; then `pieces`, by id of the
     parameter, says what to read. Layers must be called in order; hooks on them do the rest.
     """
 
-    def __init__(self, layers, group):
-        self.layers, self.group = list(layers), group
+    def __init__(self, layers, adapters, frozen=True):
+        self.layers, self.adapters, self.frozen, group = list(layers), adapters, frozen, adapters.group
+        self.group = group
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.places = [  # for each layer: (module, name of the parameter, the parameter on the meta device)
             [
@@ -58,23 +63,29 @@ class FrozenRing:
             layer.register_forward_hook(lambda _, inputs, output, i=i: BeforeBackward.apply(output, self, i))
 
     def spreads(self, p):
-        return not p.requires_grad and p.dim() >= 2 and p.numel() >= SMALLEST and p.shape[0] >= self.ranks
+        return (
+            self.frozen and not p.requires_grad and p.dim() >= 2 and p.numel() >= SMALLEST and p.shape[0] >= self.ranks
+        )
 
     def allocate(self, causal_lm, device):
         """Give the model storage on `device`: the ring's weights as shards and places in buffers, the rest whole."""
-        for layer in self.places:
-            for module, name, _ in layer:
+        flats, dtype = self.adapters.layers, self.adapters.dtype
+        for layer, held in zip(self.places, flats, strict=True):
+            for module, name, _ in [*layer, *(place for flat in held for place in flat.places)]:
                 module._parameters[name] = None  # or to_empty would allocate the whole model
         causal_lm.to_empty(device=device)
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)
+            self.stream, self.adapters.stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
         def size(p):
             """Bytes of a weight in its buffer, padded to as many rows for every rank."""
             size = -(-p.shape[0] // self.ranks) * self.ranks * p[0].numel() * p.element_size()
             return -(-size // ALIGNED) * ALIGNED
 
-        sizes = [sum(size(p) for _, _, p in layer) for layer in self.places]
+        sizes = [
+            sum(size(p) for _, _, p in layer) + sum((flat.size + flat.length) * dtype.itemsize for flat in held)
+            for layer, held in zip(self.places, flats, strict=True)
+        ]
         buffers = [torch.empty(max(sizes[i::2], default=0), dtype=torch.uint8, device=device) for i in (0, 1)]
         for i, layer in enumerate(self.places):
             at = 0
@@ -91,6 +102,12 @@ class FrozenRing:
                 module._parameters[name] = placed
                 self.pieces[id(placed)] = piece
                 self.by_layer[-1].append(piece)
+            for flat in flats[i]:
+                ends = at + flat.size * dtype.itemsize, at + (flat.size + flat.length) * dtype.itemsize
+                whole, shard = (buffers[i % 2][a:b].view(dtype) for a, b in ((at, ends[0]), ends))
+                flat.allocate(whole)
+                self.by_layer[-1].append(Piece(shard, flat.first, flat.length, whole, flat.shard.detach()))
+                at = ends[1]
 
     @torch.no_grad()
     def fetch(self, i):
@@ -102,11 +119,13 @@ class FrozenRing:
         if not self.by_layer[i]:
             return
         if self.stream is None:
+            self.cast(i)
             for piece in self.by_layer[i]:
                 self.gather(piece)
             return
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
+            self.cast(i)
             device = self.by_layer[i][0].shard.device
             # one launch of NCCL for all weights of the layer
             with dist._coalescing_manager(group=self.group, device=device, async_ops=True) as works:
@@ -115,6 +134,16 @@ class FrozenRing:
             works.wait()  # makes this stream wait, not the host
             self.ready[slot] = torch.cuda.Event()
             self.ready[slot].record(self.stream)
+
+    def cast(self, i):
+        """Layer i's adapter shards as they are now, in the compute dtype."""
+        for piece in self.by_layer[i]:
+            if piece.master is not None:
+                piece.shard.copy_(piece.master)
+
+    def forget(self):
+        """The adapters changed: what the buffers hold of them is old."""
+        self.holds = [None, None]
 
     def gather(self, piece):
         whole, shard = (tensor.flatten().view(torch.uint8) for tensor in (piece.whole, piece.shard))
@@ -135,10 +164,13 @@ class FrozenRing:
             self.fetch(i + 1)
 
     def before_backward(self, i):
-        """Use layer i for its backward, and gather the one before it behind it."""
+        """Use layer i for its backward, and gather the one before it behind it. The backward of the layer after it is
+        over: autograd runs what was made last first, and adds to a parameter's gradient before anything else."""
         self.backward = True
         self.use(i)
         self.fetch(i - 1)
+        if i + 1 < len(self.layers):
+            self.adapters.collect(i + 1)
 
 
 class BeforeBackward(torch.autograd.Function):

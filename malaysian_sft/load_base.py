@@ -238,3 +238,5 @@ def reset_adapter(causal_lm, seed, ring=None):
                 magnitude = module.lora_magnitude_vector["default"].weight
                 norms = squared_row_norms(module.base_layer.weight.unsqueeze(0))[0].sqrt()
             start_lora(path, A, B, magnitude, norms)
+    if ring is not None:
+        ring.forget()

@@ -194,12 +194,13 @@ def start_lora(name, lora_A, lora_B, magnitude=None, row_norms=None):
     """Start values of one adapter, or of a stack of them along dimension 0: A Kaiming-uniform over its own fan-in, B
     zero, DoRA's magnitude the fp32 row norms of W.
 
-    Plain tensors, or FSDP2's sharded ones, where every rank draws the whole A and keeps its part: with equal random
-    states the start does not depend on the number of ranks. Raises ValueError, with `name`, for rows of zeros under
+    Plain tensors, or sharded ones, where every rank draws the whole A and keeps its part: with equal random states the
+    start does not depend on the number of ranks. Raises ValueError, with `name`, for rows of zeros under
     DoRA, which divides by their norm.
     """
     bound = 1 / math.sqrt(lora_A.shape[-1])  # Kaiming-uniform with a = sqrt(5)
-    whole = torch.empty(lora_A.shape, dtype=lora_A.dtype, device=lora_A.device).uniform_(-bound, bound)
+    dtype = local_tensor(lora_A).dtype
+    whole = torch.empty(lora_A.shape, dtype=dtype, device=lora_A.device).uniform_(-bound, bound)
     local_tensor(lora_A).copy_(local_part(whole, lora_A))
     local_tensor(lora_B).zero_()
     if magnitude is not None:
@@ -280,12 +281,16 @@ def _endings(adapted, present, parts) -> list[str]:
 
 
 def local_tensor(tensor):
-    """The part of `tensor` that this rank holds: the tensor itself unless FSDP2 has sharded it."""
+    """The part of `tensor` that this rank holds: the tensor itself unless FlatAdapters or FSDP2 have sharded it."""
+    if hasattr(tensor, "sharded"):
+        return tensor.sharded.local()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def local_part(whole, like):
     """This rank's part of the plain tensor `whole`, laid out as the parameter `like`; no communication."""
+    if hasattr(like, "sharded"):
+        return like.sharded.part(whole)
     if not hasattr(like, "to_local"):
         return whole
     from torch.distributed.tensor import distribute_tensor

@@ -1,5 +1,5 @@
 """The model of train_moe.py: transformers' own on the meta device, experts wrapped, LoRA on the rest, its loss,
-recomputation, FSDP2."""
+recomputation, sharding."""
 
 import os
 import types
@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from malaysian_sft.attention import register_attention
 from malaysian_sft.attention_half import lay_side_by_side
 from malaysian_sft.documents_apart import takes_document_numbers, with_document_numbers
 from malaysian_sft.fast_parts import use_fast_parts
+from malaysian_sft.flat_adapters import FlatAdapters
 from malaysian_sft.frozen_ring import FrozenRing
 from malaysian_sft.lora import active_experts, apply_lora
 from malaysian_sft.lora_linear import LoraLinear, use_lora_linear
@@ -120,7 +120,9 @@ def load_balancing_loss(router_logits, top_k):
 
 
 class ModelWithLoss(nn.Module):
-    """A causal LM and its loss as one module: FSDP's root then gathers embeddings, last norm and head for both."""
+    """A causal LM and its loss as one module."""
+
+    ring = None  # the FrozenRing of a sharded model
 
     def __init__(self, causal_lm, router_aux_loss_coef=0.0, compiled=False):
         super().__init__()
@@ -132,7 +134,10 @@ class ModelWithLoss(nn.Module):
         self.with_norms = [module for module in causal_lm.modules() if isinstance(module, (FusedMoELoRA, LoraLinear))]
 
     def forget_norms(self):
-        """To be called after every optimiser step: DoRA's row norms are those of the adapter as it was."""
+        """To be called after every optimiser step: DoRA's row norms, and what is gathered, are of the adapter as it
+        was."""
+        if self.ring is not None:
+            self.ring.forget()
         for module in self.with_norms:
             module.forget_norms()
 
@@ -230,35 +235,30 @@ def compiled_for_any_length(function, length_dims):
 
 
 def shard(model, mesh, args, use_dora):
-    """Spread the model over the ranks, in place: adapters by FSDP2, the layers' frozen weights by a FrozenRing.
+    """Spread the layers' adapters over the ranks, in place, and their frozen weights unless --gather_base False.
 
-    Returns the ring, None where a rank holds a whole copy of the model. Nothing is done for a single rank.
+    Returns the FrozenRing that gathers them; None for a single rank, for which nothing is done.
     """
     if mesh.size() == 1:
         return None
     # DoRA's magnitudes are near the weights' norms, where bf16 steps are larger than what a step of training moves:
     # leave fp32 be.
-    cast = None if use_dora or args.dtype == "float32" else torch.bfloat16
-    frozen = {p for p in model.parameters() if not p.requires_grad}
-    policy = MixedPrecisionPolicy(param_dtype=cast, reduce_dtype=torch.float32)
-    settings = dict(mesh=mesh, mp_policy=policy, ignored_params=frozen)
+    dtype = torch.float32 if use_dora or args.dtype == "float32" else torch.bfloat16
     layers = list(model.causal_lm.base_model.layers)
-    gathers = args.gather_base is not False and mesh["shard"].size() > 1
-    ring = FrozenRing(layers, mesh["shard"].get_group()) if gathers else None
-    for layer in layers:
-        fully_shard(layer, **settings)
-    fully_shard(model, **settings)
-    for layer, following in zip(layers, layers[1:], strict=False):  # gather a layer while the one before it computes
-        layer.set_modules_to_forward_prefetch([following])
-    for layer, previous in zip(layers[1:], layers, strict=False):
-        layer.set_modules_to_backward_prefetch([previous])
-    return ring
+    adapters = FlatAdapters(layers, mesh, dtype)
+    inside = {id(p) for flats in adapters.layers for flat in flats for _, _, p in flat.places}
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) not in inside:
+            raise ValueError(f"{name} is trained and in no decoder layer: its gradient would not be reduced")
+    model.ring = FrozenRing(layers, adapters, args.gather_base is not False and mesh["shard"].size() > 1)
+    return model.ring
 
 
 def allocate(causal_lm, ring, device):
     """Give a (sharded) meta-device model its storage on `device`."""
     if ring is None:
         causal_lm.to_empty(device=device)
-        lay_side_by_side(causal_lm)
-    else:  # whose buffers have q, k and v side by side
+    else:
         ring.allocate(causal_lm, device)
+    if ring is None or not ring.frozen:  # the ring's buffers have q, k and v side by side
+        lay_side_by_side(causal_lm)

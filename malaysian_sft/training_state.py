@@ -56,6 +56,24 @@ class WholeOrFsdp:
             local.copy_(read(kind, self.start, self.start + self.count).view(local.shape))
 
 
+class FlatSharded:
+    """A parameter of FlatAdapters: a part of what AdamW updates."""
+
+    def __init__(self, parameter, optimizer):
+        self.sharded, self.optimizer = parameter.sharded, optimizer
+        self.numel, self.start = parameter.numel(), self.sharded.start
+        self.count, self.writes = self.sharded.stop - self.start, self.sharded.flat.writes
+
+    def get(self):
+        state = allocated(self.optimizer, self.sharded.flat.shard)
+        moments = {moment: self.sharded.local(state[moment]) for moment in MOMENTS}
+        return {"adapter": self.sharded.local(), **moments}
+
+    def set(self, read):
+        for kind, local in self.get().items():
+            local.copy_(read(kind, self.start, self.start + self.count))
+
+
 class Zero3:
     """A parameter that DeepSpeed ZeRO-3 partitioned; its fp32 master is the adapter."""
 
@@ -93,7 +111,8 @@ class Zero3:
 
 def _parts(named, optimizer):
     for name, parameter in named.items():
-        yield name, (Zero3 if hasattr(parameter, "ds_id") else WholeOrFsdp)(parameter, optimizer)
+        kind = Zero3 if hasattr(parameter, "ds_id") else FlatSharded if hasattr(parameter, "sharded") else WholeOrFsdp
+        yield name, kind(parameter, optimizer)
 
 
 @torch.no_grad()
