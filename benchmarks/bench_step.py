@@ -99,8 +99,8 @@ class Run:
         self.args, self.data_args, self.lora_args = train_moe.parse(flags.split())
         self.args, self.planned = train_moe.settle_memory(self.config, self.args, self.data_args, self.lora_args)
         self.model = slices.build_run(self.config, self.args, self.lora_args, self.device, self.mesh)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = train_moe.make_optimizer(self.model, self.args)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.generator = torch.Generator().manual_seed(2 + dist.get_rank())
 
     def draw(self, tokens=None):
@@ -174,8 +174,8 @@ class Run:
         }
 
     def micro_batch(self, batch):
-        loss, _ = self.model(self.t.to_device(batch, self.device))
-        (loss / self.job["tokens"]).backward()
+        supervised = self.torch.tensor(float(self.job["tokens"]), device=self.device)
+        self.t.forward_backward(self.model, [batch], supervised, self.args, self.device)
 
     def host_ms(self):
         """Wall ms a layer, forward + backward, of packs of 256 tokens, where the host is what takes the time."""

@@ -2,7 +2,7 @@
 device.
 
     python3 benchmarks/bench_train_moe.py [--models qwen3-30b-a3b,glm-4.5-air] [--layers 4] [--tokens 16384] [--steps 5]
-    torchrun --nproc_per_node 2 -- benchmarks/bench_train_moe.py ...      the same, sharded by FSDP2
+    torchrun --nproc_per_node 2 -- benchmarks/bench_train_moe.py ...      the same, sharded
     python3 benchmarks/bench_train_moe.py --models tiny --tokens 256   anywhere, on a CPU too; leaves no record
 
 Per model: (1) two layers at 2,048 tokens: loss and every kind of gradient by the kernels against fp32, with PyTorch's
@@ -222,6 +222,8 @@ def loss_and_backward(model, batch):
     loss, _ = model(batch)
     loss = loss / max(1, len(batch["targets"]))
     loss.backward()
+    if model.ring is not None:
+        model.ring.adapters.finish()
     return loss
 
 
@@ -314,8 +316,8 @@ def time_steps(model, config, args, device):
     generator = torch.Generator().manual_seed(2 + dist.get_rank())
     packs = [random_pack(args.tokens, config.vocab_size, generator, device) for _ in range(args.steps + 2)]
     run = train_moe.parse(["--model_name_or_path", "slice"])[0]
-    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = train_moe.make_optimizer(model, run)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def update():
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)

@@ -182,8 +182,8 @@ def scaling(job):
         activations=run.activations, memory_mode=run.memory_mode, use_dora=job["use_dora"], r=job["r"]
     )
     config, model = bench_train_moe.build(name, layers, chosen, "bfloat16", device, mesh)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = train_moe.make_optimizer(model, run)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     generator = torch.Generator().manual_seed(2 + dist.get_rank())
 
     def draw():

@@ -45,7 +45,8 @@ class Flat:
         """Place the parameters in `whole` (size,), a part of a buffer, and make this rank's fp32 shard of them."""
         self.shard = nn.Parameter(torch.zeros(self.length, dtype=torch.float32, device=whole.device))
         for (module, name, p), start in zip(self.places, self.starts, strict=True):
-            placed = nn.Parameter(whole[start : start + p.numel()].view(p.shape))
+            # .data: what another layer brings into the buffer is no change of what autograd saved, which comes back
+            placed = nn.Parameter(whole[start : start + p.numel()].view(p.shape).data)
             placed.sharded = Sharded(self, start, p.numel())
             module._parameters[name] = placed
             self.parameters.append(placed)
@@ -117,14 +118,13 @@ class FlatAdapters:
                 kinds["magnitude" in name].append((module, name.rpartition(".")[2], p))
             self.layers.append([Flat(places, self.group, writes) for places in kinds if places])
         self.reduces = self.last = True
+        self.collected = set()  # layers, in this backward
         self.flying, self.stream = deque(), None
-        self.reduced = set()
 
     def begin(self, reduces, last):
         """A micro-batch begins. reduces: its backward reduces what was added up so far; last: it is the step's last,
         whose sums are also reduced over copies of the model."""
         self.reduces, self.last = reduces, last
-        self.reduced.clear()
 
     @torch.no_grad()
     def collect(self, i):
@@ -138,7 +138,7 @@ class FlatAdapters:
             del gradients
             if self.reduces:
                 self.reduce(flat)
-        self.reduced.add(i)
+        self.collected.add(i)
 
     def reduce(self, flat):
         """Start adding up a Flat's sums over the ranks, into the gradient of this rank's shard."""
@@ -171,9 +171,10 @@ class FlatAdapters:
         """The backward is over: collect what no later layer's backward did, and wait for all reductions, on the
         device. Raises RuntimeError if a gradient came after its layer was collected."""
         for i, flats in enumerate(self.layers):
-            if i not in self.reduced:
+            if i not in self.collected:
                 self.collect(i)
             elif any(p.grad is not None for flat in flats for p in flat.parameters):
                 raise RuntimeError(f"layer {i}: a gradient came after its layer's backward")
+        self.collected.clear()
         while self.flying:
             self.land()

@@ -104,7 +104,8 @@ class FrozenRing:
                 self.by_layer[-1].append(piece)
             for flat in flats[i]:
                 ends = at + flat.size * dtype.itemsize, at + (flat.size + flat.length) * dtype.itemsize
-                whole, shard = (buffers[i % 2][a:b].view(dtype) for a, b in ((at, ends[0]), ends))
+                # .data: a cast into the shard is no change of what autograd saved of the buffer
+                whole, shard = (buffers[i % 2][a:b].view(dtype).data for a, b in ((at, ends[0]), ends))
                 flat.allocate(whole)
                 self.by_layer[-1].append(Piece(shard, flat.first, flat.length, whole, flat.shard.detach()))
                 at = ends[1]

@@ -125,11 +125,12 @@ def moments(config, plan, layers, layer_adapter):
     """The terms of each layer's backward, and of the loss.
 
     Reducing takes, in dense models, DeepSpeed's bucket twice (ds3.json's "auto", H x H); in mixtures a layer's gradient
-    in bf16 and two fp32 buffers, on a single GPU a layer's gradient in bf16 and in fp32, before it is added.
+    in bf16 (DoRA: in fp32) and two fp32 buffers, on a single GPU a layer's gradient in bf16 and in fp32, before it
+    is added.
     """
     kind, policy, dora = plan["kind"], plan["activations"], plan["use_dora"]
     tokens = plan["micro_batch"] * plan["max_seq_length"]
-    reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else 10 * layer_adapter
+    reduction = 2 * 4 * config.hidden_size**2 if kind == "dense" else (12 if dora else 10) * layer_adapter
     if kind == "moe" and plan["gpus"] * plan["nodes"] == 1:
         reduction = 6 * layer_adapter
     found, kept = [], 0
@@ -172,10 +173,10 @@ def moe_terms(config, plan, layer_base, layer_adapter):
 
     The layers' frozen weights are sharded over the GPUs of shard_nodes nodes, copies beyond, and two layers are whole
     at a time; without gather_base they are whole, as embedding and head are on every GPU. Adapter and Adam moments,
-    fp32, are sharded by FSDP2, which gathers three layers' adapters in bf16 (DoRA: fp32). Over several micro-batches
-    the adapter's fp32 gradient stays whole until the last one, unless every micro-batch reduces it. On a single GPU
-    nothing is gathered. Routed experts in FP8 (base_dtype) are sharded and gathered as such, and one layer's are
-    widened to bf16.
+    fp32, are sharded; two layers' adapters are gathered in bf16 (DoRA: fp32), each from a cast of the own shard. Over
+    several micro-batches the adapter's fp32 gradient stays whole until the last one, unless every micro-batch reduces
+    it. On a single GPU nothing is gathered. Routed experts in FP8 (base_dtype) are sharded and gathered as such, and
+    one layer's are widened to bf16.
     """
     counts, dora = plan["parameters"], plan["use_dora"]
     base, adapter = counts["total"], counts["trainable"]
@@ -202,7 +203,7 @@ def moe_terms(config, plan, layer_base, layer_adapter):
         "adapter gradient, fp32": 0 if whole else 4 * adapter / shard,
         "whole adapter gradient while accumulating": 4 * adapter if whole else 0,
         "two gathered layers": 2 * (2 * (layer_base - layer_wide) + layer_stored) if gathers else 0,
-        "gathered adapters": 0 if alone else 3 * (4 if dora else 2) * layer_adapter,
+        "gathered adapters": 0 if alone else 2 * (4 if dora else 2) * (layer_adapter + layer_adapter // shard),
         "DoRA norms of experts, fp32": 8 * dora * sum(m.copies * m.out_features for m in experts),
     }
 

@@ -105,11 +105,11 @@ def test_sharded_terms_by_hand():
     # one's are reduced
     assert terms["kept activations"] == 47 * 16384 * 2048 * 2
     assert "head and loss" not in terms
-    # two layers whole in bf16: 128 experts, attention, router; three layers' adapters
+    # two layers whole in bf16: 128 experts, attention, router; two layers' adapters, and the shards they come from
     layer = 128 * 3 * 2048 * 768 + 2 * 2048 * (4096 + 512) + 128 * 2048
     layer_adapter = 128 * 3 * 32 * (2048 + 768) + 256 * (2 * (2048 + 4096) + 2 * (2048 + 512))
     assert terms["two gathered layers"] == 2 * 2 * layer
-    assert terms["gathered adapters"] == 3 * 2 * layer_adapter
+    assert terms["gathered adapters"] == 2 * 2 * (layer_adapter + layer_adapter // 8)
     assert terms["gradient reduction"] == (2 + 4 + 4) * layer_adapter
     # four micro-batches a step
     assert terms["whole adapter gradient while accumulating"] == 4 * trainable and "adapter gradient, fp32" not in terms
