@@ -529,7 +529,7 @@ def test_steps_equal_a_plain_loop(checkpoints, conversations, one_process, tmp_p
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_bf16_follows_fp32(use_dora, one_process, tmp_path):
-    """FSDP casts LoRA to bf16 for the arithmetic; with DoRA adapters stay fp32. What is trained and saved is fp32 in
+    """LoRA is cast to bf16 for the arithmetic; with DoRA adapters stay fp32. What is trained and saved is fp32 in
     both."""
     runs = {}
     for dtype in ("float32", "bfloat16"):
@@ -668,6 +668,19 @@ def test_copies_of_the_model_on_two_nodes_equal_one_process(one_process, tmp_pat
     train_moe.main(alone)
     assert losses(tmp_path / "run") == [pytest.approx(line, rel=1e-4) for line in losses(tmp_path / "alone")], output
     assert len(losses(tmp_path / "alone")) == 3
+
+
+def test_two_processes_in_bf16_with_the_whole_base(one_process, tmp_path):
+    """Adapters alone are gathered, in bf16; their masters, and what is saved, are fp32."""
+    flags = ["--max_steps", 3, "--dtype", "bfloat16", "--activations", "none"]
+    code, output = run_processes(2, moved(one_process[0], tmp_path / "two", *flags, "--gather_base", False))
+    assert code == 0, output
+    train_moe.main(moved(one_process[0], tmp_path / "one", *flags))
+    ours, theirs = ([loss for _, loss, _ in losses(tmp_path / name)] for name in ("two", "one"))
+    assert ours == pytest.approx(theirs, rel=5e-3) and len(ours) == 3
+    saved = saved_adapter(tmp_path / "two" / "checkpoint-3")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    assert any((tensor != tensor.bfloat16().float()).any() for name, tensor in saved.items() if "lora_B" in name)
 
 
 def unchanged(lines):
