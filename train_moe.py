@@ -99,12 +99,12 @@ class TrainingArguments:
     dtype: Literal["bfloat16", "float32"] = field(
         default="bfloat16", metadata={"help": "of the base weights and the arithmetic"}
     )
-    base_dtype: Literal["fp8"] | None = field(
+    base_dtype: Literal["fp8", "none"] | None = field(
         default=None,
         metadata={
             "help": (
                 "fp8: routed experts' frozen weights are stored in FP8, as the checkpoint has them or quantised while"
-                " loading, and widened when they are used (docs/fp8.md). Default: stored as dtype"
+                " loading, and widened when they are used (docs/fp8.md). none, the default: stored as dtype"
             )
         },
     )
@@ -175,6 +175,7 @@ class TrainingArguments:
 
     def __post_init__(self):
         self.output_dir = self.output_dir or os.path.join("outputs", self.run_name)
+        self.base_dtype = None if self.base_dtype == "none" else self.base_dtype
         if self.max_steps is not None and not self.max_steps > 0:
             raise ValueError(f"--max_steps {self.max_steps}: expected a positive number")
         check_values(self)

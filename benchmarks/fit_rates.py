@@ -45,6 +45,7 @@ def work_of(record, squares_over_tokens):
         memory_mode=record.get("mode"),
         frugal_layers=record.get("frugal_layers", 0),
         gather_base=record.get("gather_base", False),
+        base_dtype=record.get("base_dtype"),
         document_length=squares_over_tokens,
     )
     return config, work(config, planned)
@@ -103,6 +104,16 @@ def leave_one_out(device, records, which=None):
     return found
 
 
+def fp8_steps(rates, records):
+    """[(record, measured ms, planned)] of whole steps with experts in FP8 on the device of `rates`."""
+    found = []
+    for record in (r for r in records if r.get("base_dtype") and r.get("step_ms") and r["device"] == rates.device):
+        _, done = work_of(record, record["squares_over_tokens"])
+        planned = TOKENS * step_time(done, rates, record["attention"])["ms"]
+        found.append((record, sum(record["step_ms"]) / len(record["step_ms"]), planned))
+    return found
+
+
 def slices(rates, records):
     """[(record, measured ms a pack, planned)] of the slices of results/train_moe.json on the device of `rates`."""
     found = []
@@ -126,6 +137,7 @@ def main():
     for here in (rates, other):
         for r in dense_steps(here.device, records):
             rows.append((r, *dense_step(r, here), "by the mixtures' rates"))
+    rows += [(*row, "experts in FP8, by the other device's rates") for row in fp8_steps(other, records)]
     rows += [(r, m, p, "slice, by the other device's rates") for r, m, p in slices(other, records)]
     for r, measured, planned, how in rows:
         what = f"{r['model']} {r['adapter']} {r['activations']} {r.get('mode') or ''} {r['gpus']} x {r['device']}"

@@ -12,6 +12,7 @@ import torch
 
 from malaysian_sft.account import GIB, attention_width, count_parameters, peak_flops
 from malaysian_sft.base_model import load_config
+from malaysian_sft.memory import need
 from malaysian_sft.planning import GPU_MEMORY_GIB, check_fits, options, this_machine, trainer_flags
 from malaysian_sft.tables import text_table
 from malaysian_sft.timing import known_rates, lacks, step_time, work
@@ -109,6 +110,10 @@ def dry_run(model, revision, epochs, **arguments):
             " for others.\n"
         )
     print_plan(launched)
+    if launched["base_dtype"]:
+        plain = options(config, **{name: value for name, value in fixed.items() if name != "base_dtype"})[0]
+        fits = "fits" if plain["fits"] else "does not fit"
+        print(f"\nWithout --base_dtype {launched['base_dtype']}: {need(plain)}, {trainer_flags(plain)}; it {fits}.")
     print()
     print_options(plans, launched)
     print()
@@ -247,12 +252,11 @@ def device_name(wanted, gpu_memory_gib):
 
 def run_time(config, plan, run, wanted):
     """The time of a plan: `timing.step_time`'s dict with "hours" of the run (a `schedule`) and of an epoch, their
-    "hours_low" and "hours_high", "tokens_per_second" of a GPU, "mfu", "source"; None for a device without its rates,
-    and for experts in FP8, whose widening was not measured yet."""
+    "hours_low" and "hours_high", "tokens_per_second" of a GPU, "mfu", "source"; None for a device without its rates."""
     device = device_name(wanted, plan["gpu_memory_gib"])
     rates = known_rates(device, read_results(wanted.results))
     done = work(config, plan)
-    if plan["base_dtype"] or rates is None or lacks(done, rates, wanted.attention):
+    if rates is None or lacks(done, rates, wanted.attention):
         return None
     time = step_time(done, rates, wanted.attention)
     gpus, hours = plan["gpus"] * plan["nodes"], run["steps"] / 3.6e6
@@ -299,10 +303,7 @@ def print_run(arguments, plan, config, epochs):
         " useful FLOPs"
     )
     device = device_name(arguments, plan["gpu_memory_gib"])
-    if plan["base_dtype"]:
-        print("Time: not known; what widening experts from FP8 takes has not been measured")
-    else:
-        print_time(run_time(config, plan, run, arguments), arguments, device)
+    print_time(run_time(config, plan, run, arguments), arguments, device)
     print_evaluation(plan_engine(config, arguments, plan["gpu_memory_gib"]))
 
 

@@ -30,6 +30,7 @@ from malaysian_sft.account import (
     peak_flops,
     scored_again,
 )
+from malaysian_sft.memory import fp8_bytes, weights
 
 FLOOR = 1050  # tokens; by packs of several lengths in results/step.json, for both attention kernels alike
 # GB/s of memory, and GB/s of the links between a node's GPUs in one direction (NVIDIA's data sheets).
@@ -134,6 +135,12 @@ def attention_flops(config, plan):
     return (12 + 4 * again) * attention_width(config) * pairs
 
 
+def stored_in_fp8(config, plan):
+    """(weights, their bytes) of the experts that are stored in FP8."""
+    experts = [m for m in architecture(config).matrices if m.kind == "expert" and plan["base_dtype"] == "fp8"]
+    return sum(map(weights, experts)), fp8_bytes(experts)
+
+
 def passed_bytes(config, plan):
     """Bytes of the element-wise passes of one micro-batch, and of the casts and sums of the adapters' gradients."""
     tokens, hidden = plan["micro_batch"] * plan["max_seq_length"], config.hidden_size
@@ -158,9 +165,11 @@ def passed_bytes(config, plan):
         policy = dense_level(plan["activations"], number, plan["frugal_layers"]) if dense else plan["activations"]
         again = {"none": 0, "selective": 0 if dense else attention, "full": attention + mlp}[policy]
         elements += attention + mlp + backward + again
-    head = 4 * config.vocab_size
+    head, wide = 4 * config.vocab_size, stored_in_fp8(config, plan)[0]
     copies = plan["gpus"] * plan["nodes"] if plan["kind"] == "dense" and plan["zero3"] else 1
-    return 2 * tokens * (elements + head) + 18 * plan["parameters"]["trainable"] / copies
+    # experts in FP8 are widened, a byte to two, once in the forward and once in the backward
+    widened = 2 * 3 * wide
+    return 2 * tokens * (elements + head) + 18 * plan["parameters"]["trainable"] / copies + widened
 
 
 def link_bytes(config, plan):
@@ -179,7 +188,8 @@ def link_bytes(config, plan):
     outside = sum(counts["base"].get(k, 0) for k in ("embedding", "head"))
     micro = 2 * (4 if plan["use_dora"] else 2) * adapter * inside
     if plan["gather_base"]:
-        micro += 2 * 2 * (counts["total"] - outside) * inside
+        wide, stored = stored_in_fp8(config, plan)
+        micro += 2 * (2 * (counts["total"] - outside - wide) + stored) * inside
     reduced = 4 * adapter * inside
     between = 8 * adapter / shard if plan["nodes"] > plan["shard_nodes"] else 0
     if plan["reduce_every_micro_batch"]:
