@@ -156,11 +156,12 @@ class FlatAdapters:
         self.flying.append((event, part, total))
 
     def add_up(self, gradient, before, part, total):
-        dist.reduce_scatter_tensor(part, total, group=self.group)
+        # as the ring's gathers, in NCCL's own stream, which this one then waits for
+        dist.reduce_scatter_tensor(part, total, group=self.group, async_op=True).wait()
         if before is not None:  # of an earlier micro-batch
             gradient.add_(part)
         if self.last and self.copies is not None:
-            dist.all_reduce(gradient, group=self.copies)
+            dist.all_reduce(gradient, group=self.copies, async_op=True).wait()
 
     def land(self):
         """Wait, on the device, for the oldest reduction; its memory is free for what is queued from now on."""
