@@ -1,8 +1,8 @@
 """Every fault at every place of a run, on two ranks, both trainers: how it ends, and that --resume then equals a run
 without the fault. The ranks are forks of this process, which has imported everything; test_faults.py has the launcher.
 
-The faults of the second table need one process: the disk, numbers, trackers, another launcher, and what is found at
-resume. A choice of cells is in CI; `-m slow` runs the others.
+The faults of the second table need one process: the disk, numbers, trackers, and what is found at resume.
+Of the first table a case of each fault is in CI, `-m slow` runs the others; the second is in CI whole.
 """
 
 import errno
@@ -89,8 +89,8 @@ def put(fault, place, trainer, patch, rank=1):
         before(train_dense.DenseTrainer, "get_batch_samples", lambda trainer, *_: trainer.state.global_step == 2)
 
 
-def two_ranks(train, trainer, out, *flags, meanwhile=lambda: None):
-    """(exit codes, what both wrote to stderr, seconds) of a run of two forks of this process, which does `meanwhile`."""
+def two_ranks(train, trainer, out, *flags):
+    """(exit codes, what both wrote to stderr, seconds) of a run of two forks of this process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     log, started, pids = out.with_name("stderr"), time.monotonic(), []
@@ -118,7 +118,6 @@ def two_ranks(train, trainer, out, *flags, meanwhile=lambda: None):
             finally:
                 os._exit(code)
         pids.append(pid)
-    meanwhile()
     codes, deadline = {}, started + 120
     while len(codes) < 2 and time.monotonic() < deadline:
         for pid in pids:
@@ -201,6 +200,19 @@ def equals_unbroken(out, whole):
         assert found[name].sub(tensor).abs().max() < 1e-4, name
 
 
+def without(copy, *steps):
+    for step in steps:
+        shutil.rmtree(copy / f"checkpoint-{step}")
+
+
+def test_resumed_on_two_ranks(copy, trainer, unbroken, train):
+    """At load alone. From two to one: every cell of the first table."""
+    without(copy, 4)
+    codes, printed, _ = two_ranks(train, trainer, copy, "--resume", "True", "--ddp_timeout", 60)
+    assert codes == [0, 0], printed
+    equals_unbroken(copy, unbroken[trainer])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One process: what is refused to it, and what it finds
 # ----------------------------------------------------------------------------------------------------------------------
@@ -234,9 +246,12 @@ def mended():
     REFUSED.clear()
 
 
-def fill(out):
-    """The disk of `out` is full: files that are open already cannot grow either."""
+def fill(out, place):
+    """The disk of `out` is full: files that are open already cannot grow either. (Not so at a save, which fails beside
+    the next step in train_moe.py: the log's line could come first.)"""
     REFUSED.update(under=out, number=errno.ENOSPC)
+    if place == "save":
+        return
     for descriptor in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
             if os.readlink(f"/proc/self/fd/{descriptor}") == str(out / "log.jsonl"):
@@ -245,7 +260,7 @@ def fill(out):
                 os.close(full)
 
 
-def make_read_only(out):
+def make_read_only(out, _):
     """A file that is open already may still be written, as on a directory that loses its w."""
     REFUSED.update(under=out, number=errno.EROFS)
 
@@ -263,19 +278,20 @@ DISK = {
     ("read-only", "save"): NOT_SAVED,
     ("read-only", "between"): NOT_SAVED,
 }
-DISK_IN_CI = {("full disk", "save"), ("read-only", "step")}
 
 
-def marked(cells, in_ci):
-    return [pytest.param(*cell, marks=() if cell in in_ci else pytest.mark.slow) for cell in cells]
-
-
-@pytest.mark.parametrize(("fault", "place"), marked(DISK, DISK_IN_CI))
+@pytest.mark.parametrize(("fault", "place"), DISK)
 def test_a_disk_that_refuses(fault, place, trainer, unbroken, train, tmp_path, monkeypatch, audited, mended):
     """One line that says where; what was whole stays so; with room again, --resume equals unbroken."""
     out = tmp_path / "run"
+
+    def happens():
+        if place in ("step", "between"):  # train_moe.py may still be writing it: that is the place "save"
+            wait_for(lambda: (out / "checkpoint-2").exists() and not (out / ".saving").exists())
+        (fill if fault == "full disk" else make_read_only)(out, place)
+
     with monkeypatch.context() as patch:
-        put(lambda: (fill if fault == "full disk" else make_read_only)(out), place, trainer, patch, rank=0)
+        put(happens, place, trainer, patch, rank=0)
         line = ends(train, trainer, out, "--save_steps", 2)
     mended()
     expected = "error: " + DISK[fault, place].format(out)
@@ -309,7 +325,7 @@ def test_a_loss_that_is_not_finite_ends_a_run_that_may_skip_none(trainer, unbrok
 
 
 TRACKER = {  # place -> what is said; at the end, what it has not sent is sent
-    "load": "trackio: OSError: '[Errno 111] no server'; going on without it",
+    "load": "trackio: ConnectionRefusedError: '[Errno 111] no server'; going on without it",
     "step": "the tracker failed ('[Errno 111] no server'); going on without it",
     "save": "the tracker failed ('[Errno 111] no server'); going on without it",
     "between": "the tracker failed ('[Errno 111] no server'); going on without it",
@@ -317,7 +333,7 @@ TRACKER = {  # place -> what is said; at the end, what it has not sent is sent
 }
 
 
-@pytest.mark.parametrize("place", marked([(place,) for place in TRACKER], {("end",)}))
+@pytest.mark.parametrize("place", TRACKER)
 def test_a_tracker_that_goes_down(place, trainer, unbroken, train, tmp_path, monkeypatch, capsys):
     """One line, exit code 0, and the run equals one without a tracker."""
     down = []
@@ -343,7 +359,7 @@ def test_a_tracker_that_goes_down(place, trainer, unbroken, train, tmp_path, mon
 FIVE = "state cut short|a bit of the adapter|a digit of the index|no state|a pickle in resume/".split("|")
 
 
-@pytest.mark.parametrize("damage", marked([(name,) for name in FIVE], {("no state",)}))
+@pytest.mark.parametrize("damage", FIVE)
 def test_a_damaged_newest_checkpoint_is_trained_again(damage, copy, trainer, unbroken, train, capsys):
     """At load alone: nothing reads a checkpoint later. Exit code 0; the damage is named, the step written again."""
     mend, words = DAMAGES[damage]
@@ -353,19 +369,6 @@ def test_a_damaged_newest_checkpoint_is_trained_again(damage, copy, trainer, unb
     assert f"checkpoint-{STEPS} is incomplete ({words}" in printed
     assert f"resuming from {copy}/checkpoint-{STEPS - 1}" in printed and not (copy / "executed").exists()
     assert state_fault(copy / f"checkpoint-{STEPS}") is None
-    equals_unbroken(copy, unbroken[trainer])
-
-
-def without(copy, *steps):
-    for step in steps:
-        shutil.rmtree(copy / f"checkpoint-{step}")
-
-
-def test_resumed_on_two_ranks(copy, trainer, unbroken, train):
-    """At load alone. From two to one: every cell of the first table."""
-    without(copy, 4)
-    codes, printed, _ = two_ranks(train, trainer, copy, "--resume", "True", "--ddp_timeout", 60)
-    assert codes == [0, 0], printed
     equals_unbroken(copy, unbroken[trainer])
 
 
@@ -381,35 +384,9 @@ def test_resumed_with_other_data(copy, trainer, unbroken, train, workspace, tmp_
     equals_unbroken(copy, unbroken[trainer])
 
 
-@pytest.mark.parametrize("place", marked([(place,) for place in PLACES], {("save",)}))
-def test_a_second_launcher_in_the_directory(place, trainer, unbroken, train, tmp_path, monkeypatch):
-    """While the first is at a place: refused, however it is started, and the first ends as if alone."""
-    out, there, go, lines = tmp_path / "run", tmp_path / "there", tmp_path / "go", []
-
-    def wait():
-        there.touch()
-        wait_for(go)
-
-    def second():
-        wait_for(there)
-        lines.extend(
-            ends(train, trainer, out, *flags) for flags in ((), ("--resume", "True"), ("--start_anew", "True"))
-        )
-        go.touch()
-
-    with monkeypatch.context() as patch:
-        put(wait, place, trainer, patch)
-        flags = "--save_steps", 2, "--ddp_timeout", 60
-        codes, printed, _ = two_ranks(train, trainer, out, *flags, meanwhile=second)
-    assert codes == [0, 0], printed
-    for line in lines:
-        assert line.startswith(f"error: {out}: another process is training there; end it, or take another --run_name")
-    equals_unbroken(out, unbroken[trainer])
-
-
-def wait_for(path):
+def wait_for(true):
     deadline = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < deadline:
+    while not true() and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
