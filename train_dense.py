@@ -56,6 +56,7 @@ from malaysian_sft.run import (
     batch_arithmetic,
     claim,
     count_steps,
+    finish,
     learning_rate_factor,
     refuse_another_run,
     run_facts,
@@ -545,8 +546,7 @@ def train_claimed(model_args, data_args, lora_args, training_args, stop):
         gemm_flops=gemm_flops,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.tracker is not None:
-        trainer.tracker.finish()
+    finish(trainer.tracker)
     if trainer.state.global_step < steps[1]:
         say(f"stopped by {stop.told or 'a signal'} after step {trainer.state.global_step}; go on with --resume")
 

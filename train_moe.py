@@ -491,6 +491,7 @@ def train_steps(run, step, checkpoints, log, planned):
             if step == first + 1 and planned:
                 say(compare_peak(planned, torch.cuda.max_memory_allocated()))
             if skipped is not None:
+                checkpoints.wait()  # too many in a row end the run: what it saved must be there
                 run.not_finite.keep(step, record["loss"], record["grad_norm"], skipped)
             if end_of_epoch or last or (args.save_steps and step % args.save_steps == 0):
                 checkpoints.save(step)

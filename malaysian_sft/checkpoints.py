@@ -55,7 +55,10 @@ class Saver:
             if free < needed:
                 fault = self.disk_full(step, f"{needed / 2**30:.3g} GiB are needed and {free / 2**30:.3g} are free")
             else:
-                (self.saving / f"checkpoint-{step}" / RESUME).mkdir(parents=True)
+                try:
+                    (self.saving / f"checkpoint-{step}" / RESUME).mkdir(parents=True)
+                except OSError as error:
+                    fault = self._in_words(step, error)
         if fault := agreed(fault, self.group):
             raise ValueError(fault)
         return self.saving / f"checkpoint-{step}"

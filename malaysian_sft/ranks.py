@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from malaysian_sft.safetensors_files import disk_is_full
 from malaysian_sft.watchdog import ENDING, Watchdog
 
 
@@ -152,7 +153,11 @@ def one_last_line():
     try:
         yield
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}" if first_to_speak() else 1)
+        words = str(error)
+        if disk_is_full(error):  # of a write to a file that was open already, it names no file
+            where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+            words = f"{where}the disk is full; checkpoints are whole: make room and go on with --resume"
+        sys.exit(f"error: {words}" if first_to_speak() else 1)
     except RuntimeError as error:
         if waited_in_vain(error):  # before there was a watchdog
             sys.exit("error: other processes of this run didn't come: see what they said" if first_to_speak() else 1)

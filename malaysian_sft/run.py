@@ -94,6 +94,16 @@ def start_tracker(name, project, run_name, output_dir, config):
     return tracker
 
 
+def finish(tracker):
+    """Have a tracker (or None) upload the rest and end; a failure is one line."""
+    if tracker is None:
+        return
+    try:
+        tracker.finish()
+    except tracker_failures(tracker) as error:
+        say(f"the tracker failed at the end ({str(error)[:200]!r}); the run itself is whole")
+
+
 def claim(output_dir):
     """Keep other runs out of output_dir (see `hold`).
 
@@ -306,8 +316,7 @@ class Log:
     def close(self):
         if self.file is not None:
             self.file.close()
-        if self.tracker is not None:
-            self.tracker.finish()
+        finish(self.tracker)
 
 
 def router_record(counts):

@@ -42,10 +42,11 @@ def save_tensors(tensors, path):
 
 
 def disk_is_full(error):
-    """Whether an exception says that nothing more can be written: by its number, in safetensors' words, or in NumPy's
+    """Whether an exception says that nothing more can be written: by its number, in its words, or in NumPy's
     (ndarray.tofile counts what it could write)."""
     full = (errno.ENOSPC, errno.EDQUOT)
-    if getattr(error, "errno", None) in full or any(f"os error {number}" in str(error) for number in full):
+    said = [words for number in full for words in (f"os error {number}", f"[Errno {number}]")]
+    if getattr(error, "errno", None) in full or any(words in str(error) for words in said):
         return True
     return isinstance(error, OSError) and error.errno is None and "requested and" in str(error)
 
