@@ -100,9 +100,9 @@ def dora_norm(weight, weight_norms_squared, lora_A, lora_B, scaling):
 class FusedMoELoRA(nn.Module):
     """Routed experts with a frozen base and trainable LoRA (or DoRA) on gate, up and down of every expert.
 
-    Parameters, experts in dimension 0 so that FSDP2 shards whole experts: `gate_up_proj (E, 2I, H)` and `down_proj (E,
-    H, I)` frozen; `{gate,up,down}_proj_lora_A (E, r, in)`, `{gate,up,down}_proj_lora_B (E, out, r)` and for DoRA
-    `{gate,up,down}_proj_lora_magnitude (E, out)` fp32 and trainable. `forward(hidden_states, top_k_index,
+    Parameters, experts in dimension 0 so that a rank's rows are whole experts: `gate_up_proj (E, 2I, H)` and
+    `down_proj (E, H, I)` frozen; `{gate,up,down}_proj_lora_A (E, r, in)`, `{gate,up,down}_proj_lora_B (E, out, r)` and
+    for DoRA `{gate,up,down}_proj_lora_magnitude (E, out)` fp32 and trainable. `forward(hidden_states, top_k_index,
     top_k_weights)` is the signature of transformers' experts modules.
 
     mode: "fast" keeps gate, silu(gate) up and the LoRA inner products for the backward, "frugal" recomputes them.

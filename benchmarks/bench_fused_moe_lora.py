@@ -82,7 +82,7 @@ NAMES = "gate", "up", "down"
 
 
 def make_inputs(model, adapter, routing, tokens, seed, shared_A, device="cuda"):
-    """Everything a block needs, bf16 as FSDP2's mixed precision hands it over: a dict of leaves and a dict of fixed
+    """Everything a block needs, bf16 as the ring hands it over: a dict of leaves and a dict of fixed
     tensors."""
     H, I, E, top_k = MODELS[model]  # noqa: E741
     generator = torch.Generator(device=device).manual_seed(seed)
