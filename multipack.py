@@ -302,6 +302,7 @@ def _report(meta, rows, sources, lengths, supervised, offsets, fits, train, data
     return {
         "dataset": data_args.dataset,
         "model": model_name,
+        "commits": meta.get("commits", {}),
         "fingerprint": train.fingerprint,
         "loss_on": data_args.loss_on,
         "max_seq_length": data_args.max_seq_length,

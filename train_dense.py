@@ -520,7 +520,8 @@ def train_claimed(model_args, data_args, lora_args, training_args, stop):
     def started():
         """The model is there, the checkpoint is loaded: from here on it is this run's directory."""
         if training_args.process_index == 0:
-            record = write_arguments(arguments, facts, planned, training_args.world_size)
+            world = training_args.world_size
+            record = write_arguments(arguments, facts, planned, world, packs.report["commits"])
             trim_log(training_args.output_dir, first)
             if training_args.tracker_name in OWN_TRACKERS:
                 where = training_args.project, training_args.run_name, training_args.output_dir

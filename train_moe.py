@@ -546,7 +546,8 @@ def train_claimed(args, data_args, lora_args, stop, device, mesh):
     say(f"training {trained:,} of {everything:,} parameters")
     if resume_from:
         say(f"resuming from {resume_from}")
-    record = write_arguments(arguments, facts, planned, dist.get_world_size()) if is_main() else None
+    recorded = arguments, facts, planned, dist.get_world_size(), dataset.report["commits"]
+    record = write_arguments(*recorded) if is_main() else None
     log = Log(args, record, step, run.total_steps)
     step = train_steps(run, step, checkpoints, log, planned)
     log.close()

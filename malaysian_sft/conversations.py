@@ -245,6 +245,7 @@ class Source:
     digest: str  # hash of the content
     count: int  # rows, for the progress bar (blank lines of a JSONL file included)
     rows: Callable[[], Iterator[tuple[int, object]]]
+    commit: str | None = None  # the hub's, of a hub dataset
 
 
 def _digest_file(path: Path) -> tuple[str, int]:
@@ -330,6 +331,7 @@ def _refuse_other_json(path):
 
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
 # Of a local directory, as of a hub dataset, the training split is read; these words in a file's name say it is another.
 OTHER_SPLITS = re.compile(r"(^|[-_.])(test|validation|valid|val|dev|eval)([-_.]|$)", re.IGNORECASE)
 
@@ -362,6 +364,12 @@ def _local_sources(path: Path, wanted: set[str] | None) -> list[Source]:
     return [_file_source(file) for file in files if wanted is None or file.stem in wanted]
 
 
+def commit_of(paths) -> str | None:
+    """The hub's commit that the cache of `datasets` names a directory after; None if it names none, or several."""
+    found = {match.group() for path in paths for match in COMMIT.finditer(str(Path(path).parent))}
+    return found.pop() if len(found) == 1 else None
+
+
 def _hub_sources(dataset: str, wanted: set[str] | None, revision: str | None) -> list[Source]:
     import datasets
 
@@ -382,9 +390,8 @@ def _hub_sources(dataset: str, wanted: set[str] | None, revision: str | None) ->
         for file in table.cache_files:
             digest.update(_digest_file(Path(file["filename"]))[0].encode())
         rows = functools.partial(enumerate, table, 1)
-        sources.append(
-            Source(f"{dataset}/{name}", name if name in CONFIGS else None, name, digest.hexdigest(), len(table), rows)
-        )
+        facts = f"{dataset}/{name}", name if name in CONFIGS else None, name, digest.hexdigest(), len(table), rows
+        sources.append(Source(*facts, commit_of([file["filename"] for file in table.cache_files])))
     return sources
 
 

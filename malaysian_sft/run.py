@@ -168,15 +168,17 @@ def refuse_another_run(facts, before, where):
             )
 
 
-def write_arguments(arguments, facts, planned, world_size):
+def write_arguments(arguments, facts, planned, world_size, dataset_commits):
     """outputs/<run>/args.json: what another person needs to repeat the run; returns the record.
 
-    arguments: every flag by its name, with output_dir; facts: `run_facts`; planned: plan.py's plan or None.
+    arguments: every flag by its name, with output_dir; facts: `run_facts`; planned: plan.py's plan or None;
+    dataset_commits: the hub's commits of the data, by name, {} for files.
     """
     record = {
         "launcher": arguments["run_name"],
         "model": arguments["model_name_or_path"],
         "model_commit": hub_commit(arguments["model_name_or_path"], arguments.get("model_revision")),
+        "dataset_commits": dataset_commits,
         "commit": git_commit(),
         "data": facts["data"],
         "world_size": world_size,

@@ -215,6 +215,7 @@ def write_cache(
         meta = {
             "sources": [source.name for source in sources],
             "labels": [source.label for source in sources],
+            "commits": {source.name: source.commit for source in sources if source.commit},
             "skipped": [skipped[i] for i in range(len(sources))],
             "rows": seen,
             "loss_on": data_args.loss_on,

@@ -249,5 +249,6 @@ def test_the_hub_s_commit_of_a_base_is_recorded(tmp_path, monkeypatch):
     assert hub_commit("owner/other") is None and hub_commit("owner/name", "v2") is None
     assert hub_commit(str(repository / "snapshots" / commit)) is None, "a directory"
     arguments = {"run_name": "x", "model_name_or_path": "owner/name", "output_dir": str(tmp_path / "run")}
-    write_arguments(arguments, {"data": "abc"}, None, 1)
-    assert json.loads((tmp_path / "run/args.json").read_text())["model_commit"] == commit
+    write_arguments(arguments, {"data": "abc"}, None, 1, {"owner/data/default": commit})
+    record = json.loads((tmp_path / "run/args.json").read_text())
+    assert record["model_commit"] == commit and record["dataset_commits"] == {"owner/data/default": commit}

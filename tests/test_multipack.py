@@ -30,7 +30,7 @@ from malaysian_sft.attention import (
     register_attention,
 )
 from malaysian_sft.chat_format import ChatFormat
-from malaysian_sft.conversations import DataArguments, _hub_sources
+from malaysian_sft.conversations import DataArguments, _hub_sources, commit_of
 from malaysian_sft.tokenise import TOKENISATION_VERSION, tokenise
 from multipack import pack, prepare
 
@@ -364,12 +364,18 @@ def test_json_parquet_and_hub_give_the_same_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
     sources = _hub_sources(str(hub), None, None)
     assert {source.label: source.count for source in sources} == {"coding": 5, "ayat_aktif_pasif": 1}
+    assert [source.commit for source in sources] == [None, None], "a folder"
+    commit = "0123456789" * 4
+    assert commit_of([f"/hf/owner___data/default/0.0.0/{commit}/data-train.arrow"] * 2) == commit
+    assert commit_of([f"/hf/data/{commit}/a.arrow", f"/hf/data/{commit[::-1]}/a.arrow"]) is None
+    sources[0].commit = commit
     monkeypatch.setattr("multipack.find_sources", lambda _: sources)
     dataset = prepare(arguments(tmp_path, "owner/name"), tokenizer, "tiny")
     assert (
         dataset.report["configs"]["coding"]["documents"] == 5
         and dataset.report["configs"]["ayat_aktif_pasif"]["documents"] == 1
     )
+    assert dataset.report["commits"] == {sources[0].name: commit}
     found = [document["input_ids"].tolist() for document in documents_of(dataset)]
     assert all(ids in found for ids in expected) and len(found) == 6
 
