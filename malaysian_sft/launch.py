@@ -71,7 +71,7 @@ class Loopback(StaticTCPRendezvous):
 
 def meet_on_loopback(args):
     """Have torchrun's arguments `args`, of one node, use `Loopback`. Raises ValueError if another has the port."""
-    port = 0 if args.standalone else args.master_port
+    port = 0 if args.standalone or args.master_port is None else args.master_port  # 0: any that is free
     try:
         listening = socket.create_server((LOOPBACK, port))
     except OSError as error:

@@ -155,7 +155,7 @@ LAUNCHERS = [path for kind in ("ds3", "fsdp2") for path in sorted(Path(__file__)
 def launcher_flags(launcher):
     """The flags in a launcher's ARGS, without starting it."""
     array = re.search(r"ARGS=\((.*?)\n\)", Path(launcher).read_text(), re.DOTALL)[1]
-    return shlex.split(array.replace('"$(basename "$0" .sh)"', Path(launcher).stem))
+    return shlex.split(array.replace('"$(basename "$0" .sh)"', Path(launcher).stem), comments=True)
 
 
 def real_config(name):

@@ -34,11 +34,20 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plans(runs):
     """What --all plans on README's hardware, of every launcher whose model's config is in tests/configs."""
-    return [
-        plan_table.plan_launcher(path, run, plan_table.HARDWARE, PlanArguments(), CONFIGS["Qwen3-32B"].parent)
-        for path, run in runs.items()
-        if run["model"].rpartition("/")[2] in CONFIGS
-    ]
+    return [planned(path, run) for path, run in runs.items() if run["model"].rpartition("/")[2] in CONFIGS]
+
+
+def planned(path, run):
+    return plan_table.plan_launcher(path, run, plan_table.HARDWARE, PlanArguments(), CONFIGS["Qwen3-32B"].parent)
+
+
+@pytest.fixture(scope="module")
+def in_bf16(runs):
+    """The plans of the largest launcher, were its experts in bf16."""
+    path = ROOT / "fsdp2-fused-moe-Qwen3-235B-A22B-lora-256.sh"
+    run = runs[path]
+    assert run["arguments"]["base_dtype"] == "fp8"
+    return planned(path, {**run, "arguments": run["arguments"] | {"base_dtype": "none"}})
 
 
 def test_a_launcher_says_its_run(runs):
@@ -57,22 +66,23 @@ def test_readme_and_headers_are_what_is_planned(plans):
         assert plan_table.UNMEASURED_LINE.sub(plan_table.header(row), text) == text, "run `plan.py --all --write`"
 
 
-def test_a_launcher_is_planned_by_its_own_flags(plans):
+def test_a_launcher_is_planned_by_its_own_flags(plans, in_bf16):
     by_name = {rows[0]["launcher"]: rows for rows in plans}
     dora = by_name["fsdp2-fused-moe-Qwen3-30B-A3B-dora-256.sh"]
     assert dora[0]["plan"]["use_dora"] and dora[0]["epochs"] == 3 and dora[0]["plan"]["r"] == 256
     dense = by_name["ds3-qwen3-32b-lora-256.sh"]
     assert dense[0]["plan"]["kind"] == "dense" and dense[0]["plan"]["zero3"] and dense[0]["plan"]["accumulation"] == 4
     large = by_name["fsdp2-fused-moe-Qwen3-235B-A22B-lora-256.sh"]
-    one, roomy, two = large
+    assert large[0]["plan"]["fits"] and not large[0]["flags"] and plan_table.first_that_fits(large) is large[0]
+    one, roomy, two = in_bf16
     assert not one["plan"]["fits"] and one["time"] is None
     assert roomy["plan"]["fits"] and roomy["time"]["device"] == "NVIDIA H200" and not roomy["flags"]
-    # its header says so: two nodes of 80 GB hold it together
+    # the launcher says so beside the flag: two nodes of 80 GB hold it together
     assert two["plan"]["fits"] and "--shard_nodes 2" in two["flags"]
-    assert plan_table.first_that_fits(large) is roomy
+    assert plan_table.first_that_fits(in_bf16) is roomy
 
 
-def test_the_table_has_what_was_planned(plans):
+def test_the_table_has_what_was_planned(plans, in_bf16):
     text = plan_table.table([rows[0] for rows in plans])
     for rows in plans:
         (line,) = [line for line in text.splitlines() if line.split()[0] == rows[0]["launcher"].removesuffix(".sh")]
@@ -83,7 +93,7 @@ def test_the_table_has_what_was_planned(plans):
         if row["time"]:
             (digits,) = [w for w in words[words.index(f"{row['plan']['peak_bytes'] / GIB:.0f}") + 3 :][:1]]
             assert float(digits.replace(",", "")) == pytest.approx(row["time"]["tokens_per_second"], rel=0.05)
-    compared = plan_table.comparison(plans)
+    compared = plan_table.comparison([*plans, in_bf16])
     assert "does not fit" in compared and "2 nodes of 8 x 80 GB" in compared
 
 
