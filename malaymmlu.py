@@ -11,10 +11,9 @@ command makes exactly the missing samples.
 How it works. One driver (this process) owns the files and one queue of (question, sample) per checkpoint. `num_gpus /
 gpu_partition` engines, each a process group of its own with its own GPUs, hold a vLLM engine each; the driver keeps
 every one topped up with small batches, so none idles while work remains, and writes what comes back, with fsync. An
-engine that dies or hangs gives its questions back to the queue and is restarted. A slot with nothing left to do for one
-checkpoint loads the next while the others finish. And when the last questions of a checkpoint have been given out, a
-GPU slot that still writes starts the process for the next one beside it: it loads the model at once where memory has
-room for two, else it imports vLLM and waits for the slot.
+engine that dies or hangs gives its questions back to the queue and is restarted. An engine with nothing left to do for
+one checkpoint loads the next one's weights in place while the others finish; what takes long at a start (imports,
+compilation, CUDA graphs) is done once. Only another base model needs another engine.
 """
 
 import fnmatch

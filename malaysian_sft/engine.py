@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import zlib
 from pathlib import Path
 
 from malaysian_sft.extraction import extract
@@ -14,13 +15,18 @@ from malaysian_sft.extraction import extract
 SYSTEM_PROMPT = r"First, you try to think step-by-step in malay, after that, put your final answer within $\boxed{}$."
 FIRST_TOKEN_PROMPT = "Berikut adalah soalan aneka pilihan tentang {subject}. Sila berikan jawapan sahaja.\n\n{prompt}"
 FIRST_TOKEN_PREFIX = "\nJawapan:"
+# vLLM's options that say which weights an engine has, with their defaults
+WEIGHTS = {"load_format": "auto", "model_loader_extra_config": {}}
 CPU_CACHE_GIB = 2  # vLLM's cache of keys and values on a CPU
 
 
-def engine_main(pipe, life, log, gpus, config, held):
-    """An engine process: load the model (held: when told to), answer what comes through `pipe` until None comes. Dies
-    with the driver."""
-    began = time.monotonic()
+def engine_main(pipe, life, log, gpus, config):
+    """An engine process: load the model and answer what comes through `pipe`, with one checkpoint's weights after
+    another's, until None comes. Dies with the driver.
+
+    It says ("ready", seconds) when a checkpoint's weights are there; ("other", None) when this engine cannot take them;
+    ("refused", why) when no engine could.
+    """
     os.setsid()  # a process group of its own, so that the driver can end everything vLLM starts
     threading.Thread(target=die_with_driver, args=(life,), daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -28,31 +34,24 @@ def engine_main(pipe, life, log, gpus, config, held):
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
     engine_environment(gpus, config)
-    if held:
-        import vllm  # noqa: F401 (what takes the time, and no memory of the GPU)
-
+    llm = options = None
+    while config is not None:
+        began = time.monotonic()
         try:
-            if pipe.recv() is None:
+            wanted, lora = llm_options(config)
+            if llm is None:
+                llm = start_vllm(wanted)
+            elif not take_weights(llm, options, wanted):
+                pipe.send(("other", None))
                 return
-        except EOFError:
+            options, tokenizer = wanted, llm.get_tokenizer()
+            check_template(tokenizer, config)
+        except (ValueError, OSError) as error:  # a wrong flag, a bad checkpoint: starting again would not help
+            what = f"vLLM cannot load {config['adapter'] or config['model']}: {str(error).strip()[:1500]}"
+            pipe.send(("refused", f"{what}\nthe log is {log}"))
             return
-    try:
-        llm, lora = build_llm(config)
-        tokenizer = llm.get_tokenizer()
-        check_template(tokenizer, config)
-    except (ValueError, OSError) as error:  # a wrong flag, a bad checkpoint: starting again would not help
-        pipe.send(
-            (
-                "refused",
-                (
-                    f"vLLM cannot load {config['adapter'] or config['model']}: {str(error).strip()[:1500]}\nthe log is"
-                    f" {log}"
-                ),
-            )
-        )
-        return
-    pipe.send(("ready", time.monotonic() - began))
-    serve(pipe, llm, lora, tokenizer, config)
+        pipe.send(("ready", time.monotonic() - began))
+        config = serve(pipe, llm, lora, tokenizer, config)
 
 
 def die_with_driver(life):
@@ -83,13 +82,48 @@ def engine_environment(gpus, config):
         os.environ.setdefault(name, value)
 
 
-def build_llm(config):
-    """Load the model, merged with its adapter unless that is served -> (LLM, LoRARequest or None). Raises ValueError if
-    vLLM refuses it."""
+def start_vllm(options):
+    """vllm.LLM with the options of `llm_options`. Raises ValueError if vLLM refuses them."""
     from vllm import LLM
 
-    options, lora = llm_options(config)
-    return LLM(**options), lora
+    return LLM(**options)
+
+
+class WorkerExtension:
+    """What vLLM's workers can do besides what they do (its `worker_extension_cls`)."""
+
+    def kernels_with_own_weights(self):
+        """Names of the experts' kernels that arrange weights for themselves after loading. vLLM 0.32 has them do so at
+        a start and not again at a reload, so that they would compute with weights in the wrong order."""
+        from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+
+        found = set()
+        for module in self.get_model().modules():
+            kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+            if kernel is not None:
+                found.add(type(kernel.fused_experts))
+        as_loaded = FusedMoEExperts.process_weights_after_loading
+        return sorted(kind.__name__ for kind in found if kind.process_weights_after_loading is not as_loaded)
+
+
+def take_weights(llm, options, wanted):
+    """Put other weights of the same model into a running engine, in place: its memory, its compiled code, its CUDA
+    graphs stay. The adapter is merged as at a start.
+
+    llm: a vllm.LLM with no unfinished request. options, wanted: the `llm_options` that it has and is to have. Returns
+    False, with nothing changed, where it cannot have them. Raises RuntimeError if keys and values of the weights before
+    stay in the cache.
+    """
+    if wanted == options:
+        return True  # an adapter that is served comes with each request
+    weights = {name: wanted.get(name, default) for name, default in WEIGHTS.items()}
+    if wanted | weights != options | weights or any(llm.collective_rpc("kernels_with_own_weights")):
+        return False
+    llm.collective_rpc("update_config", args=({"load_config": weights},))
+    llm.collective_rpc("reload_weights")
+    if not llm.reset_prefix_cache():  # they would answer for prompts that begin alike
+        raise RuntimeError("vLLM's prefix cache is not empty after new weights")
+    return True
 
 
 def llm_options(config):
@@ -110,6 +144,7 @@ def llm_options(config):
         "gpu_memory_utilization": config["gpu_memory_utilization"],
         "enforce_eager": config["enforce_eager"],
         "enable_prefix_caching": True,
+        "worker_extension_cls": "malaysian_sft.engine.WorkerExtension",
         "seed": config["seed"],
     }
     if config["device"] == "cpu":
@@ -144,7 +179,9 @@ def served_lora(directory, options):
     if allowed is None:
         raise ValueError(f"vLLM serves LoRA up to rank 512, this has {rank}; leave --serve_lora off")
     options |= {"enable_lora": True, "max_lora_rank": allowed, "max_loras": 1}
-    return LoRARequest("adapter", 1, str(Path(directory).resolve()))
+    path = str(Path(directory).resolve())
+    # of one engine's life: vLLM keeps an adapter by its number, and the prefix cache by its name
+    return LoRARequest(path, zlib.crc32(path.encode()) + 1, path)
 
 
 def check_template(tokenizer, config):
@@ -195,7 +232,9 @@ def sample_seed(seed, index, sample, attempt):
 
 
 def serve(pipe, llm, lora, tokenizer, config):
-    """Answer units (question index, sample) continuously: new ones join the running batch while others still write."""
+    """Answer units (question index, sample) continuously: new ones join the running batch while others still write.
+
+    Returns the config of the checkpoint to load next, when the driver sends one, or None when this was the last."""
     from vllm.v1.engine.exceptions import EngineDeadError
 
     engine, open_units = llm.llm_engine, {}
@@ -203,10 +242,10 @@ def serve(pipe, llm, lora, tokenizer, config):
     try:
         while True:
             while pipe.poll(0 if open_units else None):
-                units = pipe.recv()
-                if units is None:
-                    return
-                for unit in units:
+                kind, content = pipe.recv()
+                if kind != "units":
+                    return content
+                for unit in content:
                     add(engine, open_units, unit, 0, lora, tokenizer, config)
             records = []
             for result in engine.step():
@@ -223,8 +262,9 @@ def serve(pipe, llm, lora, tokenizer, config):
         pipe.send(("refused", str(error)))
     except EngineDeadError as error:
         pipe.send(("failed", f"vLLM's engine died: {error}"))
-    except EOFError:
-        return
+    except EOFError:  # the driver is gone
+        pass
+    return None
 
 
 class PromptTooLong(ValueError):

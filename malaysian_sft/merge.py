@@ -327,9 +327,12 @@ def register_vllm_loader() -> None:
             )
 
         def get_all_weights(self, model_config, model):
+            # now, not at the first weight: a reload takes the parameters away before it asks for that
+            return self._merged_weights(model_config, model, next(model.parameters()).device)
+
+        def _merged_weights(self, model_config, model, device):
             scales = base_scales(model_config)
             adapter = Adapter(self.adapter_directory).check(None if self.any_base else model_config.model)
-            device = next(model.parameters()).device
             for name, weight in super().get_all_weights(model_config, model):
                 if _is_scale(name, scales):
                     continue

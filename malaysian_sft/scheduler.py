@@ -22,49 +22,49 @@ class Engine:
         self.units = set()
         self.deaths = 0
         self.not_before = 0.0
-        self.held = (
-            False  # started for the next checkpoint, and told to wait with loading until this slot's memory is free
-        )
-        self.next = None  # an engine for the next checkpoint, started in the same slot while this one still writes
+        self.takes = True  # weights in place of those it has; until it failed to
+        self.taking = False  # it does so for its present checkpoint
 
     @property
     def alive(self):
         return self.process is not None
 
-    def start(self, output, config, held=False):
-        """Start the process for one checkpoint; it reports ("ready",) when the model is loaded. held: it loads only
-        after `release`."""
+    def start(self, output, config):
+        """Start the process for one checkpoint; it reports ("ready",) when the model is loaded."""
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         # nothing is ever sent: its end of file tells the engine that the driver died
         life, self.life = context.Pipe(duplex=False)
         self.log = output.directory / f"engine-{self.slot}.log"
-        self.process = context.Process(target=engine_main, args=(theirs, life, str(self.log), self.gpus, config, held))
+        self.process = context.Process(target=engine_main, args=(theirs, life, str(self.log), self.gpus, config))
         self.process.start()
         theirs.close()
         life.close()
-        self.output, self.ready, self.heard, self.units, self.held = output, False, time.monotonic(), set(), held
-        doing = "starts and waits for memory" if held else "loads"
+        self.load(output, "loads")
+
+    def take(self, output, config):
+        """Have the running process, which has nothing left to do, load another checkpoint's weights in place."""
+        self.load(output, "loads weights in place")
+        self.taking = True
+        self.send("load", config)
+
+    def load(self, output, doing):
+        self.output, self.ready, self.heard, self.units, self.taking = output, False, time.monotonic(), set(), False
         print(f"{output.directory}: engine {self.slot} {doing}, log {self.log}", flush=True)
 
-    def release(self):
-        """Let an engine that was told to wait load its model."""
-        if self.held:
-            self.held, self.heard = False, time.monotonic()
-            try:
-                self.pipe.send("load")
-            except OSError:
-                pass  # it died while it waited, which the driver sees at its pipe
+    def send(self, kind, content):
+        """Say something to the process; whether it is there. If not, its pipe says so to the driver too."""
+        try:
+            self.pipe.send((kind, content))
+        except OSError:
+            return False
+        return True
 
     def stop(self, grace=0.0):
         """End the engine and everything it started."""
         if self.process is None:
             return
-        if grace:
-            try:
-                self.pipe.send(None)
-            except OSError:
-                grace = 0.0
+        if grace and self.send("end", None):
             self.process.join(grace)
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -93,12 +93,10 @@ class Scheduler:
         self.capacity = plan.max_num_seqs + self.batch
         self.logged = time.monotonic()
         self.first_missing = {output.directory: output.missing for output in outputs}
-        # until an engine that was started ahead of its turn fails; on a CPU two would fight over its cores
-        self.ahead = plan.device == "cuda"
 
-    def everyone(self):
-        """Every engine that has a process, also those for the next checkpoint."""
-        return [one for engine in self.engines for one in (engine, engine.next) if one is not None and one.alive]
+    def running(self):
+        """Every engine that has a process."""
+        return [engine for engine in self.engines if engine.alive]
 
     def run(self):
         """Until every sample of every row is on disk. Raises RuntimeError when an engine keeps failing or the disk is
@@ -112,53 +110,33 @@ class Scheduler:
                 self.collect()
                 self.watch()
                 self.progress()
-            for engine in self.everyone():
+            for engine in self.running():
                 engine.stop(grace=10.0)
         finally:
-            for engine in self.everyone():
+            for engine in self.running():
                 engine.stop()
 
-    def is_ahead(self, engine):
-        return any(engine is other.next for other in self.engines)
-
     def assign(self):
-        """Give every free slot to the first row with unclaimed work; a slot that only waits moves on, one that finishes
-        prepares to."""
+        """Give every slot with nothing left to do to the first row with unclaimed questions: its engine loads the row's
+        weights in place, or a new one starts."""
         row = next((output for output in self.outputs if output.queue), None)
-        for slot, engine in enumerate(self.engines):
-            following = engine.next
-            if following and not (following.alive and (following.units or following.output.queue)):
-                following.stop()  # it failed, or others have taken its row's last questions
-                following = engine.next = None
-            if row is None and following is None:
-                continue
-            finished = engine.alive and engine.ready and engine.output is not row and not engine.output.queue
-            if finished and engine.units:
-                if following is None and self.ahead and self.needed(row):
-                    engine.next = type(engine)(engine.slot, engine.gpus)
-                    engine.next.start(row, self.engine_config(row), held=not self.room_for_two())
-                continue
-            if finished:
-                if following and not (following.held or following.ready):
-                    continue  # it loads beside this one; memory freed meanwhile would upset vLLM's measurement
-                engine.stop(grace=10.0)
-                engine.deaths = 0
+        for engine in self.engines:
+            if row is None or not self.needed(row):
+                return
             if engine.alive:
-                continue
-            if following and (finished or following.output is row):
-                self.engines[slot], engine.next = following, None
-                following.release()
-            elif row and time.monotonic() >= engine.not_before and self.needed(row):
+                if engine.output is row or not engine.ready or engine.units or engine.output.queue:
+                    continue
+                engine.deaths = 0
+                if engine.takes and engine.output.job.model == row.job.model:
+                    engine.take(row, self.engine_config(row))
+                    continue
+                engine.stop(grace=10.0)
+            if time.monotonic() >= engine.not_before:
                 engine.start(row, self.engine_config(row))
 
     def needed(self, row):
         """Whether one more engine has something to do: no more engines than there are questions for."""
-        return sum(other.output is row for other in self.everyone()) < len(row.queue)
-
-    def room_for_two(self):
-        """Whether a second engine fits on the GPUs of a slot; the tenth left: contexts and CUDA graphs, which vLLM does
-        not count."""
-        return 2 * self.args.gpu_memory_utilization <= 0.9
+        return sum(other.output is row for other in self.running()) < len(row.queue)
 
     def engine_config(self, output):
         """Everything an engine needs, as plain values."""
@@ -180,11 +158,11 @@ class Scheduler:
 
     def dispatch(self):
         """Top up the engines with small batches, each with its fair share of what is left."""
-        for engine in self.everyone():
+        for engine in self.running():
             if not engine.ready:
                 continue
             output = engine.output
-            team = [other for other in self.everyone() if other.output is output and not other.held]
+            team = [other for other in self.running() if other.output is output]
             left = len(output.queue) + sum(len(other.units) for other in team)
             target = min(self.capacity, -(-left // len(team)))
             room = target - len(engine.units)
@@ -194,14 +172,12 @@ class Scheduler:
             if units:
                 engine.units.update(units)
                 engine.heard = time.monotonic()
-                try:
-                    engine.pipe.send(units)
-                except OSError:
+                if not engine.send("units", units):
                     self.died(engine, "its process is gone")
 
     def collect(self):
         """Write what came back."""
-        pipes = {engine.pipe: engine for engine in self.everyone()}
+        pipes = {engine.pipe: engine for engine in self.running()}
         if not pipes:
             time.sleep(0.2)
             return
@@ -220,18 +196,16 @@ class Scheduler:
             elif message[0] == "records":
                 engine.output.append(message[1])
                 engine.units.difference_update((record["index"], record["sample"]) for record in message[1])
-            elif message[0] == "refused" and not self.is_ahead(engine):
+            elif message[0] == "refused":
                 raise ValueError(message[1])
-            elif message[0] == "refused":  # perhaps only because another model is in memory too: its turn decides
-                self.died(engine, message[1].splitlines()[0])
+            elif message[0] == "other":  # of another kind than its checkpoints before: `assign` starts a new one
+                engine.stop(grace=10.0)
             elif message[0] == "failed":
                 self.died(engine, message[1])
 
     def watch(self):
         """Notice engines that are silent for too long."""
-        for engine in self.everyone():
-            if engine.held:
-                continue
+        for engine in self.running():
             silent = time.monotonic() - engine.heard
             limit = self.args.hang_timeout if engine.ready else self.args.start_timeout
             if silent > limit and (engine.units or not engine.ready):
@@ -246,15 +220,11 @@ class Scheduler:
         output, tail = engine.output, engine.log_tail()
         output.queue.extendleft(sorted(engine.units, reverse=True))
         engine.units = set()
-        if self.is_ahead(engine):
+        if engine.taking and not engine.ready:
+            engine.takes = False
             engine.stop()
-            # assign forgets it; its row gets an engine when the slot is free, and that one's restarts are counted
-            self.ahead = False
-            print(
-                f"{output.directory}: engine {engine.slot}, started ahead of its turn, failed ({why}); trying again in"
-                " turn",
-                flush=True,
-            )
+            what = f"engine {engine.slot} could not load weights in place ({why}); a new one starts"
+            print(f"{output.directory}: {what}", flush=True)
             return
         engine.stop()
         engine.deaths += 1

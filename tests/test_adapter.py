@@ -367,6 +367,7 @@ VLLM_SCRIPT = """
 import gc, json, os, sys
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
+from malaysian_sft.engine import take_weights
 
 
 def log_probabilities(llm, prompt, **extra):
@@ -403,12 +404,19 @@ if __name__ == "__main__":
         else:
             extra = {}
             common |= {"load_format": "merge_adapter", "model_loader_extra_config": {"adapter": job["adapter"]}}
+            common |= {"worker_extension_cls": "malaysian_sft.engine.WorkerExtension"}
             try:
                 llm = LLM(job["base"], tensor_parallel_size=job["tp"], **common, **job.get("options", {}))
             except ValueError as error:
                 results[job["name"]] = str(error)
                 continue
         result = {"log_probabilities": log_probabilities(llm, job["prompt"], **extra)}
+        for adapter in job.get("then", []):  # its weights in place of those that the engine has
+            wanted = common | {"model_loader_extra_config": {"adapter": adapter}}
+            if not take_weights(llm, common, wanted):
+                break
+            common = wanted
+            result.setdefault("then", []).append(log_probabilities(llm, job["prompt"]))
         if job.get("check"):
             result["check"] = llm.apply_model(lambda model: loading_check(model, job["adapter"]))[0]
         results[job["name"]] = result
@@ -450,6 +458,9 @@ def vllm_results(trained, tmp_path_factory):
     jobs = [
         vllm_job(trained(*case), " ".join(case), check=case[0].endswith("moe") and case[1] == "lora") for case in CASES
     ]
+    for job, (family, kind) in zip(jobs, CASES, strict=True):
+        if kind == "lora":  # the engine then takes the other adapter's weights, and its own again
+            job["then"] = [str(trained(family, other).directory) for other in ("dora", "lora")]
     jobs.append(vllm_job(trained("llama", "lora"), "unmerged", how="unmerged"))
     longer = trained("llama", "lora").copy(tmp_path_factory.mktemp("longer"))
     (longer / MANIFEST).unlink()
@@ -464,6 +475,19 @@ def vllm_results(trained, tmp_path_factory):
 def test_merged_while_vllm_loads(trained, vllm_results, family, kind):
     found = torch.tensor(vllm_results[f"{family} {kind}"]["log_probabilities"])
     assert torch.allclose(found, trained(family, kind).truth, atol=TOLERANCE, rtol=0)
+
+
+def test_a_running_engine_takes_other_weights(trained, vllm_results):
+    dora, lora = torch.tensor(vllm_results["llama lora"]["then"])
+    assert torch.allclose(dora, trained("llama", "dora").truth, atol=TOLERANCE, rtol=0)
+    assert lora.tolist() == vllm_results["llama lora"]["log_probabilities"]
+    assert (dora - lora).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe"])
+def test_an_engine_whose_kernels_arrange_weights_takes_none(vllm_results, family):
+    """vLLM's kernel for experts on CPUs, which would be left with the weights before."""
+    assert "then" not in vllm_results[f"{family} lora"]
 
 
 def test_vllm_refuses_keys_that_match_nothing(vllm_results):

@@ -2,6 +2,7 @@
 compared."""
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -342,9 +343,10 @@ class StandIn(Engine):
     def alive(self):
         return self.output is not None
 
-    def start(self, output, config, held=False):
-        self.output, self.ready, self.units, self.heard, self.held = output, not held, set(), time.monotonic(), held
+    def start(self, output, config):
         self.pipe, self.sent = argparse.Namespace(send=lambda sent: self.sent.append(sent)), []
+        self.load(output, "loads")
+        self.ready = True
 
     def stop(self, grace=0.0):
         self.output = None
@@ -362,9 +364,7 @@ def scheduler(tmp_path, monkeypatch):
 
     def make(slots, max_num_seqs=256, **given):
         plan = malaymmlu.Plan("cpu", [[] for _ in range(slots)], 1, max_num_seqs, True)
-        made = Scheduler(arguments(**given), plan, questions, rows)
-        made.ahead = True  # as on GPUs
-        return made
+        return Scheduler(arguments(**given), plan, questions, rows)
 
     yield make
     for row in rows:
@@ -385,19 +385,6 @@ def test_work_is_shared_fairly_and_kept_within_the_engines_capacity(scheduler):
     assert len(small.engines[0].units) == 3  # two being written and one waiting
 
 
-def test_an_idle_engine_loads_the_next_row_while_others_finish(scheduler, monkeypatch):
-    made = scheduler(2)
-    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: False)
-    made.assign()
-    made.dispatch()
-    first, second = made.outputs
-    made.engines[1].units.clear()
-    made.assign()
-    made.dispatch()
-    assert [engine.output for engine in made.engines] == [first, second]
-    assert len(made.engines[0].units) == 6 and len(made.engines[1].units) == 12
-
-
 def finish(engine, keep=0):
     """All but `keep` of what an engine works on comes back."""
     for unit in sorted(engine.units)[keep:]:
@@ -405,99 +392,62 @@ def finish(engine, keep=0):
         engine.units.discard(unit)
 
 
-def test_one_slot_prepares_the_next_row_at_the_tail_and_loads_it_when_memory_is_free(scheduler, monkeypatch):
-    made = scheduler(1)
-    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: False)
+def test_an_idle_engine_takes_the_next_rows_weights_while_others_finish(scheduler):
+    made = scheduler(2)
     made.assign()
-    assert made.engines[0].next is None
     made.dispatch()
-    made.assign()  # the queue is empty, the engine still writes
     first, second = made.outputs
-    old, ahead = made.engines[0], made.engines[0].next
-    assert (old.output, ahead.output, ahead.held) == (first, second, True)
-    made.dispatch()
-    made.assign()
-    assert not ahead.units and made.engines[0].next is ahead and ahead.sent == []
-    ahead.heard -= 1e6
-    made.watch()
-    assert ahead.alive  # it may wait for as long as the slot is taken
-    finish(old)
-    made.assign()
-    assert made.engines == [ahead] and not old.alive and not ahead.held and ahead.sent == ["load"]
-    ahead.ready = True
-    made.dispatch()
-    assert len(ahead.units) == 12
-
-
-def test_with_room_for_two_the_next_row_loads_and_begins_while_the_last_answers_are_written(scheduler, monkeypatch):
-    made = scheduler(1)
-    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: True)
-    made.assign()
-    made.dispatch()
-    made.assign()
-    old, ahead = made.engines[0], made.engines[0].next
-    assert not ahead.held
-    ahead.ready = False  # it still loads
-    finish(old)
-    made.assign()
-    assert old.alive and made.engines == [old]  # nothing is freed under vLLM's measurement of the memory
-    ahead.ready = True
-    made.dispatch()
-    assert len(ahead.units) == 12
-    made.assign()
-    assert made.engines == [ahead] and len(ahead.units) == 12 and not old.alive
-    finish(ahead)
-    made.assign()
-    assert all(output.missing == 0 for output in made.outputs)
-
-
-def test_an_engine_that_fails_ahead_of_its_turn_costs_no_restart_and_is_not_tried_again(scheduler, monkeypatch):
-    made = scheduler(1, restarts=0)
-    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: True)
-    made.assign()
-    made.dispatch()
-    made.assign()
-    old, second = made.engines[0], made.outputs[1]
-    made.dispatch()
-    assert len(old.next.units) == 12
-    (old.pipe, silent), (old.next.pipe, engine_end) = Pipe(), Pipe()
-    engine_end.send(("refused", "no room in memory"))  # of an engine in its turn this would end the run
-    made.collect()
-    assert silent and len(second.queue) == 12 and old.alive
-    made.assign()
-    assert old.next is None
-    finish(old)
-    made.assign()
-    assert made.engines[0].output is second and made.engines[0].deaths == 0
-
-
-def test_an_engine_ahead_whose_row_others_have_finished_is_ended(scheduler, monkeypatch):
-    made = scheduler(2, max_num_seqs=64)
-    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: False)
-    made.assign()
-    made.dispatch()
-    made.assign()
     slow, quick = made.engines
-    assert slow.next.held and quick.next.held
     finish(quick)
+    quick.deaths = 2
     made.assign()
-    taken = made.engines[1]
-    taken.ready = True
     made.dispatch()
-    assert len(taken.units) == 12 and not made.outputs[1].queue
-    waiting = slow.next
+    assert [engine.output for engine in made.engines] == [first, second]
+    assert not quick.ready and not quick.units and quick.deaths == 0 and len(slow.units) == 6
+    kind, config = quick.sent[-1]
+    assert kind == "load" and config == made.engine_config(second)
+    quick.ready = True
+    made.dispatch()
+    assert len(quick.units) == 12 and quick.sent[-1][0] == "units"
+    finish(slow)
     made.assign()
-    assert slow.next is None and not waiting.alive and len(slow.units) == 6
+    assert slow.output is first and slow.alive  # nothing is left for it to do
 
 
-def test_engines_start_ahead_on_gpus_with_room_for_two(scheduler):
-    made = scheduler(1, gpu_memory_utilization=0.92)
-    assert not made.room_for_two()
-    made.args.gpu_memory_utilization = 0.45
-    assert made.room_for_two()
-    for device in ("cpu", "cuda"):
-        plan = malaymmlu.Plan(device, [[]], 1, 256, True)
-        assert Scheduler(made.args, plan, made.questions, made.outputs).ahead == (device == "cuda")
+def test_another_base_model_gets_another_engine(scheduler, monkeypatch):
+    made = scheduler(1)
+    second = made.outputs[1]
+    monkeypatch.setattr(second, "job", dataclasses.replace(second.job, model="other"))
+    made.assign()
+    made.dispatch()
+    engine, stopped = made.engines[0], []
+    monkeypatch.setattr(engine, "stop", lambda grace: (stopped.append(engine.output), StandIn.stop(engine)))
+    finish(engine)
+    made.assign()
+    assert stopped == [made.outputs[0]] and engine.output is second and engine.sent == []
+
+
+@pytest.mark.parametrize("message", ["other", None], ids=["it says that it cannot", "it dies"])
+def test_an_engine_that_cannot_take_weights_costs_no_restart(scheduler, message):
+    made = scheduler(1, restarts=0)
+    made.assign()
+    made.dispatch()
+    engine, second = made.engines[0], made.outputs[1]
+    finish(engine)
+    made.assign()
+    assert engine.taking
+    engine.pipe, theirs = Pipe()
+    if message:
+        theirs.send((message, None))
+    theirs.close()
+    made.collect()
+    assert not engine.alive and engine.takes == (message == "other")
+    made.assign()
+    assert engine.output is second and engine.deaths == 0 and engine.sent == [] and not engine.taking
+    made.dispatch()
+    assert len(engine.units) == 12
+    with pytest.raises(RuntimeError, match="failed 1 times"):  # that it began with these weights changes no promise
+        made.died(engine, "gone")
 
 
 def test_a_dead_engine_on_a_full_disk_ends_the_run_at_once(scheduler, monkeypatch):
@@ -598,14 +548,14 @@ def serve_scripted(tmp_path, reply, units, template=None, max_model_len=4096, **
     engine = Scripted(reply, max_model_len)
     loop = threading.Thread(target=serve, args=(theirs, engine, None, tokenizer, config), daemon=True)
     loop.start()
-    ours.send(units)
+    ours.send(("units", units))
     records, refused = {}, None
     while len(records) < len(units) and refused is None:
         assert ours.poll(60), "no word from serve"
         kind, content = ours.recv()
         refused = content if kind == "refused" else None
         records |= {(r["index"], r["sample"]): r for r in content} if kind == "records" else {}
-    ours.send(None)
+    ours.send(("end", None))
     loop.join(60)
     return records, refused, engine
 
@@ -865,103 +815,70 @@ def test_killed_and_hung_engines_a_killed_driver_and_a_full_disk_lose_and_repeat
         )
 
 
-def test_first_token_with_two_tensor_parallel_ranks_and_a_merged_adapter_equals_transformers(tiny, tmp_path):
-    """One engine of two ranks that merges the adapter while loading, against PEFT in transformers: letter by letter."""
+def first_token_logprobs(model, tokenizer, question):
+    """({letter: log-probability}, tokens of the prompt) of a question by the official protocol, by transformers."""
+    import torch
+
+    text = (
+        f"Berikut adalah soalan aneka pilihan tentang Matematik. Sila berikan jawapan sahaja.\n\n{question['prompt']}"
+        "\nJawapan:"
+    )
+    rendered = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logprobs = model(input_ids=ids).logits[0, -1].double().log_softmax(-1)
+    return {
+        letter: float(logprobs[tokenizer.convert_tokens_to_ids(letter)]) for letter in question["letters"]
+    }, ids.shape[1]
+
+
+@pytest.mark.parametrize("how", ["merged, two tensor-parallel ranks", "served as LoRA"])
+def test_one_engine_answers_for_every_checkpoint_as_transformers_does(tiny, tmp_path, how):
+    """One engine takes the weights of one checkpoint after another, and each answers as PEFT in transformers does,
+    letter by letter. Rows ask the same prompts, so keys and values left in the cache would show."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoTokenizer
 
-    torch.manual_seed(1)
-    config = LoraConfig(
-        r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
-    model = get_peft_model(tiny_model("qwen3", head_dim=32), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.peft_config["default"].base_model_name_or_path = tiny
-    model.save_pretrained(tmp_path / "outputs/run/checkpoint-7")
+    served = how == "served as LoRA"
+    models = {"malaymmlu-tiny": tiny_model("qwen3", head_dim=32)}
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    for step, dora in ((7, False), (9, not served)):
+        torch.manual_seed(step)
+        config = LoraConfig(r=8, lora_alpha=16, target_modules=every, use_dora=dora)
+        model = get_peft_model(tiny_model("qwen3", head_dim=32), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.peft_config["default"].base_model_name_or_path = tiny
+        model.save_pretrained(tmp_path / f"outputs/run/checkpoint-{step}")
+        models[f"malaymmlu-tiny-{'dora' if dora else 'lora'}-8-{step}"] = model
     questions = write_questions(tmp_path / "q.json", 12)
-    run = subprocess.run(
-        command(
-            "--pattern",
-            "tiny-lora-8-*",
-            "--base",
-            "none",
-            "--questions",
-            questions,
-            "--protocol",
-            "first_token",
-            "--dtype",
-            "float32",
-        )
-        + ["--num_gpus", "2", "--gpu_partition", "2"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    directory = tmp_path / "malaymmlu-tiny-lora-8-7"
-    logs = "".join(path.read_text()[-3000:] for path in directory.glob("engine-*.log"))
+    given = ["--pattern", "tiny-*", "--questions", questions, "--protocol", "first_token", "--dtype", "float32"]
+    given += ["--serve_lora", "--num_gpus", 1] if served else ["--num_gpus", 2, "--gpu_partition", 2]
+    run = subprocess.run(command(*given), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=900)
+    logs = "".join(path.read_text()[-3000:] for path in tmp_path.glob("malaymmlu-*/engine-*.log"))
     assert run.returncode == 0, run.stdout + run.stderr + logs
-    settings = json.loads((directory / "args.json").read_text())
-    assert settings["names"] == ["run-checkpoint-7", "tiny-lora-8-7"] and settings["how"] == "merged while loading"
-    assert settings["protocol"] == "first_token" and settings["engines"]["tensor_parallel"] == 2
-    records = {r["index"]: r for r in read(directory / "generations.jsonl")}
-    assert sorted(records) == list(range(12))
-    tokenizer = AutoTokenizer.from_pretrained(tiny)
-    model.eval()
-    picks = set()
-    for question in load_questions(questions):
-        text = (
-            "Berikut adalah soalan aneka pilihan tentang Matematik. Sila berikan jawapan"
-            f" sahaja.\n\n{question['prompt']}\nJawapan:"
-        )
-        rendered = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-        ids = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            logprobs = model(input_ids=ids).logits[0, -1].double().log_softmax(-1)
-            base = model.get_base_model()
-        expected = {letter: float(logprobs[tokenizer.convert_tokens_to_ids(letter)]) for letter in question["letters"]}
-        found = records[question["index"]]
-        assert found["prompt_tokens"] == ids.shape[1]
-        assert found["logprobs"] == pytest.approx(expected, abs=2e-4)
-        assert found["text"] == max(expected, key=expected.get)
-        picks.add(found["text"])
-        assert base is not None
+    # served adapters need an engine with room for them, which the base's has not
+    assert run.stdout.count("engine 0 loads, log") == (2 if served else 1) and "could not" not in run.stdout
+    assert run.stdout.count("engine 0 loads weights in place, log") == 2
+    tokenizer, picks = AutoTokenizer.from_pretrained(tiny), set()
+    for name, model in models.items():
+        settings = json.loads((tmp_path / name / "args.json").read_text())
+        adapted = name != "malaymmlu-tiny"
+        assert settings["how"] == (how.split(",")[0].replace("merged", "merged while loading") if adapted else None)
+        assert settings["protocol"] == "first_token" and settings["engines"]["tensor_parallel"] == (1 if served else 2)
+        records = {r["index"]: r for r in read(tmp_path / name / "generations.jsonl")}
+        assert sorted(records) == list(range(12))
+        model.eval()
+        for question in load_questions(questions):
+            expected, tokens = first_token_logprobs(model, tokenizer, question)
+            found = records[question["index"]]
+            assert found["prompt_tokens"] == tokens and found["logprobs"] == pytest.approx(expected, abs=2e-4)
+            assert found["text"] == max(expected, key=expected.get)
+            picks.add(found["text"])
+    assert json.loads((tmp_path / "malaymmlu-tiny-lora-8-7/args.json").read_text())["names"] == [
+        "run-checkpoint-7",
+        "tiny-lora-8-7",
+    ]
     assert len(picks) > 1, "a test that always sees the same letter proves little"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("room", [True, False])
-def test_one_slot_starts_the_next_row_before_the_last_answers(tiny, tmp_path, monkeypatch, capfd, room):
-    """Real engines, with memory for two and without: the second row's process starts while the first row's last answers
-    are written."""
-    (tmp_path / "other").symlink_to(tiny)
-    questions = write_questions(tmp_path / "q.json", 6)
-    monkeypatch.chdir(tmp_path)
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(Scheduler, "room_for_two", lambda self: room)
-    assign = Scheduler.assign
-    monkeypatch.setattr(Scheduler, "assign", lambda self: (setattr(self, "ahead", True), assign(self)))  # as on GPUs
-    given = command(
-        "--base",
-        f"{tiny},other",
-        "--questions",
-        questions,
-        "--max_tokens",
-        100,
-        "--max_num_seqs",
-        4,
-        "--dtype",
-        "float32",
-    )
-    monkeypatch.setattr(sys, "argv", given[1:])
-    malaymmlu.main()
-    said = capfd.readouterr().out
-    started = said.index("malaymmlu-other: engine 0 " + ("loads" if room else "starts and waits for memory"))
-    assert started < said.index("malaymmlu-tiny: 18/18 samples") < said.index("malaymmlu-other: 18/18 samples")
-    for name in ("tiny", "other"):
-        assert len(read(tmp_path / f"malaymmlu-{name}/generations.jsonl")) == 18
