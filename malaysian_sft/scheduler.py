@@ -90,7 +90,8 @@ class Scheduler:
         self.args, self.plan, self.questions, self.outputs = args, plan, questions, outputs
         self.engines = [Engine(slot, gpus) for slot, gpus in enumerate(plan.gpus)]
         self.batch = max(1, plan.max_num_seqs // 8)
-        self.capacity = plan.max_num_seqs + self.batch
+        # what is written at once, and as much waiting: answers that end together leave no engine without
+        self.capacity = 2 * plan.max_num_seqs
         self.logged = time.monotonic()
         self.first_missing = {output.directory: output.missing for output in outputs}
 

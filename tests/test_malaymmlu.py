@@ -382,7 +382,7 @@ def test_work_is_shared_fairly_and_kept_within_the_engines_capacity(scheduler):
     small.outputs = small.outputs[1:]
     small.assign()
     small.dispatch()
-    assert len(small.engines[0].units) == 3  # two being written and one waiting
+    assert len(small.engines[0].units) == 4  # two being written and two waiting
 
 
 def finish(engine, keep=0):
