@@ -6,12 +6,14 @@ Of the first table a case of each fault is in CI, `-m slow` runs the others; the
 """
 
 import errno
+import itertools
 import json
 import math
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -48,6 +50,7 @@ from malaysian_sft.watchdog import HUNG, process_state
 __all__ = ["copy", "train", "trainer", "unbroken", "workspace"]  # fixtures
 BOUND = 4  # --ddp_timeout
 PLACES = "load step save between".split()
+RANK_VARIABLES = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()  # torchrun's
 
 
 def once(fault, rank):
@@ -216,6 +219,36 @@ def test_resumed_on_two_ranks(copy, trainer, unbroken, train):
 # ----------------------------------------------------------------------------------------------------------------------
 # One process: what is refused to it, and what it finds
 # ----------------------------------------------------------------------------------------------------------------------
+
+SECOND_IN_CI = {("moe", "step"), ("dense", "load")}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "place"),
+    [
+        pytest.param(*cell, marks=() if cell in SECOND_IN_CI else pytest.mark.slow)
+        for cell in itertools.product(TRAINERS, PLACES)
+    ],
+)
+def test_a_second_launcher_at_any_place_is_refused_and_changes_nothing(
+    trainer, place, workspace, unbroken, train, tmp_path, monkeypatch
+):
+    out, seen = tmp_path / "run", []
+
+    def second():
+        """The same command, by another process, while this one stands still."""
+        environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        done = subprocess.run([sys.executable, *sys.argv], env=environment, capture_output=True, text=True, timeout=300)
+        seen.append((done.returncode, done.stderr.splitlines()[-1]))
+
+    with monkeypatch.context() as patch:
+        put(second, place, trainer, patch, rank=0)
+        train(trainer, out)
+    ((code, line),) = seen
+    assert code == 1 and line.startswith(f"error: {out}: another process is training there"), line
+    assert str(os.getpid()) in line
+    equals_unbroken(out, unbroken[trainer])
+
 
 REFUSED = {}  # {"under": directory, "number": errno} while writing there is refused
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate")
