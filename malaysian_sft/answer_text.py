@@ -77,6 +77,20 @@ CUE_WORDS = frozenset(
 OUTER = " \t\r\n.,;:!?'()[]"
 
 
+def answer_of(text, thinking):
+    """The part of a response after its reasoning, or None where the reasoning never ended."""
+    head, closed, tail = text.rpartition("</think>")
+    before, opened, _ = tail.partition("<think>")
+    if closed:
+        return before if before.strip() or opened else tail
+    if thinking:
+        return None
+    if opened:
+        return before if before.strip() else None
+    _, final, rest = text.rpartition("assistantfinal")
+    return rest if final else text
+
+
 def find_boxes(text):
     r"""`text` with every readable `\boxed{...}` replaced by `BOX`, and the contents of those, in order.
 

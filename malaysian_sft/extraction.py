@@ -15,6 +15,7 @@ from malaysian_sft.answer_text import (
     NAMED,
     ONE_LETTER,
     Options,
+    answer_of,
     find_boxes,
     plain,
     read_piece,
@@ -278,20 +279,6 @@ def read_lines(text, options):
 
 
 # ---- the decision ------------------------------------------------------------------------------------------
-
-
-def answer_of(text, thinking):
-    """The part of a response after its reasoning, or None where the reasoning never ended."""
-    head, closed, tail = text.rpartition("</think>")
-    before, opened, _ = tail.partition("<think>")
-    if closed:
-        return before if before.strip() or opened else tail
-    if thinking:
-        return None
-    if opened:
-        return before if before.strip() else None
-    _, final, rest = text.rpartition("assistantfinal")
-    return rest if final else text
 
 
 def options_of(question):

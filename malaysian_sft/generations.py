@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from array import array
 from collections import Counter, deque
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from malaysian_sft.extraction import extract_both
+from malaysian_sft.extraction import both_by_rules
 from malaysian_sft.locks import hold
 from malaysian_sft.questions import LETTERS, SURROGATE
 from malaysian_sft.quick_reading import quick
@@ -182,7 +183,8 @@ def read_both(directory, questions, limited=False, samples=1):
     """`read_answers`, and the same by strict reading, in one pass over the file -> int8 (questions, samples) twice."""
     path, count = Path(directory) / "generations.jsonl", len(questions)
     codes = {letter: number for number, letter in enumerate(LETTERS)} | OUTCOMES
-    width, said, strict = samples, [MISSING] * (count * samples), [MISSING] * (count * samples)
+    width, said = samples, array("b", [MISSING]) * (count * samples)
+    strict = said[:]
     for number, record in read_records(path):
         index, sample = record.index, record.sample
         if not 0 <= index < count or sample < 0:
@@ -202,13 +204,14 @@ def read_both(directory, questions, limited=False, samples=1):
         if said[place] != MISSING:
             continue  # the first one written counts
         found = quick(record.text, question, record.thinking)
-        if found and found[1]:  # four in five: the same letter both ways
-            said[place] = strict[place] = codes[found[0]]
+        if found:
+            said[place] = codes[found[0]]
+            strict[place] = said[place] if found[1] else TRUNCATED if record.finish_reason == "length" else NONE
             continue
-        read, read_strictly = extract_both(record.text, question, record.finish_reason, record.thinking)
+        read, read_strictly = both_by_rules(record.text, question, record.finish_reason, record.thinking)
         said[place] = codes[read[1] or read[0]]
         strict[place] = codes[read_strictly[1] or read_strictly[0]]
-    return tuple(np.array(one, np.int8).reshape(count, width) for one in (said, strict))
+    return tuple(np.array(one).reshape(count, width) for one in (said, strict))
 
 
 def out_of_range(record, count):
@@ -218,12 +221,12 @@ def out_of_range(record, count):
 
 
 def widened(codes, width, wanted):
-    """A flat list of rows of `width` codes with rows of `wanted`; what is new is MISSING. Raises ValueError for a
+    """A flat array of rows of `width` codes with rows of `wanted`; what is new is MISSING. Raises ValueError for a
     number of samples that is a mistake."""
     if wanted > MOST_SAMPLES:
         raise ValueError(f"sample {wanted - 1} is beyond the {MOST_SAMPLES:,} samples a question may have")
-    more = [MISSING] * (wanted - width)
-    return [code for at in range(0, len(codes), width) for code in codes[at : at + width] + more]
+    more = np.full((len(codes) // width, wanted - width), MISSING, np.int8)
+    return array("b", np.hstack([np.reshape(codes, (-1, width)), more]).tobytes())
 
 
 # settings that change what is generated: output made with other values is not continued
