@@ -10,7 +10,8 @@ from malaysian_sft.answer_text import BOX, NAMED
 MOST_CLAUSES = 200
 # sentences read before that state nothing, whatever the question ("Pilihan A kurang sesuai"): models repeat themselves
 silent, MOST_SILENT = set(), 50_000
-LINK = r"(?:ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是|[:：=→>–-])"
+LINK_WORDS = "ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是"
+LINK = rf"(?:{LINK_WORDS}|[:：=→>–-])"
 
 CONTRAST = r"tetapi|tapi|namun|sebaliknya|melainkan|but|rather"
 ASIDE = (
@@ -37,11 +38,16 @@ HEADING = re.compile(
     r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|"
     r"adalah|is)\s*:"
 )
-# supersets of what LETTER, boxes and SMALL take
-LONE_OR_BOX = re.compile(rf"[A-F{BOX}](?:(?<={BOX})|(?<![A-Za-z0-9].)(?!\w))", re.S)
-LONE_SMALL = re.compile(r"[^A-Za-z0-9][a-f](?!\w)")
-LINK_SIGNS = ("ialah", "adalah", "iaitu", "yaitu", "yakni", "merupakan", "is", "are", "be", *"是:：=→>–-")
-LINKED = re.compile(rf"(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b.{{0,40}}?{LINK}")
+# a byte a character, for a search many times as fast as a pattern's: L a letter A to F in either case, w another letter
+# or digit, a space for all else
+SIGNS = bytes(
+    ord("L" if chr(code) in "ABCDEFabcdef" else "w" if code < 128 and chr(code).isalnum() else " ")
+    for code in range(256)
+)
+VALUE = re.compile(r"(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b")
+MOST_BETWEEN = 40  # characters between such a word and the link
+LINK_START = re.compile(LINK_WORDS + "|:|：|=|→|>|–|-")  # LINK; a search skips to the first letters of words alone
+LONGEST_LINK = len("merupakan")
 
 
 def sentences_of(text):
@@ -66,26 +72,55 @@ def is_heading(line):
     return len(line) <= 60 and bool(HEADING.fullmatch(line.lower()))
 
 
+def lone_letters(text):
+    """Where a letter A to F stands alone, in either case: a superset of what LETTER and SMALL take."""
+    signs, found = b" %b " % text.encode("ascii", "replace").translate(SIGNS), []
+    at = signs.find(b" L ")
+    while at >= 0:
+        found.append(at)
+        at = signs.find(b" L ", at + 2)
+    if found and ("_" in text or not text.isascii()):  # what was taken for a space may be part of a word
+        found = [at for at in found if not (text[at + 1 : at + 2].isalnum() or text[at + 1 : at + 2] == "_")]
+    return found
+
+
+def all_places(lower, word):
+    found, at = [], lower.find(word)
+    while at >= 0:
+        found.append(at)
+        at = lower.find(word, at + len(word))
+    return found
+
+
+def value_places(lower):
+    """Where a word such as "jawapannya" stands with a link after it on its line, and perhaps an option's value."""
+    found = []
+    for word in ("jawa", "answer", "betul", "tepat"):
+        for at in all_places(lower, word):
+            match = VALUE.match(lower, at)
+            if not match:
+                continue
+            end = match.end()
+            stop = end + MOST_BETWEEN + LONGEST_LINK
+            line = lower.find("\n", end, stop)
+            link = LINK_START.search(lower, end, stop if line < 0 else line)
+            if link and link.start() <= end + MOST_BETWEEN:
+                found.append(at)
+    return found
+
+
 def naming_places(text, lower, options):
     """Where something may name an option -> (lone letters and boxes, options' texts and values said to be the answer).
 
     More than the rules will take, never less, and found at the speed of a search: what has none needs no rules.
     """
-    letters = [match.start() for match in LONE_OR_BOX.finditer(text)]
-    letters += [match.start() + 1 for match in LONE_SMALL.finditer(lower)]
-    found = []
+    letters = lone_letters(text)
+    if BOX in text:
+        letters += all_places(text, BOX)
+    found = value_places(lower)
     for own, _ in options.texts:
-        at = lower.find(own)
-        while at >= 0:
-            found.append(at)
-            at = lower.find(own, at + len(own))
-    for word in ("jawa", "answer", "betul", "tepat"):
-        at = lower.find(word)
-        while at >= 0:
-            near = lower[at : at + 70]
-            if any([sign in near for sign in LINK_SIGNS]) and LINKED.match(near):
-                found.append(at)
-            at = lower.find(word, at + 4)
+        if own in lower:
+            found += all_places(lower, own)
     return letters, sorted(found)
 
 
