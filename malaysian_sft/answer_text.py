@@ -48,6 +48,7 @@ LOST_BACKSLASH = re.compile(r"\b(?:text(?:bf|it|rm)?|math(?:bf|rm|it|sf)|boldsym
 TAGS = re.compile(r"<\|[\w ]{1,40}\|>|</?[a-zA-Z][^<>\n]{0,80}>")
 ANSWER_TAG = re.compile(r"<(?:answer|jawapan|jawaban)>\s{0,20}", re.I)
 MARKS = str.maketrans(dict.fromkeys('`"“”„«»{}$') | {"~": " ", "\xa0": " "})
+ASCII_MARKS = [chr(code) for code in MARKS if code < 128]  # a search for each is quicker than to translate
 QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
 SPACES = re.compile(r" {2,}")
 STARRED = re.compile(r"(?<![\w*])\*(\S[^*\n]{0,200}?)\*(?![\w*])|(?<![\w_])_(\S[^_\n]{0,200}?)_(?![\w_])")
@@ -79,6 +80,8 @@ OUTER = " \t\r\n.,;:!?'()[]"
 
 def answer_of(text, thinking):
     """The part of a response after its reasoning, or None where the reasoning never ended."""
+    if not thinking and "think>" not in text and "assistantfinal" not in text:
+        return text
     head, closed, tail = text.rpartition("</think>")
     before, opened, _ = tail.partition("<think>")
     if closed:
@@ -157,7 +160,8 @@ def plain(text):
         text = LOST_BACKSLASH.sub("", text)
     if "*" in text or "_" in text:
         text = STARRED.sub(r"\1\2", text.replace("**", "").replace("__", ""))
-    text = text.translate(MARKS)
+    if not text.isascii() or any([mark in text for mark in ASCII_MARKS]):
+        text = text.translate(MARKS)
     first = LINE_MARK.match(text)
     text = LINE_MARKS.sub("\n", text[first.end() :] if first else text).replace("\t", " ")
     if "'" in text or "’" in text or "‘" in text:

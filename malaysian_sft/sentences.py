@@ -34,6 +34,7 @@ STEMS = (
     *("go with", "go for", "so ", "tetapi", "tapi", "sebaliknya", "melainkan", "but ", BOX),
 )
 CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*)?")
+LONGEST_HEADING = 60
 HEADING = re.compile(
     r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|"
     r"adalah|is)\s*:"
@@ -69,7 +70,7 @@ def sentences_of(text):
 
 def is_heading(line):
     line = line.strip()
-    return len(line) <= 60 and bool(HEADING.fullmatch(line.lower()))
+    return len(line) <= LONGEST_HEADING and bool(HEADING.fullmatch(line.lower()))
 
 
 def lone_letters(text):
@@ -143,9 +144,11 @@ class Sentences:
         value. Sentences known to be silent are passed over, unless one with "tetapi" follows.
         """
         places, count, contrast = self.places, 0, None
+        last = len(places)
         for number in range(len(self.spans) - 1, -1, -1):
             start, end, mark = self.spans[number]
-            last = bisect_left(places, end)
+            while last and places[last - 1] >= end:
+                last -= 1
             if not last or count >= MOST_CLAUSES:
                 return
             if places[last - 1] < start:
