@@ -220,14 +220,12 @@ class Options:
         self.letters = question["letters"]
         self.longest = 80 + max(map(len, question["options"].values()), default=0)
         self.options = question["options"]
-        lines = {
-            letter: " ".join((text if SIMPLE.fullmatch(text) else plain(text)).lower().split()).strip(OUTER)
-            for letter, text in self.options.items()
-        }
-        self.texts = sorted(
-            ((text, letter) for letter, text in lines.items() if not CUE_WORDS.issuperset(text.split())),
-            key=lambda item: -len(item[0]),
-        )
+        self.texts = []  # (text, letter), the longest first
+        for letter, text in self.options.items():
+            line = " ".join((text if SIMPLE.fullmatch(text) else plain(text)).lower().split()).strip(OUTER)
+            if not CUE_WORDS.issuperset(line.split()):
+                self.texts.append((line, letter))
+        self.texts.sort(key=lambda item: -len(item[0]))
         self.read = {}
 
     @cached_property
@@ -236,9 +234,14 @@ class Options:
         return {letter: key(text) for letter, text in self.options.items()}
 
     @cached_property
+    def raised(self):
+        """Whether an option has a raised number."""
+        return any(["^" in spelt for spelt in self.keys.values()])
+
+    @cached_property
     def lettered(self):
         """Whether an option has a letter A to F standing alone, which could be meant by such a letter."""
-        return any(LONE.search(text) for text in self.options.values())
+        return any([LONE.search(text) for text in self.options.values()])
 
     @cached_property
     def numbers(self):
@@ -253,8 +256,9 @@ class Options:
         if not wanted:
             return []
         same = [letter for letter, spelt in self.keys.items() if spelt == wanted]
-        loose = wanted.replace("^", "")
-        same = same or [letter for letter, spelt in self.keys.items() if spelt.replace("^", "") == loose]
+        if not same and ("^" in wanted or self.raised):
+            loose = wanted.replace("^", "")
+            same = [letter for letter, spelt in self.keys.items() if spelt.replace("^", "") == loose]
         asked = None if same else number(wanted)
         if asked:
             value, unit = asked
@@ -324,7 +328,7 @@ def piece_letter(piece, options):
     if JOINED.fullmatch(bare) and not options.lettered:  # "A, B" or "A atau C", and no option reads so
         if len(set(LONE_LETTERS.findall(bare)) & set(options.letters)) > 1:
             return AMBIGUOUS
-    for spelt in (piece, bare):
+    for spelt in (piece,) if bare == piece else (piece, bare):
         same = options.named(spelt)
         if same:
             return same[0] if len(same) == 1 else AMBIGUOUS
@@ -342,7 +346,7 @@ def piece_letter(piece, options):
             return AMBIGUOUS
         if between.strip() and not rest.startswith("="):
             return letter
-    match = TEXT_AND_LETTER.fullmatch(bare)
+    match = "(" in bare and TEXT_AND_LETTER.fullmatch(bare)
     if match and match.group(2).upper() in options.letters:
         same = options.named(match.group(1))
         return match.group(2).upper() if not same or match.group(2).upper() in same else AMBIGUOUS
