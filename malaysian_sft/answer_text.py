@@ -50,7 +50,6 @@ ANSWER_TAG = re.compile(r"<(?:answer|jawapan|jawaban)>\s{0,20}", re.I)
 MARKS = str.maketrans(dict.fromkeys('`"“”„«»{}$') | {"~": " ", "\xa0": " "})
 ASCII_MARKS = [chr(code) for code in MARKS if code < 128]  # a search for each is quicker than to translate
 QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
-SPACES = re.compile(r" {2,}")
 STARRED = re.compile(r"(?<![\w*])\*(\S[^*\n]{0,200}?)\*(?![\w*])|(?<![\w_])_(\S[^_\n]{0,200}?)_(?![\w_])")
 # the first one stands for the first line; the other begins with a line end, to which the search can skip
 LINE_MARK = re.compile(r"[ \t>#•|]{1,40}(?:[-*+] {1,4})?|[-*+] {1,4}")
@@ -166,7 +165,9 @@ def plain(text):
     text = LINE_MARKS.sub("\n", text[first.end() :] if first else text).replace("\t", " ")
     if "'" in text or "’" in text or "‘" in text:
         text = QUOTES.sub("", text)
-    return SPACES.sub(" ", text) if "  " in text else text
+    while "  " in text:  # every pass halves what there is
+        text = text.replace("  ", " ")
+    return text
 
 
 def key(text):

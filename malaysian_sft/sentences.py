@@ -13,6 +13,8 @@ silent, MOST_SILENT = set(), 50_000
 LINK_WORDS = "ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是"
 LINK = rf"(?:{LINK_WORDS}|[:：=→>–-])"
 
+SMALL_LEADS = (*LINK_WORDS.split("|"), *":：=→>–-", "jawapan", "jawaban", "nya", "pilihan", "option")
+
 CONTRAST = r"tetapi|tapi|namun|sebaliknya|melainkan|but|rather"
 ASIDE = (
     r"kerana|karena|sebab(?! itu)|because|since|manakala|sedangkan|sementara|while|whereas|walaupun|meskipun|"
@@ -33,6 +35,7 @@ STEMS = (
     *"correct betul benar tepat right best closest hampir sesuai oleh jadi maka justeru therefore thus hence".split(),
     *("go with", "go for", "so ", "tetapi", "tapi", "sebaliknya", "melainkan", "but ", BOX),
 )
+CONTRASTS = CONTRAST.split("|")
 CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*)?")
 LONGEST_HEADING = 60
 HEADING = re.compile(
@@ -73,8 +76,8 @@ def is_heading(line):
     return len(line) <= LONGEST_HEADING and bool(HEADING.fullmatch(line.lower()))
 
 
-def lone_letters(text):
-    """Where a letter A to F stands alone, in either case: a superset of what LETTER and SMALL take."""
+def lone_letters(text, lower):
+    """Where a letter A to F stands alone; a small one if words lead to it: a superset of what LETTER and SMALL take."""
     signs, found = b" %b " % text.encode("ascii", "replace").translate(SIGNS), []
     at = signs.find(b" L ")
     while at >= 0:
@@ -82,7 +85,15 @@ def lone_letters(text):
         at = signs.find(b" L ", at + 2)
     if found and ("_" in text or not text.isascii()):  # what was taken for a space may be part of a word
         found = [at for at in found if not (text[at + 1 : at + 2].isalnum() or text[at + 1 : at + 2] == "_")]
-    return found
+    firm = [at for at in found if text[at] < "a" or leads_to_small(lower, at)]
+    # after one of these words a clause is read whatever it names
+    return firm if len(firm) < len(found) and not any([word in lower for word in CONTRASTS]) else found
+
+
+def leads_to_small(lower, at):
+    """Whether what stands before a small letter may be what SMALL asks for; the English "a" is no answer."""
+    before = lower[max(0, at - 40) : at].rstrip("([").rstrip()
+    return not before or before.endswith(SMALL_LEADS)
 
 
 def all_places(lower, word):
@@ -115,7 +126,7 @@ def naming_places(text, lower, options):
 
     More than the rules will take, never less, and found at the speed of a search: what has none needs no rules.
     """
-    letters = lone_letters(text)
+    letters = lone_letters(text, lower)
     if BOX in text:
         letters += all_places(text, BOX)
     found = value_places(lower)
