@@ -224,7 +224,7 @@ def statements_from_end(text, options, boxes):
         while sentence and chain[-1][2] and sentences.adjoining(sentence[0], chain[-1][0]):
             chain.append(sentence)
             sentence = next(stream, None)
-        clauses = [(*clause, number) for number, parts, *_ in reversed(chain) for clause in parts]
+        clauses = [(*clause, place[2]) for place, parts, *_ in reversed(chain) for clause in parts]
         first = at - sum(sentences.text.count(BOX, start, end) for start, end, *_ in clauses)
         found = [*read_clauses(clauses, sentences, options, boxes[first:at])]
         key = chain[0][3]
@@ -237,7 +237,7 @@ def statements_from_end(text, options, boxes):
 def read_clauses(clauses, sentences, options, boxes):
     """Statements of clauses that follow one another, in order; boxes: the contents of theirs."""
     rejected, at = False, 0
-    for start, end, ended, number in clauses:
+    for start, end, ended, after in clauses:
         clause = sentences.text[start:end]
         own = boxes[at : at + clause.count(BOX)]
         at += len(own)
@@ -245,7 +245,7 @@ def read_clauses(clauses, sentences, options, boxes):
             clause = clause[-300:]
             own = own[len(own) - clause.count(BOX) :]
         clause, said = clause.strip(), None
-        following = partial(sentences.following, number)
+        following = partial(sentences.following, after)
         contrast = CONTRAST_START.match(clause.lower()) if rejected else None
         if contrast:
             rest = clause[contrast.end() :]

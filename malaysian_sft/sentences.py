@@ -2,7 +2,6 @@
 
 import re
 from bisect import bisect_left
-from itertools import islice
 
 from malaysian_sft.answer_text import BOX, NAMED
 
@@ -54,21 +53,31 @@ LINK_START = re.compile(LINK_WORDS + "|:|：|=|→|>|–|-")  # LINK; a search s
 LONGEST_LINK = len("merupakan")
 
 
-def sentences_of(text):
-    """(start, end, what ended it) of the sentences of a plain text, in order; blank ones too.
+def sentences_from(text, at):
+    """Yield (start, end, what ended it, start of the next) of the sentences of a plain text from `at`, where one
+    starts; blank ones too.
 
     A heading ("### Jawapan") takes its next line along.
     """
-    found, at, length = [], 0, len(text)
-    for match in HARD_BREAK.finditer(text):
+    length = len(text)
+    for match in HARD_BREAK.finditer(text, at):
         start, end = match.span()
         mark = text[start]
         if mark == "\n" and end < length and is_heading(text[at:start]):
             continue
-        found.append((at, start, mark))
+        yield at, start, mark, end
         at = end
-    found.append((at, length, ""))
-    return found
+    yield at, length, "", length
+
+
+def start_before(text, place):
+    """Where a sentence starts, whatever stands before it: after the last full stop before `place`, or at 0.
+
+    Not after a line, which may be a heading.
+    """
+    low = max(0, place - 1000)  # so that a text without full stops is searched once only
+    stop = max(text.rfind(". ", low, place), text.rfind(".\n", low, place))
+    return HARD_BREAK.match(text, stop).end() if stop >= 0 else 0
 
 
 def is_heading(line):
@@ -145,25 +154,19 @@ class Sentences:
         self.text = text if len(self.lower) == len(text) else self.lower
         letters, self.values = naming_places(self.text, self.lower, options)
         self.places = sorted(letters + self.values)
-        self.spans = sentences_of(self.text) if self.places else []
         self.letters = options.letters
 
     def from_end(self):
-        """Yield (number, clauses, whether it opens with "tetapi", key), the last sentence first.
+        """Yield ((start, end, start of the next), clauses, whether it opens with "tetapi", key), the last sentence
+        first.
 
         clauses: [(start, end, what ended it)]. key: of `silent`, None if the sentence has a box, an option's text or a
         value. Sentences known to be silent are passed over, unless one with "tetapi" follows.
         """
-        places, count, contrast = self.places, 0, None
-        last = len(places)
-        for number in range(len(self.spans) - 1, -1, -1):
-            start, end, mark = self.spans[number]
-            while last and places[last - 1] >= end:
-                last -= 1
-            if not last or count >= MOST_CLAUSES:
+        count, contrast = 0, None
+        for start, end, mark, after in self.naming_from_end():
+            if count >= MOST_CLAUSES:
                 return
-            if places[last - 1] < start:
-                continue
             key = None
             if end - start < 200 and mark != "?" and bisect_left(self.values, start) == bisect_left(self.values, end):
                 key = self.text[start:end], self.letters
@@ -174,7 +177,24 @@ class Sentences:
             clauses = self.clauses(start, end, mark)
             count += len(clauses)
             contrast = CONTRAST_START.match(self.lower[clauses[0][0] : clauses[0][1]])
-            yield number, clauses, contrast, None if contrast or key and BOX in key[0] else key
+            yield (start, end, after), clauses, contrast, None if contrast or key and BOX in key[0] else key
+
+    def naming_from_end(self):
+        """Yield the sentences that may name an option as `sentences_from` does, the last one first; the text is cut
+        only around those.
+        """
+        places, last = self.places, len(self.places)
+        while last:
+            begin, cut = start_before(self.text, places[last - 1]), []
+            for sentence in sentences_from(self.text, begin):
+                cut.append(sentence)
+                if sentence[1] > places[last - 1]:
+                    break
+            for sentence in reversed(cut):
+                if last and places[last - 1] >= sentence[0]:
+                    yield sentence
+                while last and places[last - 1] >= sentence[0]:
+                    last -= 1
 
     def clauses(self, start, end, mark):
         """A sentence cut before "tetapi", "kerana", ", jadi" -> [(start, end, what ended it)], none of them blank."""
@@ -185,14 +205,14 @@ class Sentences:
         found.append((start, end, mark))
         return [part for part in found if self.text[part[0] : part[1]].strip()]
 
-    def following(self, number):
-        """The next sentence that is not blank."""
-        later = (self.text[start:end].strip() for start, end, _ in islice(self.spans, number + 1, None))
+    def following(self, after):
+        """The next sentence that is not blank; after: where it or a blank one starts."""
+        later = (self.text[start:end].strip() for start, end, *_ in sentences_from(self.text, after))
         return next(filter(None, later), "")
 
     def adjoining(self, earlier, later):
         """Whether no sentence with a cue stands between the two."""
-        return not any(has_cue(self.lower[slice(*self.spans[k][:2])]) for k in range(earlier + 1, later))
+        return not has_cue(self.lower[earlier[1] : later[0]])
 
     def names(self, start, end):
         return bisect_left(self.places, start) < bisect_left(self.places, end)
