@@ -14,10 +14,9 @@ AMBIGUOUS = "ambiguous"
 NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer)"
 BOX = "\x02"  # stands for a box in plain text
 LONGEST_BOX = 2000  # characters; more than that is a text, not an answer
-RAISED = str.maketrans(
-    {char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)} | {"⁻": "^-", "−": "-"}
-)
-BRACES = re.compile(r"\\[{}]|\\?(?:boxed|fbox)\s{0,4}(\{?)|[{}]")
+RAISED = {char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)} | {"⁻": "^-", "−": "-"}
+# written out, so that a search skips to the first letters
+BRACES = re.compile(r"\\boxed\s{0,4}\{?|\\fbox\s{0,4}\{?|boxed\s{0,4}\{?|fbox\s{0,4}\{?|\\[{}]|\{|\}")
 # a box whose closing brace was lost, but whose formula ends: "\boxed{B\)"
 UNCLOSED = re.compile(r"\\?(?:boxed|fbox)\s{0,4}\{\s{0,4}([A-F])\s{0,4}(?=\\[)\]]|\$)")
 BARE = re.compile(r"[ ]{0,4}([A-Fa-f])(?!\w)")
@@ -25,32 +24,34 @@ FONTS = (
     r"text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|tt|bb)|boldsymbol|bm|mbox|hbox|operatorname|bf|rm|it|sf|"
     r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle|left|right|underline|boxed|fbox|ce"
 )
+# what is written, what it becomes, and parts without one of which the pattern cannot match
 LATEX = (
     (
         re.compile(
             r"\\(?:text)?color\s{0,4}\{[^{}]{0,40}\}|\\(?:begin|end)\s{0,4}\{\w{1,20}\*?\}(?:\{[a-z|]{0,20}\})?"
         ),
         "",
+        ("color", "\\begin", "\\end"),
     ),
-    (re.compile(r"\\?\b[dt]?frac\s{0,4}\{([^{}]{0,80})\}\s{0,4}\{([^{}]{0,80})\}"), r"\1/\2"),
-    (re.compile(r"\\[dt]?frac\s{0,4}(\d)\s{0,4}(\d)"), r"\1/\2"),
-    (re.compile(r"\^?\s{0,4}\{?\\(?:circ|degree)\b\}?"), "°"),
-    (re.compile(r"\\(?:times|cdot)\b"), "×"),
-    (re.compile(r"\\(?:to|rightarrow|Rightarrow|implies)\b"), "→"),
-    (re.compile(r"\\sqrt\b"), "√"),
-    (re.compile(r"\\pi\b"), "π"),
-    (re.compile(rf"\\(?:{FONTS})(?![a-zA-Z])"), ""),
-    (re.compile(r"\\(?:[,;:!\s]|quad\b|qquad\b)"), " "),
-    (re.compile(r"\\[()\[\]]"), ""),
-    (re.compile(r"\\([%$#&_{}])"), r"\1"),
+    (re.compile(r"\\?\b[dt]?frac\s{0,4}\{([^{}]{0,80})\}\s{0,4}\{([^{}]{0,80})\}"), r"\1/\2", ("frac",)),
+    (re.compile(r"\\[dt]?frac\s{0,4}(\d)\s{0,4}(\d)"), r"\1/\2", ("frac",)),
+    (re.compile(r"\^?\s{0,4}\{?\\(?:circ|degree)\b\}?"), "°", ("\\circ", "\\degree")),
+    (re.compile(r"\\(?:times|cdot)\b"), "×", ("\\times", "\\cdot")),
+    (re.compile(r"\\(?:to|rightarrow|Rightarrow|implies)\b"), "→", ("\\to", "arrow", "\\implies")),
+    (re.compile(r"\\sqrt\b"), "√", ("\\sqrt",)),
+    (re.compile(r"\\pi\b"), "π", ("\\pi",)),
+    (re.compile(rf"\\(?:{FONTS})(?![a-zA-Z])"), "", ("\\",)),
+    (re.compile(r"\\(?:[,;:!\s]|quad\b|qquad\b)"), " ", ("\\",)),
+    (re.compile(r"\\[()\[\]]"), "", ("\\",)),
+    (re.compile(r"\\([%$#&_{}])"), r"\1", ("\\",)),
 )
 LOST_BACKSLASH = re.compile(r"\b(?:text(?:bf|it|rm)?|math(?:bf|rm|it|sf)|boldsymbol)(?=\{)")
 TAGS = re.compile(r"<\|[\w ]{1,40}\|>|</?[a-zA-Z][^<>\n]{0,80}>")
 ANSWER_TAG = re.compile(r"<(?:answer|jawapan|jawaban)>\s{0,20}", re.I)
-MARKS = str.maketrans(dict.fromkeys('`"“”„«»{}$') | {"~": " ", "\xa0": " "})
-ASCII_MARKS = [chr(code) for code in MARKS if code < 128]  # a search for each is quicker than to translate
+MARKS = dict.fromkeys('`"“”„«»{}$', "") | {"~": " ", "\xa0": " "}
 QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
-STARRED = re.compile(r"(?<![\w*])\*(\S[^*\n]{0,200}?)\*(?![\w*])|(?<![\w_])_(\S[^_\n]{0,200}?)_(?![\w_])")
+# the sign stands first, so that the search skips to it
+STARRED = re.compile(r"[*_](?:(?<=\*)(?<![\w*].)(\S[^*\n]{0,200}?)\*(?![\w*])|(?<=_)(?<![\w_].)(\S[^_\n]{0,200}?)_(?![\w_]))")
 # the first one stands for the first line; the other begins with a line end, to which the search can skip
 LINE_MARK = re.compile(r"[ \t>#•|]{1,40}(?:[-*+] {1,4})?|[-*+] {1,4}")
 LINE_MARKS = re.compile(rf"\n(?:{LINE_MARK.pattern})")
@@ -113,7 +114,7 @@ def find_boxes(text):
                 while found and found[-1][0] >= start:
                     found.pop()
                 found.append((start, match.end(), text[inside : min(match.start(), inside + LONGEST_BOX + 1)]))
-        elif match.group(1):
+        elif token[-1] == "{" and token != "\\{":
             stack.append((match.start(), match.end()))
             lost = UNCLOSED.match(text, match.start())
             if lost:
@@ -143,24 +144,36 @@ def find_boxes(text):
     return "".join([*pieces, text[at:]]), boxes
 
 
+def replaced(text, signs):
+    """`str.translate` for signs most of which do not occur: it looks every character up once one is not ASCII."""
+    for sign, new in signs.items():
+        if sign in text:
+            text = text.replace(sign, new)
+    return text
+
+
 def plain(text):
     """Take LaTeX commands, HTML, chat tokens, markdown and quotes off.
 
     Full-width forms become ASCII. Lines stay lines.
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text.translate(RAISED)).replace("⁄", "/").replace("。", ". ")
+        text = unicodedata.normalize("NFKC", replaced(text, RAISED)).replace("⁄", "/").replace("。", ". ")
     if "<" in text:
         text = TAGS.sub("", ANSWER_TAG.sub("\nJawapan: ", text))
     if "\\" in text:
-        for pattern, new in LATEX:
-            text = pattern.sub(new, text)
-    if "{" in text:
+        for pattern, new, signs in LATEX:
+            for sign in signs:
+                if sign in text:
+                    text = pattern.sub(new, text)
+                    break
+    if "{" in text and ("text" in text or "math" in text or "boldsymbol" in text):
         text = LOST_BACKSLASH.sub("", text)
     if "*" in text or "_" in text:
-        text = STARRED.sub(r"\1\2", text.replace("**", "").replace("__", ""))
-    if not text.isascii() or any([mark in text for mark in ASCII_MARKS]):
-        text = text.translate(MARKS)
+        text = text.replace("**", "").replace("__", "")
+        if "*" in text or "_" in text:
+            text = STARRED.sub(r"\1\2", text)
+    text = replaced(text, MARKS)
     first = LINE_MARK.match(text)
     text = LINE_MARKS.sub("\n", text[first.end() :] if first else text).replace("\t", " ")
     if "'" in text or "’" in text or "‘" in text:
