@@ -36,6 +36,8 @@ STEMS = (
 )
 CONTRASTS = CONTRAST.split("|")
 CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*)?")
+BLOCK = 500  # characters at the end that are searched first
+FARTHEST = 1000
 LONGEST_HEADING = 60
 HEADING = re.compile(
     r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|"
@@ -70,14 +72,14 @@ def sentences_from(text, at):
     yield at, length, "", length
 
 
-def start_before(text, place):
-    """Where a sentence starts, whatever stands before it: after the last full stop before `place`, or at 0.
+def start_before(text, place, low=0):
+    """Where a sentence starts, whatever stands before it: after the last full stop before `place`, or at `low`.
 
     Not after a line, which may be a heading.
     """
-    low = max(0, place - 1000)  # so that a text without full stops is searched once only
-    stop = max(text.rfind(". ", low, place), text.rfind(".\n", low, place))
-    return HARD_BREAK.match(text, stop).end() if stop >= 0 else 0
+    near = max(low, place - FARTHEST)  # so that a text without full stops is searched once only
+    stop = max(text.rfind(". ", near, place), text.rfind(".\n", near, place))
+    return HARD_BREAK.match(text, stop).end() if stop >= 0 else low
 
 
 def is_heading(line):
@@ -105,43 +107,47 @@ def leads_to_small(lower, at):
     return not before or before.endswith(SMALL_LEADS)
 
 
-def all_places(lower, word):
-    found, at = [], lower.find(word)
+def all_places(text, word, start, end):
+    found, at = [], text.find(word, start, end)
     while at >= 0:
         found.append(at)
-        at = lower.find(word, at + len(word))
+        at = text.find(word, at + len(word), end)
     return found
 
 
-def value_places(lower):
+def value_places(lower, start, end):
     """Where a word such as "jawapannya" stands with a link after it on its line, and perhaps an option's value."""
     found = []
     for word in ("jawa", "answer", "betul", "tepat"):
-        for at in all_places(lower, word):
+        at = lower.find(word, start, end)
+        while at >= 0:
             match = VALUE.match(lower, at)
-            if not match:
-                continue
-            end = match.end()
-            stop = end + MOST_BETWEEN + LONGEST_LINK
-            line = lower.find("\n", end, stop)
-            link = LINK_START.search(lower, end, stop if line < 0 else line)
-            if link and link.start() <= end + MOST_BETWEEN:
-                found.append(at)
+            if match:
+                after = match.end()
+                stop = after + MOST_BETWEEN + LONGEST_LINK
+                line = lower.find("\n", after, stop)
+                link = LINK_START.search(lower, after, stop if line < 0 else line)
+                if link and link.start() <= after + MOST_BETWEEN:
+                    found.append(at)
+            at = lower.find(word, at + len(word), end)
     return found
 
 
-def naming_places(text, lower, options):
+def naming_places(text, lower, options, start, end):
     """Where something may name an option -> (lone letters and boxes, options' texts and values said to be the answer).
 
-    More than the rules will take, never less, and found at the speed of a search: what has none needs no rules.
+    start, end: of sentences. More than the rules will take, never less, and found at the speed of a search: what has
+    none needs no rules.
     """
-    letters = lone_letters(text, lower)
+    letters = lone_letters(text[start:end], lower[start:end])
+    letters = [start + at for at in letters] if start else letters
     if BOX in text:
-        letters += all_places(text, BOX)
-    found = value_places(lower)
+        letters += all_places(text, BOX, start, end)
+    found = value_places(lower, start, end)
     for own, _ in options.texts:
-        if own in lower:
-            found += all_places(lower, own)
+        at = lower.find(own, start, end + len(own) - 1)
+        if at >= 0:
+            found += all_places(lower, own, at, end + len(own) - 1)
     return letters, sorted(found)
 
 
@@ -152,9 +158,8 @@ class Sentences:
         self.lower = text.lower()
         # a few letters have a longer lower-case form
         self.text = text if len(self.lower) == len(text) else self.lower
-        letters, self.values = naming_places(self.text, self.lower, options)
-        self.places = sorted(letters + self.values)
-        self.letters = options.letters
+        self.options = options
+        self.values, self.places = [], []  # `naming_places` of what was read
 
     def from_end(self):
         """Yield ((start, end, start of the next), clauses, whether it opens with "tetapi", key), the last sentence
@@ -169,7 +174,7 @@ class Sentences:
                 return
             key = None
             if end - start < 200 and mark != "?" and bisect_left(self.values, start) == bisect_left(self.values, end):
-                key = self.text[start:end], self.letters
+                key = self.text[start:end], self.options.letters
                 if not contrast and key in silent:
                     continue
             if not has_cue(self.lower[start:end]):
@@ -180,21 +185,29 @@ class Sentences:
             yield (start, end, after), clauses, contrast, None if contrast or key and BOX in key[0] else key
 
     def naming_from_end(self):
-        """Yield the sentences that may name an option as `sentences_from` does, the last one first; the text is cut
-        only around those.
+        """Yield the sentences that may name an option as `sentences_from` does, the last one first.
+
+        The end is searched first, since most have their answer there, and the text is cut only around what was found.
         """
-        places, last = self.places, len(self.places)
-        while last:
-            begin, cut = start_before(self.text, places[last - 1]), []
-            for sentence in sentences_from(self.text, begin):
-                cut.append(sentence)
-                if sentence[1] > places[last - 1]:
-                    break
-            for sentence in reversed(cut):
-                if last and places[last - 1] >= sentence[0]:
-                    yield sentence
-                while last and places[last - 1] >= sentence[0]:
-                    last -= 1
+        stop = len(self.text)
+        while stop:
+            last = stop == len(self.text) and stop > 2 * BLOCK
+            start = start_before(self.text, stop - BLOCK) if last else 0
+            letters, values = naming_places(self.text, self.lower, self.options, start, stop)
+            places = sorted(letters + values)
+            self.values, self.places = values + self.values, places + self.places
+            while places:
+                cut = []
+                for sentence in sentences_from(self.text, start_before(self.text, places[-1], start)):
+                    cut.append(sentence)
+                    if sentence[1] > places[-1]:
+                        break
+                for sentence in reversed(cut):
+                    if places and places[-1] >= sentence[0]:
+                        yield sentence
+                    while places and places[-1] >= sentence[0]:
+                        places.pop()
+            stop = start
 
     def clauses(self, start, end, mark):
         """A sentence cut before "tetapi", "kerana", ", jadi" -> [(start, end, what ended it)], none of them blank."""
