@@ -80,7 +80,7 @@ OUTER = " \t\r\n.,;:!?'()[]"
 
 def answer_of(text, thinking):
     """The part of a response after its reasoning, or None where the reasoning never ended."""
-    if not thinking and "think>" not in text and "assistantfinal" not in text:
+    if not thinking and (">" not in text or "think>" not in text) and "assistantfinal" not in text:
         return text
     head, closed, tail = text.rpartition("</think>")
     before, opened, _ = tail.partition("<think>")

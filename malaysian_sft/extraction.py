@@ -325,10 +325,11 @@ def both_by_rules(text, question, finish_reason, thinking):
     options = options_of(question)
     letter = letter_of(text, boxes, options, finish_reason == "length")
     in_box = read_piece(boxes[-1], options) if boxes else None
-    return tuple(
-        unread if said is None else (AMBIGUOUS, None) if said == AMBIGUOUS else ("answered", said)
-        for said in (letter, in_box)
-    )
+    return outcome(letter, unread), outcome(in_box, unread)
+
+
+def outcome(said, unread):
+    return unread if said is None else (AMBIGUOUS, None) if said == AMBIGUOUS else ("answered", said)
 
 
 def letter_of(text, boxes, options, cut):

@@ -72,13 +72,27 @@ def sentences_from(text, at):
     yield at, length, "", length
 
 
+def sentences_to(text, at, place):
+    """The sentences from `at` to the one with `place`, as `sentences_from` yields them."""
+    first = HARD_BREAK.search(text, at)  # mostly the end of that one
+    if first and first.start() > place and text[first.start()] != "\n":
+        return [(at, first.start(), text[first.start()], first.end())]
+    found = []
+    for sentence in sentences_from(text, at):
+        found.append(sentence)
+        if sentence[1] > place:
+            break
+    return found
+
+
 def start_before(text, place, low=0):
     """Where a sentence starts, whatever stands before it: after the last full stop before `place`, or at `low`.
 
     Not after a line, which may be a heading.
     """
     near = max(low, place - FARTHEST)  # so that a text without full stops is searched once only
-    stop = max(text.rfind(". ", near, place), text.rfind(".\n", near, place))
+    stop = text.rfind(". ", near, place)
+    stop = max(stop, text.rfind(".\n", max(near, stop), place))
     return HARD_BREAK.match(text, stop).end() if stop >= 0 else low
 
 
@@ -197,16 +211,12 @@ class Sentences:
             places = sorted(letters + values)
             self.values, self.places = values + self.values, places + self.places
             while places:
-                cut = []
-                for sentence in sentences_from(self.text, start_before(self.text, places[-1], start)):
-                    cut.append(sentence)
-                    if sentence[1] > places[-1]:
-                        break
-                for sentence in reversed(cut):
+                begin = start_before(self.text, places[-1], start)
+                for sentence in reversed(sentences_to(self.text, begin, places[-1])):
                     if places and places[-1] >= sentence[0]:
                         yield sentence
-                    while places and places[-1] >= sentence[0]:
-                        places.pop()
+                        while places and places[-1] >= sentence[0]:
+                            places.pop()
             stop = start
 
     def clauses(self, start, end, mark):
