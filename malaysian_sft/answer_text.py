@@ -51,7 +51,9 @@ ANSWER_TAG = re.compile(r"<(?:answer|jawapan|jawaban)>\s{0,20}", re.I)
 MARKS = dict.fromkeys('`"“”„«»{}$', "") | {"~": " ", "\xa0": " "}
 QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
 # the sign stands first, so that the search skips to it
-STARRED = re.compile(r"[*_](?:(?<=\*)(?<![\w*].)(\S[^*\n]{0,200}?)\*(?![\w*])|(?<=_)(?<![\w_].)(\S[^_\n]{0,200}?)_(?![\w_]))")
+STARRED = re.compile(
+    r"[*_](?:(?<=\*)(?<![\w*].)(\S[^*\n]{0,200}?)\*(?![\w*])|(?<=_)(?<![\w_].)(\S[^_\n]{0,200}?)_(?![\w_]))"
+)
 # the first one stands for the first line; the other begins with a line end, to which the search can skip
 LINE_MARK = re.compile(r"[ \t>#•|]{1,40}(?:[-*+] {1,4})?|[-*+] {1,4}")
 LINE_MARKS = re.compile(rf"\n(?:{LINE_MARK.pattern})")

@@ -6,6 +6,7 @@ letter: the statement is final and affirmed, and nothing follows it. When in dou
 """
 
 import re
+from functools import lru_cache
 
 from malaysian_sft.answer_text import CUE_WORDS, LONE, answer_of
 
@@ -20,6 +21,7 @@ MOST_ENDINGS = 10_000  # remembered: most responses end in one of a few hundred 
 endings = {}  # a last sentence that has a box -> the letter that it states, "" if it is not as simple as that
 
 
+@lru_cache(MOST_ENDINGS)
 def leads_to_answer(words):
     """Whether `words` are only such as "Jadi, jawapannya ialah $"."""
     return len(words) < LONGEST_LEAD and CUE_WORDS.issuperset(words.lower().translate(LEAD_MARKS).split())

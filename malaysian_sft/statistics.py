@@ -64,7 +64,7 @@ def bootstrap(values, groups, resamples=2000, seed=0):
     means = np.empty((resamples, len(groups), values.shape[1]))
     for g, index in enumerate(groups):
         n, chosen = len(index), values[index].astype(np.float32)  # (n, columns)
-        step, few = max(1, 4_000_000 // n), max(1, 100_000 // n)  # a product of many rows; counts that stay in the cache
+        step, few = max(1, 4_000_000 // n), max(1, 100_000 // n)  # resamples a product; resamples that fit in the cache
         weights, offsets = np.empty((step, n), np.float32), np.arange(few)[:, None] * n
         for start in range(0, resamples, step):
             rows = min(step, resamples - start)
