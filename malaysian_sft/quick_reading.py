@@ -80,8 +80,6 @@ def quick(text, question, thinking):
 
 def quick_by_parts(text, question):
     """`quick` of a response after its reasoning, whatever line or sentence its box stands on."""
-    if "assistantfinal" in text:
-        return None
     last = text.rfind("\\boxed{")
     if last < 0:
         letter = last_line(text, question)
@@ -122,7 +120,7 @@ def last_line(text, question):
     if not match or match.group(2) not in question["letters"]:
         return None
     words = match.group(1).lower().split()
-    if not CUE_WORDS.issuperset(words) or not any(word.startswith(ANSWERS) for word in words):
+    if not CUE_WORDS.issuperset(words) or not any([word.startswith(ANSWERS) for word in words]):
         return None
     if not without_letters(question) or (line and after_heading(text, line)):
         return None
