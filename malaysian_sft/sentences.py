@@ -93,7 +93,9 @@ def start_before(text, place, low=0):
     near = max(low, place - FARTHEST)  # so that a text without full stops is searched once only
     stop = text.rfind(". ", near, place)
     stop = max(stop, text.rfind(".\n", max(near, stop), place))
-    return HARD_BREAK.match(text, stop).end() if stop >= 0 else low
+    if stop < 0:
+        return low
+    return HARD_BREAK.match(text, stop).end() if text[stop + 2 : stop + 3].isspace() else stop + 2
 
 
 def is_heading(line):
@@ -187,7 +189,7 @@ class Sentences:
             if count >= MOST_CLAUSES:
                 return
             key = None
-            if end - start < 200 and mark != "?" and bisect_left(self.values, start) == bisect_left(self.values, end):
+            if end - start < 200 and mark != "?" and not self.has_value(start, end):
                 key = self.text[start:end], self.options.letters
                 if not contrast and key in silent:
                     continue
@@ -236,6 +238,9 @@ class Sentences:
     def adjoining(self, earlier, later):
         """Whether no sentence with a cue stands between the two."""
         return not has_cue(self.lower[earlier[1] : later[0]])
+
+    def has_value(self, start, end):
+        return self.values and bisect_left(self.values, start) < bisect_left(self.values, end)
 
     def names(self, start, end):
         return bisect_left(self.places, start) < bisect_left(self.places, end)
