@@ -266,7 +266,7 @@ def read_lines(text, options):
 
     Options repeated without a choice: AMBIGUOUS.
     """
-    lines = [line for line in text.splitlines() if any(map(str.isalnum, line))]
+    lines = [line for line in text.splitlines() if line and (line[0].isalnum() or any(map(str.isalnum, line)))]
     if not lines:
         return None
     last = read_piece(lines[-1].strip(), options)

@@ -62,8 +62,8 @@ def quick(text, question, thinking):
         text = answer_of(text, thinking)
         if text is None:
             return None
-    line = text.rfind("\n") + 1
-    start = max(line, text.rfind(". ") + 1)
+    line, stop = text.rfind("\n") + 1, text.rfind(". ") + 1
+    start = stop if stop > line else line
     ending = text[start:]
     letter = endings.get(ending)
     if letter is None:
@@ -72,8 +72,10 @@ def quick(text, question, thinking):
         letter = letter_of_ending(ending)
     if not letter:
         return quick_by_parts(text, question)
-    # a box left open earlier on the line takes the words after it away
-    if letter not in question["letters"] or (line < start and text.find("box", line, start) >= 0):
+    if letter not in question["letters"]:
+        return None
+    # a box left open earlier on the line takes the words after it away; few words have an x
+    if line < start and text.find("x", line, start) >= 0 and text.find("box", line, start) >= 0:
         return None
     return None if line and line == start and after_heading(text, line) else (letter, True)
 
