@@ -102,7 +102,7 @@ def find_boxes(text):
     Outermost balanced boxes count, `\boxed B` and a box that only its formula closes too. Empty ones (the repeated
     instruction) go. One pass with a stack: linear, however boxes are nested or left open.
     """
-    first = text.find("box")
+    first = text.find("box") if "x" in text else -1  # to look for one letter, which few words have, is quickest
     if first < 0:
         return text, []
     found, stack = [], []  # found: (start, end, content); stack: where an open brace's box starts, or -1

@@ -82,10 +82,10 @@ def quick(text, question, thinking):
 
 def quick_by_parts(text, question):
     """`quick` of a response after its reasoning, whatever line or sentence its box stands on."""
-    last = text.rfind("\\boxed{")
+    last = text.rfind("\\boxed{") if "\\" in text else -1
     if last < 0:
         letter = last_line(text, question)
-        return (letter, False) if letter and "box" not in text else None
+        return (letter, False) if letter and not ("x" in text and "box" in text) else None
     end, letter = last + 8, text[last + 7 : last + 8]
     if text[end : end + 1] != "}":
         end, letter = letter_with_text(text, last + 7, question)
@@ -95,7 +95,7 @@ def quick_by_parts(text, question):
         return None
     line, stop = text.rfind("\n", 0, last) + 1, text.rfind(". ", 0, last) + 1
     start = max(line, stop)
-    if text.find("box", line, last) >= 0:
+    if text.find("x", line, last) >= 0 and text.find("box", line, last) >= 0:
         return None
     if not leads_to_answer(text[start:last]) or (line and line == start and after_heading(text, line)):
         return None
