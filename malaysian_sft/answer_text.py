@@ -14,10 +14,9 @@ AMBIGUOUS = "ambiguous"
 NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer)"
 BOX = "\x02"  # stands for a box in plain text
 LONGEST_BOX = 2000  # characters; more than that is a text, not an answer
-RAISED = str.maketrans(
-    {char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)} | {"⁻": "^-", "−": "-"}
-)
-BRACES = re.compile(r"\\[{}]|\\?(?:boxed|fbox)\s{0,4}(\{?)|[{}]")
+RAISED = {char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)} | {"⁻": "^-", "−": "-"}
+# written out, so that a search skips to the first letters
+BRACES = re.compile(r"\\boxed\s{0,4}\{?|\\fbox\s{0,4}\{?|boxed\s{0,4}\{?|fbox\s{0,4}\{?|\\[{}]|\{|\}")
 # a box whose closing brace was lost, but whose formula ends: "\boxed{B\)"
 UNCLOSED = re.compile(r"\\?(?:boxed|fbox)\s{0,4}\{\s{0,4}([A-F])\s{0,4}(?=\\[)\]]|\$)")
 BARE = re.compile(r"[ ]{0,4}([A-Fa-f])(?!\w)")
@@ -25,32 +24,36 @@ FONTS = (
     r"text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|rm|it|sf|tt|bb)|boldsymbol|bm|mbox|hbox|operatorname|bf|rm|it|sf|"
     r"tiny|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle|left|right|underline|boxed|fbox|ce"
 )
+# what is written, what it becomes, and parts without one of which the pattern cannot match
 LATEX = (
     (
         re.compile(
             r"\\(?:text)?color\s{0,4}\{[^{}]{0,40}\}|\\(?:begin|end)\s{0,4}\{\w{1,20}\*?\}(?:\{[a-z|]{0,20}\})?"
         ),
         "",
+        ("color", "\\begin", "\\end"),
     ),
-    (re.compile(r"\\?\b[dt]?frac\s{0,4}\{([^{}]{0,80})\}\s{0,4}\{([^{}]{0,80})\}"), r"\1/\2"),
-    (re.compile(r"\\[dt]?frac\s{0,4}(\d)\s{0,4}(\d)"), r"\1/\2"),
-    (re.compile(r"\^?\s{0,4}\{?\\(?:circ|degree)\b\}?"), "°"),
-    (re.compile(r"\\(?:times|cdot)\b"), "×"),
-    (re.compile(r"\\(?:to|rightarrow|Rightarrow|implies)\b"), "→"),
-    (re.compile(r"\\sqrt\b"), "√"),
-    (re.compile(r"\\pi\b"), "π"),
-    (re.compile(rf"\\(?:{FONTS})(?![a-zA-Z])"), ""),
-    (re.compile(r"\\(?:[,;:!\s]|quad\b|qquad\b)"), " "),
-    (re.compile(r"\\[()\[\]]"), ""),
-    (re.compile(r"\\([%$#&_{}])"), r"\1"),
+    (re.compile(r"\\?\b[dt]?frac\s{0,4}\{([^{}]{0,80})\}\s{0,4}\{([^{}]{0,80})\}"), r"\1/\2", ("frac",)),
+    (re.compile(r"\\[dt]?frac\s{0,4}(\d)\s{0,4}(\d)"), r"\1/\2", ("frac",)),
+    (re.compile(r"\^?\s{0,4}\{?\\(?:circ|degree)\b\}?"), "°", ("\\circ", "\\degree")),
+    (re.compile(r"\\(?:times|cdot)\b"), "×", ("\\times", "\\cdot")),
+    (re.compile(r"\\(?:to|rightarrow|Rightarrow|implies)\b"), "→", ("\\to", "arrow", "\\implies")),
+    (re.compile(r"\\sqrt\b"), "√", ("\\sqrt",)),
+    (re.compile(r"\\pi\b"), "π", ("\\pi",)),
+    (re.compile(rf"\\(?:{FONTS})(?![a-zA-Z])"), "", ("\\",)),
+    (re.compile(r"\\(?:[,;:!\s]|quad\b|qquad\b)"), " ", ("\\",)),
+    (re.compile(r"\\[()\[\]]"), "", ("\\",)),
+    (re.compile(r"\\([%$#&_{}])"), r"\1", ("\\",)),
 )
 LOST_BACKSLASH = re.compile(r"\b(?:text(?:bf|it|rm)?|math(?:bf|rm|it|sf)|boldsymbol)(?=\{)")
 TAGS = re.compile(r"<\|[\w ]{1,40}\|>|</?[a-zA-Z][^<>\n]{0,80}>")
 ANSWER_TAG = re.compile(r"<(?:answer|jawapan|jawaban)>\s{0,20}", re.I)
-MARKS = str.maketrans(dict.fromkeys('`"“”„«»{}$') | {"~": " ", "\xa0": " "})
+MARKS = dict.fromkeys('`"“”„«»{}$', "") | {"~": " ", "\xa0": " "}
 QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
-SPACES = re.compile(r" {2,}")
-STARRED = re.compile(r"(?<![\w*])\*(\S[^*\n]{0,200}?)\*(?![\w*])|(?<![\w_])_(\S[^_\n]{0,200}?)_(?![\w_])")
+# the sign stands first, so that the search skips to it
+STARRED = re.compile(
+    r"[*_](?:(?<=\*)(?<![\w*].)(\S[^*\n]{0,200}?)\*(?![\w*])|(?<=_)(?<![\w_].)(\S[^_\n]{0,200}?)_(?![\w_]))"
+)
 # the first one stands for the first line; the other begins with a line end, to which the search can skip
 LINE_MARK = re.compile(r"[ \t>#•|]{1,40}(?:[-*+] {1,4})?|[-*+] {1,4}")
 LINE_MARKS = re.compile(rf"\n(?:{LINE_MARK.pattern})")
@@ -77,13 +80,29 @@ CUE_WORDS = frozenset(
 OUTER = " \t\r\n.,;:!?'()[]"
 
 
+def answer_of(text, thinking):
+    """The part of a response after its reasoning, or None where the reasoning never ended."""
+    if not thinking and (">" not in text or "think>" not in text) and "assistantfinal" not in text:
+        return text
+    head, closed, tail = text.rpartition("</think>")
+    before, opened, _ = tail.partition("<think>")
+    if closed:
+        return before if before.strip() or opened else tail
+    if thinking:
+        return None
+    if opened:
+        return before if before.strip() else None
+    _, final, rest = text.rpartition("assistantfinal")
+    return rest if final else text
+
+
 def find_boxes(text):
     r"""`text` with every readable `\boxed{...}` replaced by `BOX`, and the contents of those, in order.
 
     Outermost balanced boxes count, `\boxed B` and a box that only its formula closes too. Empty ones (the repeated
     instruction) go. One pass with a stack: linear, however boxes are nested or left open.
     """
-    first = text.find("box")
+    first = text.find("box") if "x" in text else -1  # to look for one letter, which few words have, is quickest
     if first < 0:
         return text, []
     found, stack = [], []  # found: (start, end, content); stack: where an open brace's box starts, or -1
@@ -97,7 +116,7 @@ def find_boxes(text):
                 while found and found[-1][0] >= start:
                     found.pop()
                 found.append((start, match.end(), text[inside : min(match.start(), inside + LONGEST_BOX + 1)]))
-        elif match.group(1):
+        elif token[-1] == "{" and token != "\\{":
             stack.append((match.start(), match.end()))
             lost = UNCLOSED.match(text, match.start())
             if lost:
@@ -127,28 +146,43 @@ def find_boxes(text):
     return "".join([*pieces, text[at:]]), boxes
 
 
+def replaced(text, signs):
+    """`str.translate` for signs most of which do not occur: it looks every character up once one is not ASCII."""
+    for sign, new in signs.items():
+        if sign in text:
+            text = text.replace(sign, new)
+    return text
+
+
 def plain(text):
     """Take LaTeX commands, HTML, chat tokens, markdown and quotes off.
 
     Full-width forms become ASCII. Lines stay lines.
     """
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text.translate(RAISED)).replace("⁄", "/").replace("。", ". ")
+        text = unicodedata.normalize("NFKC", replaced(text, RAISED)).replace("⁄", "/").replace("。", ". ")
     if "<" in text:
         text = TAGS.sub("", ANSWER_TAG.sub("\nJawapan: ", text))
     if "\\" in text:
-        for pattern, new in LATEX:
-            text = pattern.sub(new, text)
-    if "{" in text:
+        for pattern, new, signs in LATEX:
+            for sign in signs:
+                if sign in text:
+                    text = pattern.sub(new, text)
+                    break
+    if "{" in text and ("text" in text or "math" in text or "boldsymbol" in text):
         text = LOST_BACKSLASH.sub("", text)
     if "*" in text or "_" in text:
-        text = STARRED.sub(r"\1\2", text.replace("**", "").replace("__", ""))
-    text = text.translate(MARKS)
+        text = text.replace("**", "").replace("__", "")
+        if "*" in text or "_" in text:
+            text = STARRED.sub(r"\1\2", text)
+    text = replaced(text, MARKS)
     first = LINE_MARK.match(text)
     text = LINE_MARKS.sub("\n", text[first.end() :] if first else text).replace("\t", " ")
     if "'" in text or "’" in text or "‘" in text:
         text = QUOTES.sub("", text)
-    return SPACES.sub(" ", text) if "  " in text else text
+    while "  " in text:  # every pass halves what there is
+        text = text.replace("  ", " ")
+    return text
 
 
 def key(text):
@@ -202,14 +236,12 @@ class Options:
         self.letters = question["letters"]
         self.longest = 80 + max(map(len, question["options"].values()), default=0)
         self.options = question["options"]
-        lines = {
-            letter: " ".join((text if SIMPLE.fullmatch(text) else plain(text)).lower().split()).strip(OUTER)
-            for letter, text in self.options.items()
-        }
-        self.texts = sorted(
-            ((text, letter) for letter, text in lines.items() if not CUE_WORDS.issuperset(text.split())),
-            key=lambda item: -len(item[0]),
-        )
+        self.texts = []  # (text, letter), the longest first
+        for letter, text in self.options.items():
+            line = " ".join((text if SIMPLE.fullmatch(text) else plain(text)).lower().split()).strip(OUTER)
+            if not CUE_WORDS.issuperset(line.split()):
+                self.texts.append((line, letter))
+        self.texts.sort(key=lambda item: -len(item[0]))
         self.read = {}
 
     @cached_property
@@ -218,9 +250,14 @@ class Options:
         return {letter: key(text) for letter, text in self.options.items()}
 
     @cached_property
+    def raised(self):
+        """Whether an option has a raised number."""
+        return any(["^" in spelt for spelt in self.keys.values()])
+
+    @cached_property
     def lettered(self):
         """Whether an option has a letter A to F standing alone, which could be meant by such a letter."""
-        return any(LONE.search(text) for text in self.options.values())
+        return any([LONE.search(text) for text in self.options.values()])
 
     @cached_property
     def numbers(self):
@@ -235,8 +272,9 @@ class Options:
         if not wanted:
             return []
         same = [letter for letter, spelt in self.keys.items() if spelt == wanted]
-        loose = wanted.replace("^", "")
-        same = same or [letter for letter, spelt in self.keys.items() if spelt.replace("^", "") == loose]
+        if not same and ("^" in wanted or self.raised):
+            loose = wanted.replace("^", "")
+            same = [letter for letter, spelt in self.keys.items() if spelt.replace("^", "") == loose]
         asked = None if same else number(wanted)
         if asked:
             value, unit = asked
@@ -306,7 +344,7 @@ def piece_letter(piece, options):
     if JOINED.fullmatch(bare) and not options.lettered:  # "A, B" or "A atau C", and no option reads so
         if len(set(LONE_LETTERS.findall(bare)) & set(options.letters)) > 1:
             return AMBIGUOUS
-    for spelt in (piece, bare):
+    for spelt in (piece,) if bare == piece else (piece, bare):
         same = options.named(spelt)
         if same:
             return same[0] if len(same) == 1 else AMBIGUOUS
@@ -324,7 +362,7 @@ def piece_letter(piece, options):
             return AMBIGUOUS
         if between.strip() and not rest.startswith("="):
             return letter
-    match = TEXT_AND_LETTER.fullmatch(bare)
+    match = "(" in bare and TEXT_AND_LETTER.fullmatch(bare)
     if match and match.group(2).upper() in options.letters:
         same = options.named(match.group(1))
         return match.group(2).upper() if not same or match.group(2).upper() in same else AMBIGUOUS

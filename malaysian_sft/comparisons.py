@@ -109,11 +109,15 @@ def is_bound(splits, p):
 def sign_flip_interval(splits, alpha=ALPHA):
     """All shifts that the test does not reject at `alpha` -> (low, high), in units, infinite if it cannot reject."""
     low, high, weight = splits
-    order = np.argsort(low, kind="stable")
-    lower = low[order][np.argmax(weight[order].cumsum() >= alpha)]
-    order = np.argsort(-high, kind="stable")
-    upper = high[order][np.argmax(weight[order].cumsum() >= alpha)]
-    return float(lower), float(upper)
+    return lower_bound(low, weight, alpha), -lower_bound(-high, weight, alpha)
+
+
+def lower_bound(ends, weight, alpha):
+    """The end up to which the splits weigh `alpha`, from the least on."""
+    if np.ptp(weight) == 0:  # drawn ones weigh the same, and to sort them alone is quicker
+        return float(np.sort(ends)[np.argmax(weight.cumsum() >= alpha)])
+    order = np.argsort(ends, kind="stable")
+    return float(ends[order][np.argmax(weight[order].cumsum() >= alpha)])
 
 
 def same_everywhere(value, n, alpha):

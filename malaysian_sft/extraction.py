@@ -15,6 +15,7 @@ from malaysian_sft.answer_text import (
     NAMED,
     ONE_LETTER,
     Options,
+    answer_of,
     find_boxes,
     plain,
     read_piece,
@@ -223,7 +224,7 @@ def statements_from_end(text, options, boxes):
         while sentence and chain[-1][2] and sentences.adjoining(sentence[0], chain[-1][0]):
             chain.append(sentence)
             sentence = next(stream, None)
-        clauses = [(*clause, number) for number, parts, *_ in reversed(chain) for clause in parts]
+        clauses = [(*clause, place[2]) for place, parts, *_ in reversed(chain) for clause in parts]
         first = at - sum(sentences.text.count(BOX, start, end) for start, end, *_ in clauses)
         found = [*read_clauses(clauses, sentences, options, boxes[first:at])]
         key = chain[0][3]
@@ -236,7 +237,7 @@ def statements_from_end(text, options, boxes):
 def read_clauses(clauses, sentences, options, boxes):
     """Statements of clauses that follow one another, in order; boxes: the contents of theirs."""
     rejected, at = False, 0
-    for start, end, ended, number in clauses:
+    for start, end, ended, after in clauses:
         clause = sentences.text[start:end]
         own = boxes[at : at + clause.count(BOX)]
         at += len(own)
@@ -244,7 +245,7 @@ def read_clauses(clauses, sentences, options, boxes):
             clause = clause[-300:]
             own = own[len(own) - clause.count(BOX) :]
         clause, said = clause.strip(), None
-        following = partial(sentences.following, number)
+        following = partial(sentences.following, after)
         contrast = CONTRAST_START.match(clause.lower()) if rejected else None
         if contrast:
             rest = clause[contrast.end() :]
@@ -265,7 +266,7 @@ def read_lines(text, options):
 
     Options repeated without a choice: AMBIGUOUS.
     """
-    lines = [line for line in text.splitlines() if any(map(str.isalnum, line))]
+    lines = [line for line in text.splitlines() if line and (line[0].isalnum() or any(map(str.isalnum, line)))]
     if not lines:
         return None
     last = read_piece(lines[-1].strip(), options)
@@ -278,20 +279,6 @@ def read_lines(text, options):
 
 
 # ---- the decision ------------------------------------------------------------------------------------------
-
-
-def answer_of(text, thinking):
-    """The part of a response after its reasoning, or None where the reasoning never ended."""
-    head, closed, tail = text.rpartition("</think>")
-    before, opened, _ = tail.partition("<think>")
-    if closed:
-        return before if before.strip() or opened else tail
-    if thinking:
-        return None
-    if opened:
-        return before if before.strip() else None
-    _, final, rest = text.rpartition("assistantfinal")
-    return rest if final else text
 
 
 def options_of(question):
@@ -338,10 +325,11 @@ def both_by_rules(text, question, finish_reason, thinking):
     options = options_of(question)
     letter = letter_of(text, boxes, options, finish_reason == "length")
     in_box = read_piece(boxes[-1], options) if boxes else None
-    return tuple(
-        unread if said is None else (AMBIGUOUS, None) if said == AMBIGUOUS else ("answered", said)
-        for said in (letter, in_box)
-    )
+    return outcome(letter, unread), outcome(in_box, unread)
+
+
+def outcome(said, unread):
+    return unread if said is None else (AMBIGUOUS, None) if said == AMBIGUOUS else ("answered", said)
 
 
 def letter_of(text, boxes, options, cut):

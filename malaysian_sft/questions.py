@@ -177,7 +177,7 @@ def check_question(row, index, path, published=False):
 
 
 # "A. x", "A.x", "A) x", "(A) x", "A: x", "A - x", "A   x": the delimiters that occur
-OPTION_LINE = re.compile(r"\s*\(?([A-F])(?:\s*[.):\-–]\s*|\s+)(\S.*?)\s*")
+OPTION_LINE = re.compile(r"\s*\(?([A-F])(?:\s*[.):\-–]\s*|\s+)(\S(?:.*\S)?)\s*")
 
 
 def parse_options(options, prompt):

@@ -6,27 +6,35 @@ letter: the statement is final and affirmed, and nothing follows it. When in dou
 """
 
 import re
+from functools import lru_cache
 
-from malaysian_sft.answer_text import CUE_WORDS, LONE
+from malaysian_sft.answer_text import CUE_WORDS, LONE, answer_of
 
 CLOSING = frozenset("$.)]*\\ \n")
 LEAD_MARKS = str.maketrans("$:*,", "    ")
 LETTER_AND_TEXT = re.compile(r"(?:\\text\{)?([A-F])(?:\. |\) )([A-Za-z0-9][A-Za-z0-9 .,()/-]*)\}")
 LAST_LINE = re.compile(r"(?:\*\*)?([A-Za-z ]{3,40})(?:\*\*)?:(?:\*\*)? ?(?:\*\*)?([A-F])(?:\*\*)?\.?\s*")
 ANSWERS = ("jawap", "jawab", "answer")
-MOST_LEADS = 10_000  # phrases remembered
+LONGEST_LEAD = 200  # characters
+MOST_ENDINGS = 10_000  # remembered: most responses end in one of a few hundred ways
 
-leads = {}  # the words before a box -> whether they lead to an answer and name nothing
+endings = {}  # a last sentence that has a box -> the letter that it states, "" if it is not as simple as that
 
 
+@lru_cache(MOST_ENDINGS)
 def leads_to_answer(words):
     """Whether `words` are only such as "Jadi, jawapannya ialah $"."""
-    known = leads.get(words)
-    if known is None:
-        known = len(words) < 200 and CUE_WORDS.issuperset(words.lower().translate(LEAD_MARKS).split())
-        if len(leads) < MOST_LEADS:
-            leads[words] = known
-    return known
+    return len(words) < LONGEST_LEAD and CUE_WORDS.issuperset(words.lower().translate(LEAD_MARKS).split())
+
+
+def letter_of_ending(ending):
+    r"""The letter of a last sentence such as "Jadi, jawapannya ialah $\boxed{B}$.", or ""."""
+    words, _, rest = ending.rpartition("\\boxed{")
+    simple = rest[1:2] == "}" and CLOSING.issuperset(rest[2:]) and "box" not in words and leads_to_answer(words)
+    letter = rest[0] if simple else ""
+    if len(ending) < LONGEST_LEAD and len(endings) < MOST_ENDINGS:
+        endings[ending] = letter
+    return letter
 
 
 def after_heading(text, start):
@@ -50,12 +58,34 @@ def quick(text, question, thinking):
 
     None: ask the rules.
     """
-    if thinking or "think>" in text or "assistantfinal" in text:
+    if thinking or (">" in text and "think>" in text):  # to look for one sign is quickest
+        text = answer_of(text, thinking)
+        if text is None:
+            return None
+    line, stop = text.rfind("\n") + 1, text.rfind(". ") + 1
+    start = stop if stop > line else line
+    ending = text[start:]
+    letter = endings.get(ending)
+    if letter is None:
+        if "\\boxed{" not in ending:
+            return quick_by_parts(text, question)
+        letter = letter_of_ending(ending)
+    if not letter:
+        return quick_by_parts(text, question)
+    if letter not in question["letters"]:
         return None
-    last = text.rfind("\\boxed{")
+    # a box left open earlier on the line takes the words after it away; few words have an x
+    if line < start and text.find("x", line, start) >= 0 and text.find("box", line, start) >= 0:
+        return None
+    return None if line and line == start and after_heading(text, line) else (letter, True)
+
+
+def quick_by_parts(text, question):
+    """`quick` of a response after its reasoning, whatever line or sentence its box stands on."""
+    last = text.rfind("\\boxed{") if "\\" in text else -1
     if last < 0:
-        letter = None if "box" in text else last_line(text, question)
-        return letter and (letter, False)
+        letter = last_line(text, question)
+        return (letter, False) if letter and not ("x" in text and "box" in text) else None
     end, letter = last + 8, text[last + 7 : last + 8]
     if text[end : end + 1] != "}":
         end, letter = letter_with_text(text, last + 7, question)
@@ -65,7 +95,7 @@ def quick(text, question, thinking):
         return None
     line, stop = text.rfind("\n", 0, last) + 1, text.rfind(". ", 0, last) + 1
     start = max(line, stop)
-    if text.find("box", line, last) >= 0:  # one left open earlier on the line takes the words after it away
+    if text.find("x", line, last) >= 0 and text.find("box", line, last) >= 0:
         return None
     if not leads_to_answer(text[start:last]) or (line and line == start and after_heading(text, line)):
         return None
@@ -92,7 +122,7 @@ def last_line(text, question):
     if not match or match.group(2) not in question["letters"]:
         return None
     words = match.group(1).lower().split()
-    if not CUE_WORDS.issuperset(words) or not any(word.startswith(ANSWERS) for word in words):
+    if not CUE_WORDS.issuperset(words) or not any([word.startswith(ANSWERS) for word in words]):
         return None
     if not without_letters(question) or (line and after_heading(text, line)):
         return None

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from malaysian_sft.extraction import extract
 from malaysian_sft.generations import read_generations
 from malaysian_sft.questions import strata
-from malaysian_sft.statistics import FEWEST, MEASURES, original_scores
+from malaysian_sft.statistics import FEWEST, MEASURES, keys_of, original_scores
 from malaysian_sft.tables import aligned
 
 
@@ -21,10 +21,10 @@ def print_original(names, all_answers, questions):
     for name, answers in zip(names, all_answers, strict=True):
         print(name, int((answers >= 0).sum()))
     print()
-    groups = strata(questions)
+    groups, keys = strata(questions), keys_of(questions)
     for name, answers in zip(names, all_answers, strict=True):
         print(name)
-        for category, (acc1, acc3) in original_scores(answers, questions, groups).items():
+        for category, (acc1, acc3) in original_scores(answers, questions, groups, keys).items():
             print(category, acc1, acc3)
         print()
 

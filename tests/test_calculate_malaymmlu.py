@@ -4,6 +4,8 @@ and known truth."""
 import argparse
 import csv
 import json
+import random
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -23,6 +25,7 @@ from malaysian_sft.questions import (
     HUB_FILE,
     HUB_LOCK,
     HUB_REVISION,
+    OPTION_LINE,
     benchmark_questions,
     checksum,
     load_questions,
@@ -119,6 +122,17 @@ def call(monkeypatch, capsys):
 
 
 # ---- extraction ------------------------------------------------------------------------------------------------------
+
+
+def test_the_end_of_an_option_is_found_as_by_the_shortest_match():
+    slow = re.compile(r"\s*\(?([A-F])(?:\s*[.):\-–]\s*|\s+)(\S.*?)\s*")
+    draw = random.Random(6)
+    for _ in range(5000):
+        line = "".join(
+            draw.choices(("A", "B", "(", ")", ".", ":", "-", " ", "  ", "\n", "x", "é", "\t"), k=draw.randrange(12))
+        )
+        fast, found = OPTION_LINE.fullmatch(line), slow.fullmatch(line)
+        assert (fast and fast.groups()) == (found and found.groups()), line
 
 
 @pytest.mark.parametrize("line", ["A.x y", "A.   x y", "A  x y", "A) x y", "(A) x y", "A: x y", "A - x y"])
@@ -412,6 +426,23 @@ def test_samples_that_were_asked_for_and_not_made_count_as_wrong_and_are_reporte
 # ---- measures and statistics -----------------------------------------------------------------------------------------
 
 
+def test_a_question_written_twice_counts_as_it_was_first_whichever_way_it_is_read(tmp_path):
+    lines = (
+        "Jadi, jawapannya ialah $\\boxed{A}$.",
+        "Saya pilih B.",
+        "Entahlah.",
+        "Jadi, jawapannya ialah $\\boxed{C}$.",
+    )
+    orders = [lines[at:] + lines[:at] for at in range(4)]
+    records = [
+        {"index": index, "id": index, "sample": 0, "text": text} for index, order in enumerate(orders) for text in order
+    ]
+    records.append(records[0] | {"sample": 2})  # the arrays are widened while the rules have some to read
+    path = save(tmp_path / "malaymmlu-x", records)
+    read = read_answers(path, [question(index) for index in range(4)])
+    assert read.tolist() == [[0, MISSING, 0], [1, MISSING, MISSING], [NONE, MISSING, MISSING], [2, MISSING, MISSING]]
+
+
 def test_measures_of_hand_made_answers():
     A, B, C = 0, 1, 2
     answers = np.array(
@@ -479,6 +510,17 @@ def test_bootstrap_spread_equals_the_formula():
     # every column sees the same resamples, so a difference of equal columns is exactly zero
     same = bootstrap(np.repeat(values[:, :1], 2, 1), groups, 50, 0)
     assert np.array_equal(same[..., 0], same[..., 1])
+
+
+def test_bootstrap_in_small_pieces_draws_and_sums_as_in_one():
+    values = np.random.default_rng(2).integers(0, 4, (3001, 6)) / 3
+    groups = [np.arange(7), np.arange(7, 40), np.arange(40, 3001)]  # the last is drawn in many pieces
+    generator = np.random.default_rng(9)
+    for g, index in enumerate(groups):
+        n, chosen = len(index), values[index].astype(np.float32)
+        drawn = generator.integers(0, n, size=(700, n), dtype=np.int32)
+        weights = np.stack([np.bincount(one, minlength=n) for one in drawn]).astype(np.float32)
+        assert np.array_equal(bootstrap(values, groups, 700, 9)[:, g], (weights @ chosen / n).astype(np.float64))
 
 
 def test_intervals_of_all_right_and_all_wrong_are_the_exact_binomial_ones():

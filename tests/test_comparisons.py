@@ -33,6 +33,18 @@ def flip_p(differences, shift=0.0):
     return float((np.abs(signs @ moved) >= abs(moved.sum()) - 1e-9).mean())
 
 
+def test_the_interval_of_drawn_splits_is_that_of_weighted_ones():
+    generator = np.random.default_rng(3)
+    for size in (1, 10, 9_999, 10_000):
+        ends = np.sort(generator.integers(-40, 40, (2, size)) / 7, 0)
+        weight = np.full(size, 1 / size)
+        for alpha in (0.05, 0.05 / 36, 0.9):
+            order, back = np.argsort(ends[0], kind="stable"), np.argsort(-ends[1], kind="stable")
+            lower = ends[0][order][np.argmax(weight[order].cumsum() >= alpha)]
+            upper = ends[1][back][np.argmax(weight[back].cumsum() >= alpha)]
+            assert comparisons.sign_flip_interval((*ends, weight), alpha) == (lower, upper)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_test_and_its_interval_against_every_flip(seed):
     differences = np.random.default_rng(seed).integers(-3, 4, 9) / 3

@@ -4,14 +4,26 @@ linear time.
 
 import json
 import random
+import re
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
 
-from malaysian_sft.answer_text import key, number
-from malaysian_sft.extraction import by_rules, extract, extract_both, extract_strict, quick
-from malaysian_sft.sentences import silent
+from malaysian_sft import answer_text, sentences
+from malaysian_sft.answer_text import BOX, key, number, plain
+from malaysian_sft.extraction import (
+    SMALL,
+    both_by_rules,
+    by_rules,
+    extract,
+    extract_both,
+    extract_strict,
+    options_of,
+    quick,
+)
+from malaysian_sft.sentences import Sentences, all_places, naming_places, sentences_from, silent
 
 HERE = Path(__file__).parent
 
@@ -233,3 +245,117 @@ def test_time_is_linear_whatever_the_response(name):
 def test_a_box_is_rejected_by_what_stands_right_before_it(text, letter):
     question = {"letters": "ABCD", "options": {"A": "Ipoh", "B": "Kuala Lumpur", "C": "Kuching", "D": "Johor Bahru"}}
     assert extract(text, question)[1] == letter
+
+
+# ---- the fast ways, against slow ones that say the same ---------------------------------------------------------
+
+BITS = (
+    *("\\boxed{B}", "$\\boxed{A}$.", "\\boxed{", "boxed C", "Jawapan: ", "jawapannya ialah ", " betul =", "is a "),
+    *(
+        "B",
+        " a ",
+        "_A",
+        "(d)",
+        "\n",
+        "\n\n",
+        ". ",
+        "? ",
+        "; ",
+        "…",
+        "é",
+        "İ",
+        "　",
+        "`",
+        "~",
+        "{",
+        "}",
+        "\\",
+        "$",
+        "  ",
+    ),
+    *("**", "*", "_", "\\frac{1}{2}", "\\circ", "text{", "²", "“", "<b>", "</think>", "<think>", "assistantfinal"),
+    *(" tetapi ", " kerana ", ", jadi ", " bukan ", "\x02", "\t", "### Jawapan\n"),
+)
+ENDS = ("Jadi, jawapannya ialah $\\boxed{C}$.", "**Jawapan akhir:** A", "\\boxed{B}\n", "Saya tidak pasti.", "Ipoh")
+
+
+def mutated(seed, count):
+    """Committed cases cut, joined and with pieces of them and of BITS put in -> (text, question, reason, thinking)."""
+    draw = random.Random(seed)
+    cases = [given(case) for case in COMMITTED + HOSTILE + VALUES]
+    cases += [(text, asked, "stop", False) for text, asked, _ in filled()]
+    for _ in range(count):
+        text, asked, reason, thinking = draw.choice(cases)
+        if draw.random() < 0.2:
+            before = [draw.choice(cases)[0] for _ in range(draw.randrange(60))]
+            text = draw.choice((" ", "\n", ". ")).join([*before, text])
+        for _ in range(draw.randrange(4)):
+            at = draw.randrange(len(text) + 1)
+            changes = (
+                text[:at] + text[at + draw.randrange(9) :],
+                text[:at] + draw.choice(BITS) + text[at:],
+                text[:at] + text[at : at + 9].swapcase() + text[at + 9 :],
+            )
+            text = draw.choice(changes)
+        if draw.random() < 0.5:
+            text += draw.choice(("\n", ". ")) + draw.choice(ENDS)
+        yield text, asked, reason, thinking or draw.random() < 0.03
+
+
+def test_the_quick_way_gives_the_answer_of_the_rules_on_mutations():
+    taken = 0
+    for text, asked, reason, thinking in mutated(1, 5000):
+        taken += quick(text, asked, thinking) is not None
+        assert extract_both(text, asked, reason, thinking) == both_by_rules(text, asked, reason, thinking), text
+    assert taken > 500
+
+
+def slow_plain(text):
+    """`plain` with every pattern run on every text."""
+    raised = str.maketrans(answer_text.RAISED)
+    text = unicodedata.normalize("NFKC", text.translate(raised)) if not text.isascii() else text
+    text = text.replace("⁄", "/").replace("。", ". ")
+    text = answer_text.TAGS.sub("", answer_text.ANSWER_TAG.sub("\nJawapan: ", text))
+    for pattern, new, _ in answer_text.LATEX if "\\" in text else ():
+        text = pattern.sub(new, text)
+    text = answer_text.LOST_BACKSLASH.sub("", text).replace("**", "").replace("__", "")
+    text = re.sub(r"(?<![\w*])\*(\S[^*\n]{0,200}?)\*(?![\w*])|(?<![\w_])_(\S[^_\n]{0,200}?)_(?![\w_])", r"\1\2", text)
+    text = text.translate(str.maketrans(answer_text.MARKS))
+    text = re.sub(rf"(\A|\n)(?:{answer_text.LINE_MARK.pattern})", r"\1", text).replace("\t", " ")
+    return re.sub(" {2,}", " ", answer_text.QUOTES.sub("", text))
+
+
+def test_plain_text_is_that_of_all_patterns_on_mutations():
+    for text, *_ in mutated(2, 6000):
+        assert plain(text) == slow_plain(text), text
+
+
+def test_places_are_those_of_patterns_on_mutations():
+    link = rf"(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b.{{0,40}}?{sentences.LINK}"
+    for text, asked, *_ in mutated(3, 6000):
+        text = plain(text)
+        lower = text.lower()
+        if len(lower) != len(text):
+            continue
+        letters, values = naming_places(text, lower, options_of(asked), 0, len(text))
+        alone = {match.start() for match in re.finditer(r"(?<![A-Za-z0-9])[A-Fa-f](?!\w)", text)}
+        boxes = {match.start() for match in re.finditer(BOX, text)}
+        needed = {match.start() for match in re.finditer(r"(?<![A-Za-z0-9])[A-F](?!\w)", text)} | boxes
+        needed |= {match.start(1) for match in SMALL.finditer(lower)} & alone
+        assert needed <= {*letters} <= alone | boxes, text
+        words = [at for word in ("jawa", "answer", "betul", "tepat") for at in all_places(lower, word, 0, len(lower))]
+        linked = {at for at in words if re.match(link, lower[at : at + 70])}
+        texts = {at for own, _ in options_of(asked).texts for at in all_places(lower, own, 0, len(lower))}
+        assert values == sorted(values) and {*values} == linked | texts, text
+
+
+def test_sentences_found_from_the_end_are_those_of_the_whole_text_on_mutations():
+    longer = 0
+    for text, asked, *_ in mutated(4, 4000):
+        read = Sentences(plain(text), options_of(asked))
+        found = [*read.naming_from_end()]
+        whole = [*sentences_from(read.text, 0)]
+        named = [one for one in whole if any(one[0] <= at < one[1] for at in read.places)]
+        assert found == named[::-1], text
+        longer += len(text) > 2 * sentences.BLOCK and len(found) > 3
+    assert longer > 100
