@@ -372,11 +372,11 @@ def stack_bytes(kernel):
     return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
-def in_a_process(call, count, timeout=900, **environment):
+def in_a_process(call, count, timeout=900, module="test_fused_moe_lora", **environment):
     """Call one of the functions above, which change Triton as a whole, in a process of its own; it prints "ok" `count`
     times."""
     environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", f"import test_fused_moe_lora as t; t.{call}"]
+    command = [sys.executable, "-c", f"import {module} as t; t.{call}"]
     result = subprocess.run(
         command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=timeout
     )
