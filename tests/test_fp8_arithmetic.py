@@ -6,6 +6,7 @@ train_moe.py.
 far every gradient is from fp32, beside bf16's products.
 """
 
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -23,6 +24,13 @@ BLOCKS = {
     "no, one, 127, 128 and 129 rows": ([0, 1, 127, 128, 129], 256, 128, 8, False, "fast"),
     "dora, frugal": ([3, 0, 40], 128, 256, 20, True, "frugal"),
     "dora, a rank over one block": ([17, 16], 384, 128, 72, True, "fast"),
+}
+# the same, and what of the Hopper path's sizes is not as usual
+SIMULATED = {
+    "no, one, 127, 128 and 129 rows": ([0, 1, 127, 128, 129], 256, 128, 8, False, "fast", {}),
+    "last column tile moved inwards, several slices of H": ([70, 5, 130], 640, 384, 24, False, "fast", {}),
+    "dora, frugal, one column block": ([3, 0, 40], 128, 128, 32, True, "frugal", {"multiprocessors": 5}),
+    "dora, a rank over one block": ([17, 66], 256, 256, 72, True, "fast", {"hopper": (3, 1)}),
 }
 # H, I of real experts: Qwen3-30B-A3B, Qwen3-235B-A22B, GLM-4.5-Air
 REAL = {"30b": (2048, 768), "235b": (4096, 1536), "glm": (4096, 1408)}
@@ -148,6 +156,31 @@ def run_interpreted():
             case = fp8_case(*sizes)
             worst = compare(name, run_kernels(*case, mode), case)
             print("ok", name, worst, flush=True)
+
+
+@contextmanager
+def simulated(timing, rows, options):
+    import hopper_simulator
+
+    with hopper_simulator.installed(timing, timing, **options) as kernels:
+        yield
+    assert kernels["hopper_fp8_gemm_kernel"].launches >= 4 and kernels["hopper_gemm_kernel"].launches == 0
+
+
+def run_simulated():
+    with exact_conversions():
+        for name, (*sizes, mode, options) in SIMULATED.items():
+            case, found = fp8_case(*sizes), []
+            for timing in ("early", "late", "random"):
+                with simulated(timing, sizes, options):
+                    found.append(run_kernels(*case, mode))
+            worst = compare(name, found[0], case)
+            assert all(torch.equal(other[key], found[0][key]) for other in found[1:] for key in other), "runs differ"
+            print("ok", name, worst, flush=True)
+
+
+def test_hopper_kernels_on_simulated_schedules():
+    in_a_process("run_simulated()", len(SIMULATED), TRITON_INTERPRET="1", module="test_fp8_arithmetic")
 
 
 def test_kernels_in_the_interpreter():
