@@ -130,14 +130,16 @@ def compute_down(a, v, p, routing, tiles, launches, columns=slice(None)):
 def swiglu_backward(da, gate_a, u, dv, p, routing, grads, tiles):
     """gate_a (S, 2I) becomes the gradient of gate and up, from da (S, I) and dv (S, r) per unit of router weight; fills
     of `grads` (Projections of gate, up, down) gate's and up's B and scale and down's A. Returns d(router weight) in
-    parts, (column blocks, S) fp32, to be added up."""
+    parts, (column blocks, S) fp32, to be added up; and if the products are FP8 and the kernel can, that gradient of
+    gate and up quantised, else None."""
     dgate, dup, ddown = grads
     dora = p.gate.scale is not None
     scales, dscales = ((p.gate.scale, p.up.scale), (dgate.scale, dup.scale)) if dora else ((da, da), (da, da))
     S, (E, _, I, r) = da.shape[0], p.sizes  # noqa: E741
     on_tensor_cores = on_hopper(da, p, tiles) and r <= 64
     if on_tensor_cores:
-        block_s, block_i, warps, stages = tiles.hopper_swiglu_backward[dora or r > 32]
+        sizes = tiles.hopper_swiglu_backward_fp8 if p.in_fp8 else tiles.hopper_swiglu_backward
+        block_s, block_i, warps, stages = sizes[dora or r > 32]
     else:
         block_s, block_i, warps, stages = tiles.swiglu_backward
         block_i = columns_beside(r, block_i)
@@ -153,13 +155,15 @@ def swiglu_backward(da, gate_a, u, dv, p, routing, grads, tiles):
         *dscales,
     )
     after += S, I, r
+    quantised = empty_quantised(S, 2 * I, da.device) if p.in_fp8 and on_tensor_cores else None
     grid = (dw_parts.shape[0], E)
     if on_tensor_cores:
         tile, rank = [block_s, block_i], [block_s, rank_block(r)]
         hopper_swiglu_backward_kernel[grid](
             descriptor(gate_a, tile), gate_a, descriptor(da, tile),
             descriptor(u.view(-1, r), rank), descriptor(dv, rank),
-            *scales, *after, DORA=dora, STAGES=stages, num_warps=warps,
+            *scales, *after, *(quantised or (da, da)),
+            DORA=dora, STAGES=stages, QUANTISE=p.in_fp8, num_warps=warps,
         )  # fmt: skip
     else:
         swiglu_backward_kernel[grid](
@@ -167,7 +171,7 @@ def swiglu_backward(da, gate_a, u, dv, p, routing, grads, tiles):
             DORA=dora, BLOCK_S=block_s, BLOCK_I=block_i, BLOCK_R=rank_block(r), PRECISION=precision_of(da.dtype),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return dw_parts
+    return dw_parts, quantised
 
 
 class FusedExperts(torch.autograd.Function):
@@ -228,8 +232,8 @@ class FusedExperts(torch.autograd.Function):
 
         # 6 to 8, dout read through row_token
         if dora:
-            dora_down(dout, v, y, p.down.scale, ddown.lora_B, ddown.scale, routing, tiles)
-            dy, gather = y, False
+            dy = dora_down(dout, v, y, p.down.scale, ddown.lora_B, ddown.scale, routing, tiles, p.in_fp8)
+            gather = False
             # for 7 the scale is put on the small B2 instead: the same product, but of dout, which is top_k times
             # smaller than dy
             B2 = torch.mul(p.down.lora_B, p.down.scale.unsqueeze(-1), out=torch.empty_like(p.down.lora_B))
@@ -240,12 +244,12 @@ class FusedExperts(torch.autograd.Function):
         del B2
         lora = (dv.unsqueeze(0), [p.down.lora_A.transpose(1, 2)])
         da = x.new_empty(S, I)
-        dy = quantise_activations(dy) if p.in_fp8 else dy
+        dy = quantise_activations(dy) if p.in_fp8 and not dora else dy
         product(dy, down_T, da, p, routing, tiles, ctx.launches, gather=gather, lora=lora)
         del dy, y
 
         # 9 and 10 with SwiGLU's backward
-        dw_parts = swiglu_backward(da, gate_a, u, dv, p, routing, (dgate, dup, ddown), tiles)
+        dw_parts, factor = swiglu_backward(da, gate_a, u, dv, p, routing, (dgate, dup, ddown), tiles)
         del da, dv
         dweights = torch.empty_like(routing.weight)
         router_grad_kernel[(triton.cdiv(S, 1024),)](
@@ -258,7 +262,8 @@ class FusedExperts(torch.autograd.Function):
         lora_B = [p.gate.lora_B.transpose(1, 2), p.up.lora_B.transpose(1, 2)]
         du = grouped_gemm(dgate_up, lora_B, x.new_empty(2, S, r), routing, tiles, alpha=p.scaling)
         lora_grad(x, du, [dgate.lora_A.transpose(1, 2), dup.lora_A.transpose(1, 2)], routing, tiles)
-        factor = quantise_activations(dgate_up) if p.in_fp8 else dgate_up
+        if factor is None:
+            factor = quantise_activations(dgate_up) if p.in_fp8 else dgate_up
         dx = torch.empty_like(x)
         for columns in column_slices(H, DX_SLICES):
             lora = (du, [p.gate.lora_A[:, :, columns].transpose(1, 2), p.up.lora_A[:, :, columns].transpose(1, 2)])
