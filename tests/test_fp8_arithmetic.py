@@ -11,7 +11,7 @@ from functools import partial
 from unittest import mock
 
 import torch
-from test_fused_moe_lora import in_a_process, make_case, relative_errors, run
+from test_fused_moe_lora import check_resources, compiling, in_a_process, make_case, relative_errors, run, stack_bytes
 
 from fused_moe_lora import moe_lora_reference, quantised_stack
 from malaysian_sft.fp8 import FP8, Quantised, quantise, quantise_rows, widen
@@ -156,6 +156,40 @@ def run_interpreted():
             case = fp8_case(*sizes)
             worst = compare(name, run_kernels(*case, mode), case)
             print("ok", name, worst, flush=True)
+
+
+COMPILED = [  # capability, dtype, rank, DoRA
+    *[(90, torch.bfloat16, r, dora) for r in (8, 32, 64) for dora in (False, True)],
+    (90, torch.bfloat16, 256, True),
+    (90, torch.float32, 32, True),
+    *[(capability, torch.bfloat16, 32, dora) for capability in (100, 120) for dora in (False, True)],
+]
+
+
+def run_compiler():
+    """Every kernel that a block in FP8 launches, compiled as for a GPU of each capability; what it would take there.
+
+    Of the Hopper kernel's registers two may be kept in memory, those that are needed once a tile.
+    """
+    for capability, dtype, r, dora in COMPILED:
+        case = fp8_case([100, 0, 40], 512, 256, r, dora, dtype=dtype)
+        with compiling(capability) as launched:
+            run_kernels(*case, "fast")
+        names = [name for name, _ in launched]
+        hopper = capability == 90 and dtype == torch.bfloat16
+        expected = {"hopper_fp8_gemm_kernel" if hopper else "grouped_gemm_fp8_kernel", "transpose_kernel"}
+        assert expected <= set(names) and "hopper_gemm_kernel" not in names, names
+        # x and dout; the rest is quantised where it is made
+        assert names.count("quantise_kernel") == 1 + (not dora) or not hopper or r > 64, names
+        check_resources(launched, capability, (capability, dtype, r, dora), stack=8 if hopper and r <= 64 else None)
+        for name, kernel in launched:
+            if "fp8" in name:
+                assert "f32.e4m3.e4m3" in kernel.asm["ptx"] or capability == 100, name
+        print("ok", capability, dtype, r, dora, max(map(stack_bytes, (kernel for _, kernel in launched))), flush=True)
+
+
+def test_kernels_fit_the_gpus_they_are_for():
+    in_a_process("run_compiler()", len(COMPILED), module="test_fp8_arithmetic")
 
 
 @contextmanager
