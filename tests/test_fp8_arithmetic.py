@@ -7,6 +7,7 @@ far every gradient is from fp32, beside bf16's products.
 """
 
 import json
+import re
 from contextlib import contextmanager
 from functools import partial
 from unittest import mock
@@ -55,6 +56,19 @@ SIMULATED = {
     "dora, frugal, one column block": ([3, 0, 40], 128, 128, 32, True, "frugal", {"multiprocessors": 5}),
     "dora, a rank over one block": ([17, 66], 256, 256, 72, True, "fast", {"hopper": (3, 1)}),
 }
+# function of moe_hopper_fp8.py, part of its source, what to put there instead, what has to be found
+FENCE, WAIT = " " * 20 + "fence_async_shared()", "warpgroup_mma_wait(num_outstanding=0, deps=(part,))"
+EARLY = "mbarrier.arrive(empty.index(slot), count=1)\n                scale = s_smem"
+MISTAKES = [
+    ("hopper_fp8_consumer", FENCE, " " * 20 + "pass", "tensor cores read .* without a fence"),
+    ("hopper_fp8_consumer", "mbarrier.wait(multiplied, count & 1)\n            held", "held", "wrong"),
+    ("hopper_fp8_consumer", "held = (step + STAGES - 1) % STAGES", "held = step % STAGES", "deadlock|wrong|arrivals"),
+    ("hopper_fp8_consumer", "scale = s_smem", EARLY, "arrivals|deadlock"),
+    ("hopper_fp8_consumer", f"{WAIT}\n                acc0", "part\n                acc0", "before its products"),
+    ("hopper_fp8_producer", "(128 + 256) * 128", "(128 + 128) * 128", "more bytes than a barrier expects"),
+    ("hopper_fp8_producer", "scales += stride_ask", "pass", "wrong"),
+    ("hopper_store_fp8", "rows < last, 1", "rows < last + 1, 1", "wrong|outside a storage"),
+]
 # H, I of real experts: Qwen3-30B-A3B, Qwen3-235B-A22B, GLM-4.5-Air
 REAL = {"30b": (2048, 768), "235b": (4096, 1536), "glm": (4096, 1408)}
 
@@ -249,6 +263,29 @@ def run_simulated():
             worst = compare(name, found[0], case)
             assert all(torch.equal(other[key], found[0][key]) for other in found[1:] for key in other), "runs differ"
             print("ok", name, worst, flush=True)
+
+
+def run_mistakes():
+    import hopper_simulator
+
+    case = fp8_case([200, 40, 90], 256, 256, 24, False)
+    with exact_conversions():
+        for function, right, wrong, found in MISTAKES:
+            for seed in range(4):
+                try:
+                    with hopper_simulator.installed(seed, "late", mistake=(function, right, wrong)):
+                        errors = relative_errors(run_kernels(*case, "fast"), run_reference(*case[:3], torch.float64))
+                    what = "wrong" if not max(errors.values()) < 1e-3 else ""
+                except hopper_simulator.Race as race:
+                    what = str(race)
+                if what:
+                    break
+            assert re.search(found, what), f"{right!r} -> {wrong!r} in {function}: expected {found!r}, found {what!r}"
+            print("ok", function, flush=True)
+
+
+def test_the_simulator_finds_mistakes():
+    in_a_process("run_mistakes()", len(MISTAKES), TRITON_INTERPRET="1", module="test_fp8_arithmetic")
 
 
 def test_hopper_kernels_on_simulated_schedules():
