@@ -95,7 +95,7 @@ def exact_conversions():
     return mock.patch.object(interpreter, "_convert_float", convert)
 
 
-def rows_to(counts, top_k=1, seed=0):
+def rows_to(counts, seed=0):
     """top_k_index (T, 1) that sends counts[e] tokens to expert e, in a random order."""
     experts = torch.cat([torch.full((count,), e) for e, count in enumerate(counts)])
     return experts[torch.randperm(len(experts), generator=torch.Generator().manual_seed(seed))].unsqueeze(1)
@@ -245,7 +245,7 @@ def test_kernels_fit_more_gpus():
 
 
 @contextmanager
-def simulated(timing, rows, options):
+def simulated(timing, options):
     import hopper_simulator
 
     with hopper_simulator.installed(timing, timing, **options) as kernels:
@@ -257,8 +257,8 @@ def run_simulated():
     with exact_conversions():
         for name, (*sizes, mode, options) in SIMULATED.items():
             case, found = fp8_case(*sizes), []
-            for timing in ("early", "late", "random"):
-                with simulated(timing, sizes, options):
+            for timing in ("late", "random"):
+                with simulated(timing, options):
                     found.append(run_kernels(*case, mode))
             worst = compare(name, found[0], case)
             assert all(torch.equal(other[key], found[0][key]) for other in found[1:] for key in other), "runs differ"
@@ -484,6 +484,10 @@ train_moe.clip_gradients = dying
     assert losses(tmp_path / "run") == expected
 
 
+SLOW_WITH_DORA = [pytest.param(False, id="lora"), pytest.param(True, id="dora", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("unbroken", SLOW_WITH_DORA, indirect=True)
 def test_two_processes_equal_one(unbroken, tmp_path):
     code, output = run_processes(2, moved(unbroken[0], tmp_path / "run"))
     assert not code, output
@@ -566,9 +570,7 @@ def test_kernels_in_bf16(cuda, monkeypatch, edge, dora, mode, path):
         monkeypatch.setattr("malaysian_sft.moe_autograd.tiles_for", lambda device, dtype: AMPERE)
     case = fp8_case(*ON_GPU[edge], dora, cuda, torch.bfloat16)
     truth = run_reference(*case[:3], torch.float32)
-    fp32_weights = {name: case[1][name] for name in ("gate_up_proj", "down_proj")}
     plain = relative_errors(run(partial(moe_lora_reference, arithmetic="fp8"), *case[:3]), truth)
-    assert all(weight.dtype == torch.float32 for weight in fp32_weights.values())
     results = [run_kernels(*case, mode) for _ in range(2)]
     assert all(torch.equal(results[1][name], results[0][name]) for name in results[0]), "runs differ"
     errors = relative_errors(results[0], truth)
