@@ -223,7 +223,6 @@ def hopper_fp8_consumer(
             scales1 = w_scales + other * stride_wsn
             next0 = gl.load(scales0)
             next1 = gl.load(scales1)
-            held = hopper_hand_back(held, empty)
             for k in range(steps):
                 w_scale0 = next0
                 w_scale1 = next1
@@ -238,6 +237,8 @@ def hopper_fp8_consumer(
                 part = warpgroup_mma(a, w_smem.index(slot * 2).permute((1, 0)), zero, use_acc=False, is_async=True)
                 scale = s_smem.index(slot).slice(64 * WHO, 64).load(gl.SliceLayout(1, layout))
                 part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))
+                if k == 0:
+                    held = hopper_hand_back(held, empty)
                 acc0 = hopper_pinned(acc0 + part * gl.expand_dims(scale * w_scale0, 1))
                 part = warpgroup_mma(a, w_smem.index(slot * 2 + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
                 part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))

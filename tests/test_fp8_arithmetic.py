@@ -64,7 +64,7 @@ MISTAKES = [
     ("hopper_fp8_consumer", "mbarrier.wait(multiplied, count & 1)\n            held", "held", "wrong"),
     ("hopper_fp8_consumer", "held = (step + STAGES - 1) % STAGES", "held = step % STAGES", "deadlock|wrong|arrivals"),
     ("hopper_fp8_consumer", "scale = s_smem", EARLY, "arrivals|deadlock"),
-    ("hopper_fp8_consumer", f"{WAIT}\n                acc0", "part\n                acc0", "before its products"),
+    ("hopper_fp8_consumer", f"{WAIT}\n                if k", "part\n                if k", "before its products"),
     ("hopper_fp8_producer", "(128 + 256) * 128", "(128 + 128) * 128", "more bytes than a barrier expects"),
     ("hopper_fp8_producer", "scales += stride_ask", "pass", "wrong"),
     ("hopper_store_fp8", "rows < last, 1", "rows < last + 1, 1", "wrong|outside a storage"),
@@ -214,10 +214,7 @@ MORE_COMPILED = [
 
 
 def run_compiler(settings=COMPILED):
-    """Every kernel that a block in FP8 launches, compiled as for a GPU of each capability; what it would take there.
-
-    Of the Hopper kernel's registers two may be kept in memory, those that are needed once a tile.
-    """
+    """Every kernel that a block in FP8 launches, compiled as for a GPU of each capability; what it would take there."""
     for capability, dtype, r, dora in settings:
         case = fp8_case([100, 0, 40], 512, 256, r, dora, dtype=dtype)
         with compiling(capability) as launched:
@@ -228,7 +225,7 @@ def run_compiler(settings=COMPILED):
         assert expected <= set(names) and "hopper_gemm_kernel" not in names, names
         # x and dout; the rest is quantised where it is made
         assert names.count("quantise_kernel") == 1 + (not dora) or not hopper or r > 64, names
-        check_resources(launched, capability, (capability, dtype, r, dora), stack=8 if hopper and r <= 64 else None)
+        check_resources(launched, capability, (capability, dtype, r, dora), stack=0 if hopper and r <= 64 else None)
         for name, kernel in launched:
             if "fp8" in name:
                 assert "f32.e4m3.e4m3" in kernel.asm["ptx"] or capability == 100, name
