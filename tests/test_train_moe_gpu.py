@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
     }
     if torch.cuda.get_device_capability() >= (9, 0):
         flags["fp8"] = "--activations none --base_dtype fp8 --expert_arithmetic fp8"
-        flags["fp8, cpu"] = "--dtype float32 --base_dtype fp8 --expert_arithmetic fp8"
+        flags["fp8-cpu"] = "--dtype float32 --base_dtype fp8 --expert_arithmetic fp8"
     started = {
         name: start(root, name, [*common.split(), *more.split()], stop_in=3 if name == "broken" else 0)
         for name, more in flags.items()
@@ -103,7 +103,7 @@ def test_a_gpu_follows_the_cpu(runs):
 def test_products_in_fp8_follow_the_cpu_s(runs):
     if "fp8" not in runs:
         pytest.skip("products in FP8 need a Hopper GPU or newer")
-    found, truth = losses(runs["fp8"]), losses(runs["fp8, cpu"])
+    found, truth = losses(runs["fp8"]), losses(runs["fp8-cpu"])
     assert found[0] == pytest.approx(truth[0], rel=5e-3) and found == pytest.approx(truth, rel=0.1)
 
 
