@@ -23,10 +23,12 @@ its token's upstream gradient:
 
 There is no dW: the base is frozen. DoRA multiplies the outputs of 2 and 4 by magnitude / ||W + s B A||, row by row of
 W; then y is kept, and dout is multiplied by the scale before 8 (B2 is, before 7). The reference, the kernels and the
-launches below keep these numbers' order.
+launches below keep these numbers' order. With `arithmetic="fp8"` the base's products of 2, 4, 8 and 13 are of FP8
+operands (fp8.Fp8Linear).
 """
 
 import inspect
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,30 +36,37 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from malaysian_sft.disk_names import attach
-from malaysian_sft.fp8 import FP8, SCALE, quantise, scale_shape
+from malaysian_sft.fp8 import FP8, SCALE, Fp8Linear, Quantised, check_arithmetic, quantise, scale_shape
 from malaysian_sft.lora import start_lora
 from malaysian_sft.moe_autograd import Projection, moe_lora
 from malaysian_sft.moe_widen import ReferenceAgain, WideRoom
 
 
-def moe_lora_reference(hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate, up, down, scaling):
+def moe_lora_reference(
+    hidden_states, top_k_index, top_k_weights, gate_up_proj, down_proj, gate, up, down, scaling, arithmetic="bf16"
+):
     """The experts block in plain PyTorch; autograd gives every gradient. One pair of matrix products per expert that
     has rows.
 
     hidden_states (T, H); top_k_index (T, top_k) integers in [0, E); top_k_weights (T, top_k); gate_up_proj (E, 2I, H),
     gate rows first; down_proj (E, H, I); gate, up and down each a Projection: lora_A (E, r, in), lora_B (E, out, r)
     and for DoRA scale (E, out), magnitude / ||W + scaling B A||; scaling a float. Computes in hidden_states' dtype,
-    whatever the dtype of the rest; returns (T, H) in that dtype.
+    whatever the dtype of the rest; returns (T, H) in that dtype. arithmetic: "fp8" for products of the base, widened
+    FP8 in fp32 or fp64, by Fp8Linear; the router weights then multiply a, not y, so that their gradient is the <a, da>
+    that the kernels have.
     """
     tokens, top_k = top_k_index.shape
-    dtype = hidden_states.dtype
+    dtype, in_fp8 = hidden_states.dtype, arithmetic == "fp8"
     order = top_k_index.reshape(-1).argsort(stable=True)  # (S,) routed rows sorted by expert
     rows_per_expert = torch.bincount(top_k_index.reshape(-1), minlength=gate_up_proj.shape[0]).tolist()
     x_sorted = hidden_states[order // top_k]  # (S, H)
+    weights = top_k_weights.to(dtype).reshape(-1, 1)  # (S, 1)
+    weights_sorted = weights[order].split(rows_per_expert)
 
     def project(x, weight, adapter, e):
         inner = F.linear(x, adapter.lora_A[e].to(dtype))
-        y = F.linear(x, weight.to(dtype)) + scaling * F.linear(inner, adapter.lora_B[e].to(dtype))
+        base = Fp8Linear.apply(x, weight) if in_fp8 else F.linear(x, weight.to(dtype))
+        y = base + scaling * F.linear(inner, adapter.lora_B[e].to(dtype))
         return y if adapter.scale is None else y * adapter.scale[e].to(dtype)
 
     outputs = []
@@ -66,10 +75,12 @@ def moe_lora_reference(hidden_states, top_k_index, top_k_weights, gate_up_proj, 
             continue
         gate_weight, up_weight = gate_up_proj[e].chunk(2)
         activation = F.silu(project(x, gate_weight, gate, e)) * project(x, up_weight, up, e)  # (rows, I)
+        activation = activation * weights_sorted[e] if in_fp8 else activation
         outputs.append(project(activation, down_proj[e], down, e))  # (rows, H)
     y_sorted = torch.cat(outputs) if outputs else hidden_states.new_zeros(0, hidden_states.shape[1])
-    y = torch.empty_like(y_sorted).index_copy(0, order, y_sorted).view(tokens, top_k, -1)  # back in token order
-    return (y * top_k_weights.to(dtype).unsqueeze(-1)).sum(dim=1)  # (T, H)
+    y = torch.empty_like(y_sorted).index_copy(0, order, y_sorted)  # back in token order
+    y = y if in_fp8 else y * weights
+    return y.view(tokens, top_k, -1).sum(dim=1)  # (T, H)
 
 
 @torch.no_grad()
@@ -110,6 +121,7 @@ class FusedMoELoRA(nn.Module):
     call after every optimiser step; by default every forward computes them.
     wide_room: a WideRoom that all layers share. With it the frozen weights are stored in FP8 (fp8.py), beside them
     their scales `gate_up_proj_scale_inv` and `down_proj_scale_inv`, and widened to `dtype` there when they are used.
+    arithmetic: "fp8" multiplies such weights as they are stored, with activations in FP8; LoRA's products stay.
     """
 
     def __init__(
@@ -125,8 +137,10 @@ class FusedMoELoRA(nn.Module):
         dtype=None,
         device=None,
         wide_room=None,
+        arithmetic="bf16",
     ):
         super().__init__()
+        check_arithmetic(arithmetic, wide_room and "fp8", hidden_size, intermediate_size)
         if mode not in ("fast", "frugal"):
             raise ValueError(f'mode is {mode!r}; expected "fast" or "frugal"')
         if r < 1:
@@ -134,7 +148,7 @@ class FusedMoELoRA(nn.Module):
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.use_dora, self.mode, self.cache_norms = use_dora, mode, cache_norms
-        self.dtype, self.wide_room = dtype or torch.get_default_dtype(), wide_room
+        self.dtype, self.wide_room, self.arithmetic = dtype or torch.get_default_dtype(), wide_room, arithmetic
 
         def frozen(*shape, dtype=dtype if wide_room is None else FP8):
             return nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype, device=device), requires_grad=False)
@@ -166,16 +180,33 @@ class FusedMoELoRA(nn.Module):
         return (
             f"num_experts={self.num_experts}, hidden_size={self.hidden_size},"
             f" intermediate_size={self.intermediate_size}, r={self.r}, lora_alpha={self.lora_alpha},"
-            f" use_dora={self.use_dora}, mode={self.mode!r}" + (", stored in FP8" if self.wide_room else "")
+            f" use_dora={self.use_dora}, mode={self.mode!r}"
+            + (", stored in FP8" if self.wide_room else "")
+            + (", computed in FP8" if self.arithmetic == "fp8" else "")
         )
+
+    def _stacks(self):
+        """What is stored in FP8, as WideRoom takes it."""
+        return [(self.gate_up_proj, self.gate_up_proj_scale_inv, 2), (self.down_proj, self.down_proj_scale_inv, 1)]
 
     def base_weights(self):
         """(gate_up_proj, down_proj) to multiply with. From FP8 they are widened, and good until another layer asks for
         its own."""
         if self.wide_room is None:
             return self.gate_up_proj, self.down_proj
-        stacks = [(self.gate_up_proj, self.gate_up_proj_scale_inv, 2), (self.down_proj, self.down_proj_scale_inv, 1)]
-        return self.wide_room.widened(self, stacks, self.dtype)
+        return self.wide_room.widened(self, self._stacks(), self.dtype)
+
+    def exact_weights(self):
+        """(gate_up_proj, down_proj) stored in FP8, widened without rounding."""
+        return self.wide_room.widened(self, self._stacks(), torch.promote_types(self.dtype, torch.float32))
+
+    def stored_weights(self):
+        """(gate_up_proj, down_proj) as they are stored in FP8."""
+        return tuple(Quantised(values.detach(), scales.detach()) for values, scales, _ in self._stacks())
+
+    def stored_and_transposed(self):
+        """`stored_weights`, and their transposes, good until another layer asks for its own."""
+        return *self.stored_weights(), *self.wide_room.transposed(self, self._stacks())
 
     @torch.no_grad()
     def reset_lora_parameters(self):
@@ -227,12 +258,15 @@ class FusedMoELoRA(nn.Module):
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """hidden_states (T, H), top_k_index (T, top_k), top_k_weights (T, top_k) -> (T, H) in hidden_states' dtype."""
         adapters, routed = self.adapters(), (hidden_states, top_k_index, top_k_weights)
-        again = None if self.wide_room is None else self.base_weights
+        in_fp8, again = self.arithmetic == "fp8", None if self.wide_room is None else self.base_weights
         if hidden_states.is_cuda:
-            return moe_lora(*routed, *self.base_weights(), *adapters, self.scaling, mode=self.mode, base=again)
+            base, again = (self.stored_weights, self.stored_and_transposed) if in_fp8 else (self.base_weights, again)
+            return moe_lora(*routed, *base(), *adapters, self.scaling, mode=self.mode, base=again)
         if again is not None:
             tensors = [tensor for adapter in adapters for tensor in adapter]
-            return ReferenceAgain.apply(moe_lora_reference, again, self.scaling, *routed, *tensors)
+            reference = partial(moe_lora_reference, arithmetic=self.arithmetic)
+            again = self.exact_weights if in_fp8 else again
+            return ReferenceAgain.apply(reference, again, self.scaling, *routed, *tensors)
         return moe_lora_reference(*routed, *self.base_weights(), *adapters, self.scaling)
 
 
@@ -281,9 +315,9 @@ def quantised_stack(weight, parts):
     return tuple(torch.stack([torch.cat([pair[i] for pair in expert]) for expert in pairs]) for i in (0, 1))
 
 
-def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", cache_norms=False, fp8=False):
+def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", cache_norms=False, fp8=False, arithmetic="bf16"):
     """Replace every `...mlp.experts` of `model` by a FusedMoELoRA that holds the same base weights, with fp8 quantised
-    to FP8; returns how many.
+    to FP8; returns how many. arithmetic: FusedMoELoRA's.
 
     Works on the meta device too: then call `reset_lora_parameters()` of each once the weights are loaded. Raises
     ValueError, and changes nothing, if an experts module does not conform (saying what differs) or if there is none.
@@ -298,10 +332,12 @@ def wrap_experts(model, r, lora_alpha, use_dora=False, mode="fast", cache_norms=
         reason = why_not_conforming(module)
         if reason:
             raise ValueError(f"{name} ({type(module).__name__}) cannot be wrapped: {reason}")
+        check_arithmetic(arithmetic, fp8 and "fp8", *module.down_proj.shape[1:])
     wide_room = WideRoom() if fp8 else None
     for name, module in found.items():
         num_experts, hidden_size, intermediate_size = module.down_proj.shape
         base = dict(dtype=module.gate_up_proj.dtype, device="meta", wide_room=wide_room)
+        base["arithmetic"] = arithmetic
         fused = FusedMoELoRA(
             num_experts, hidden_size, intermediate_size, r, lora_alpha, use_dora, mode, cache_norms, **base
         ).train(module.training)

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import multipack
-from malaysian_sft.account import check_trainer, compare_gemm, measure_gemm, mfu, train_flops
+from malaysian_sft.account import check_experts, check_trainer, compare_gemm, measure_gemm, mfu, train_flops
 from malaysian_sft.base_model import find_base, load_config, load_tokenizer
 from malaysian_sft.checkpoints import Checkpointer, newest_checkpoint, recorded_facts, refuse_another_base
 from malaysian_sft.conversations import DataArguments
@@ -105,6 +105,15 @@ class TrainingArguments:
             "help": (
                 "fp8: routed experts' frozen weights are stored in FP8, as the checkpoint has them or quantised while"
                 " loading, and widened when they are used (docs/fp8.md). none, the default: stored as dtype"
+            )
+        },
+    )
+    expert_arithmetic: Literal["bf16", "fp8"] = field(
+        default="bf16",
+        metadata={
+            "help": (
+                "of routed experts' frozen weights; bf16: in dtype, whatever it is. fp8, with --base_dtype fp8 alone:"
+                " as they are stored, with activations and gradients quantised (docs/fp8.md)"
             )
         },
     )
@@ -197,6 +206,7 @@ def plan_arguments(args, data_args, lora_args):
         gather_base=args.gather_base,
         shard_nodes=args.shard_nodes,
         base_dtype=args.base_dtype,
+        expert_arithmetic=args.expert_arithmetic,
     )
 
 
@@ -519,6 +529,8 @@ def train_claimed(args, data_args, lora_args, stop, device, mesh):
     resume_from = newest_checkpoint(args.output_dir, args.resume, say, args.start_anew)
     config = load_config(args.model_name_or_path, args.model_revision)
     check_trainer(config, "moe")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    check_experts(config, args.expert_arithmetic, args.base_dtype, capability)
     args, planned = settle_memory(config, args, data_args, lora_args)
     directory = find_base(args.model_name_or_path, args.model_revision)
     tokenizer = load_tokenizer(directory)

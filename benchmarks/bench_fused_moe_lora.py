@@ -3,6 +3,7 @@
     python benchmarks/bench_fused_moe_lora.py              # every model, adapter, routing and implementation
     python benchmarks/bench_fused_moe_lora.py --models qwen3-30b-a3b --implementations fused_moe_lora --per_op true
     python benchmarks/bench_fused_moe_lora.py --implementations unsloth_zoo,sonic_moe --routings random
+    python benchmarks/bench_fused_moe_lora.py --implementations fused_moe_lora,fused_moe_lora_widened,fused_moe_lora_fp8
 
 Appends records to results/fused_moe_lora.json (--output), prints a table and ends in one JSON line. Needs a CUDA
 device.
@@ -14,6 +15,9 @@ single runs from an idle device; a dense 8192^3 product per process tells how fa
 memory kept for the backward beyond input and output. `back_to_back_ms` is there for all, since not every peer can be
 captured; `sustained_ms` is the time under --seconds of load, where large blocks meet the device's power limit (with
 nvidia-ml-py installed its watts and MHz are recorded too).
+
+fused_moe_lora_widened and fused_moe_lora_fp8 have their weights in FP8 (moe_lora_in_fp8.py). Their fp32 truth has the
+same weights; that of fused_moe_lora_fp8 is the definition of its products, max_error_fp32 how far they are from fp32's.
 
 The peers are in moe_lora_peers.py and measured if they are installed: torch's grouped_mm with LoRA by grouped_mm,
 transformers with PEFT's target_parameters, axolotl's scattermoe_lora, unsloth_zoo, sonic-moe. Records with shared_A are
@@ -40,6 +44,8 @@ from moe_lora_peers import NEEDS, PEERS, SHARED_A
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from moe_lora_in_fp8 import IN_FP8, in_fp8, room_mib, store_in_fp8  # noqa: E402
+
 from fused_moe_lora import Projection, moe_lora_reference  # noqa: E402
 from malaysian_sft.moe_autograd import DX_SLICES, Y_SLICES, column_slices, moe_lora  # noqa: E402
 from malaysian_sft.run import git_commit  # noqa: E402
@@ -51,7 +57,8 @@ MODELS = {
     "glm-4.5-air": (4096, 1408, 128, 8),
 }
 RANK, SCALING = 32, 2.0
-CAPTURED = ("fused_moe_lora", "torch_grouped_mm")  # the others cannot be replayed as a CUDA graph, or were not tried
+OURS = ("fused_moe_lora", *IN_FP8)
+CAPTURED = (*OURS, "torch_grouped_mm")  # the others cannot be replayed as a CUDA graph, or were not tried
 
 
 @dataclass
@@ -123,15 +130,16 @@ def call(block, leaves, fixed, **options):
     return block(*routed, fixed["gate_up"], fixed["down"], *adapters, SCALING, **options)
 
 
-def reference(leaves, fixed, dtype):
-    """Output and gradients by moe_lora_reference in `dtype`, in chunks of tokens so that the longest batch fits."""
+def reference(leaves, fixed, dtype, **options):
+    """Output and gradients by moe_lora_reference in `dtype` with `options`, in chunks of tokens so that the longest
+    batch fits."""
     totals, outputs = {}, []
     for rows in torch.arange(fixed["index"].shape[0], device=fixed["index"].device).split(8192):
         part = {
             n: (t[rows] if n in ("x", "top_k_weights") else t).to(dtype).detach().requires_grad_()
             for n, t in leaves.items()
         }
-        out = call(moe_lora_reference, part, {**fixed, "index": fixed["index"][rows]})
+        out = call(moe_lora_reference, part, {**fixed, "index": fixed["index"][rows]}, **options)
         out.backward(fixed["dout"][rows].to(dtype))
         outputs.append(out.detach())
         for name, leaf in part.items():
@@ -295,12 +303,19 @@ def measure(forward, leaves, dout, can_capture, seconds):
     return {**{k: round(v, 4) for k, v in times.items()}, "timing": timing, **under_load, **memory}
 
 
-def dense_tflops():
-    """bf16 TFLOP/s of an 8192^3 product: how fast this device runs in this process."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def dense_tflops(dtype=torch.bfloat16):
+    """TFLOP/s of an 8192^3 product in bf16, or E4M3 with one scale: how fast this device runs in this process."""
+    a, b = (torch.randn(8192, 8192, device="cuda").to(dtype) for _ in range(2))
+    one = torch.ones((), device="cuda")
+
+    def multiply():
+        if dtype == torch.bfloat16:
+            return a @ b
+        return torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
     for _ in range(3):
-        a @ b
-    return 2 * 8192**3 / time_runs(lambda: a @ b)[0] / 1e9
+        multiply()
+    return 2 * 8192**3 / time_runs(multiply)[0] / 1e9
 
 
 def useful_flops(model, tokens, shared_A):
@@ -347,7 +362,7 @@ def per_op(forward, leaves, dout, setting):
     for name, us in kernels:
         print(f"    {us:9.1f} us  {name[:100]}")
     print(f"    {sum(us for _, us in kernels):9.1f} us  all kernels", flush=True)
-    gemms = [us for name, us in kernels if "hopper_gemm_kernel" in name]
+    gemms = [us for name, us in kernels if "hopper_gemm_kernel" in name or "hopper_fp8_gemm_kernel" in name]
     y_slices, dx_slices = (len(column_slices(H, wanted)) for wanted in (Y_SLICES, DX_SLICES))
     recomputed = (2 if adapter == "dora" else 1) if mode == "frugal" else 0
     launches = {
@@ -383,10 +398,15 @@ def per_op(forward, leaves, dout, setting):
 def worker(implementation, settings, arguments):
     """Check and time one implementation at each setting; prints one JSON line per record."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    sentinel = dense_tflops()
+    sentinels = {"dense_8192_tflops": round(dense_tflops(), 1)}
+    arithmetic = {"arithmetic": IN_FP8.get(implementation, "bf16")}
+    if arithmetic["arithmetic"] == "fp8":
+        sentinels["dense_8192_fp8_tflops"] = round(dense_tflops(torch.float8_e4m3fn), 1)
     for model, adapter, routing, mode, tokens in settings:
         shared_A = implementation in SHARED_A
         leaves, fixed = make_inputs(model, adapter, routing, tokens, arguments.seed, shared_A)
+        if implementation in IN_FP8:
+            fixed = store_in_fp8(fixed)
         record = {
             "model": model,
             "adapter": adapter,
@@ -406,11 +426,16 @@ def worker(implementation, settings, arguments):
         )
         try:
             torch.cuda.reset_peak_memory_stats()
-            truth = reference(leaves, fixed, torch.float32)
+            truth = reference(leaves, fixed, torch.float32, **arithmetic)
             record["check_peak_mib"] = torch.cuda.max_memory_allocated() >> 20
-            plain = relative_errors(reference(leaves, fixed, torch.bfloat16), truth)
+            plain = relative_errors(reference(leaves, fixed, torch.bfloat16, **arithmetic), truth)
+            exact = reference(leaves, fixed, torch.float32) if arithmetic["arithmetic"] == "fp8" else None
             leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-            if implementation == "fused_moe_lora":
+            if implementation in IN_FP8:
+                fixed = {name: t for name, t in fixed.items() if name not in ("gate_up", "down")}  # of fp32
+                record["room_mib"] = room_mib(implementation, fixed)
+                forward, reads = in_fp8(call, implementation, leaves, fixed, mode)
+            elif implementation == "fused_moe_lora":
                 forward, reads = fused(leaves, fixed, mode)
             else:
                 forward, reads = PEERS[implementation](leaves, fixed, SCALING, arguments.autotune)
@@ -419,8 +444,11 @@ def worker(implementation, settings, arguments):
             if "gate_A+up_A" in reads:
                 truth["gate_A+up_A"] = truth.pop("gate_A") + truth.pop("up_A")
                 plain["gate_A+up_A"] = max(plain.pop("gate_A"), plain.pop("up_A"))
-            errors = relative_errors({"out": out.detach(), **{n: read() for n, read in reads.items()}}, truth)
-            del out, truth
+            found = {"out": out.detach(), **{n: read() for n, read in reads.items()}}
+            errors = relative_errors(found, truth)
+            if exact is not None:
+                record["max_error_fp32"] = round(max(relative_errors(found, exact).values()), 5)
+            del out, truth, found, exact
             worst = max(errors, key=lambda n: errors[n])
             # a peer may round in more places than plain PyTorch does; anything beyond a few times its error is another
             # function
@@ -435,11 +463,11 @@ def worker(implementation, settings, arguments):
             else:
                 record.update(measure(forward, leaves, fixed["dout"], implementation in CAPTURED, arguments.seconds))
                 record["tflops"] = round(useful_flops(model, tokens, shared_A) / record["total_ms"] / 1e9, 1)
-                if arguments.per_op and implementation == "fused_moe_lora":
+                if arguments.per_op and implementation in OURS:
                     record.update(per_op(forward, leaves, fixed["dout"], (model, adapter, routing, mode, tokens)))
         except torch.OutOfMemoryError:
             record["failed"] = "out of memory"
-        record["dense_8192_tflops"] = round(sentinel, 1)
+        record.update(sentinels)
         print("RECORD " + json.dumps(record), flush=True)
         leaves = fixed = forward = reads = None
         torch.cuda.empty_cache()
@@ -452,7 +480,7 @@ def worker(implementation, settings, arguments):
 
 def settings_of(implementation, arguments):
     """(model, adapter, routing, mode, tokens) to run: peers know neither DoRA nor modes."""
-    ours = implementation == "fused_moe_lora"
+    ours = implementation in OURS
     if arguments.settings:
         listed = [tuple(setting.split(":")) for setting in arguments.settings.split(",")]
         return [(*names, int(tokens)) for *names, tokens in listed if ours or names[1::2] == ["lora", "fast"]]
@@ -485,7 +513,7 @@ def store(record, output):
 def print_table(records):
     columns = (
         "model tokens adapter routing mode implementation fwd_ms bwd_ms total_ms back_to_back_ms idle_start_ms"
-        " sustained_ms tflops saved_mib peak_mib max_error failed"
+        " sustained_ms tflops saved_mib peak_mib room_mib max_error max_error_fp32 failed"
     ).split()
     print(pandas.DataFrame(records).reindex(columns=columns).to_string(index=False, na_rep=""))
 
@@ -507,7 +535,7 @@ def main():
             " qwen3-30b-a3b:lora:random:fast:16384"
         )
     unknown = [m for m in arguments.models.split(",") + [setting[0] for setting in listed] if m not in MODELS]
-    known = ["fused_moe_lora", *PEERS]
+    known = [*OURS, *PEERS]
     unknown += [i for i in arguments.implementations.split(",") if i not in known]
     if unknown:
         sys.exit(
@@ -551,11 +579,11 @@ def main():
                 store(records[-1], Path(arguments.output))
                 settings = settings[1:]
     print_table(records)
-    ours = {
-        (r["model"], r["tokens"], r["adapter"], r["routing"], r["mode"]): r["total_ms"]
-        for r in records
-        if "total_ms" in r and r["implementation"] == "fused_moe_lora"
-    }
+    ours = {}
+    for r in records:
+        if "total_ms" in r and r["implementation"] in OURS:
+            stored = [r["implementation"]] if r["implementation"] in IN_FP8 else []
+            ours[(r["model"], r["tokens"], r["adapter"], r["routing"], r["mode"], *stored)] = r["total_ms"]
     totals = {"/".join(map(str, key)): value for key, value in ours.items()}
     print(
         json.dumps(

@@ -33,7 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 COMPONENTS = (
     ("communication", r"nccl"),
     ("attention", r"flash|fmha|cute|varlen|FlashAttn"),
-    ("experts: products", r"hopper_gemm|grouped_gemm_kernel"),
+    ("experts: products", r"hopper_gemm|hopper_fp8_gemm|grouped_gemm_kernel|grouped_gemm_fp8_kernel"),
+    ("experts: widened, quantised", r"widen_kernel|quantise_kernel|transpose_kernel"),
     ("experts: SwiGLU, gradients", r"swiglu|lora_grad|dora_down"),
     ("experts: routing, combine", r"combine_kernel|count_kernel|scan_kernel|tile_kernel|place_kernel|router_grad"),
     ("norms, rotary", r"rms_norm|norm_rope|scale_columns|column_products"),
@@ -60,6 +61,7 @@ def parse():
     parser.add_argument("--memory_mode", default=None, help="fast or frugal; default: as the trainer chooses")
     parser.add_argument("--gather_base", default=None, help="True or False; default: as the trainer chooses")
     parser.add_argument("--base_dtype", default=None, help="fp8: frozen experts stored in FP8")
+    parser.add_argument("--expert_arithmetic", default=None, help="fp8: experts stored in FP8 compute in FP8")
     parser.add_argument("--frugal_layers", default=None, help="default: as the trainer chooses")
     parser.add_argument("--seconds", type=float, default=280, help="limit of one configuration")
     parser.add_argument("--out", default=str(ROOT / "results" / "step.json"))
@@ -94,7 +96,7 @@ class Run:
         flags += f" --use_dora {job['adapter'] == 'dora'} --max_seq_length {job['tokens']}"
         flags += " --report_to none --ignore_plan True"
         flags += f" --global_batch_size {job['packs'] * self.world}"
-        for name in ("memory_mode", "gather_base", "frugal_layers", "base_dtype"):
+        for name in ("memory_mode", "gather_base", "frugal_layers", "base_dtype", "expert_arithmetic"):
             flags += f" --{name} {job[name]}" if job[name] is not None else ""
         self.args, self.data_args, self.lora_args = train_moe.parse(flags.split())
         self.args, self.planned = train_moe.settle_memory(self.config, self.args, self.data_args, self.lora_args)
@@ -337,6 +339,7 @@ def main():
                     gather_base=args.gather_base,
                     frugal_layers=args.frugal_layers,
                     base_dtype=args.base_dtype,
+                    expert_arithmetic=args.expert_arithmetic,
                 )
                 record = start(job, args.seconds)
                 record["versions"] = {n: slices.version(n) for n in ("torch", "triton", "transformers", "flash-attn-4")}
@@ -371,6 +374,7 @@ def bar_label(r):
     base = "" if r["gpus"] == 1 else ", base gathered" if r["gather_base"] else ", base whole"
     frugal = f", {r['frugal_layers']} layers frugal" if r["frugal_layers"] else ""
     frugal += ", experts in FP8" if r.get("base_dtype") else ""
+    frugal += " products" if r.get("expert_arithmetic") == "fp8" else ""
     first = f"{r['model']}, {r['adapter']}, {r['gpus']} x {r['device'].removeprefix('NVIDIA ')}{base}"
     return f"{first}\n{r['activations']}, {r['mode']}{frugal}; {r['attention']}"
 

@@ -107,7 +107,8 @@ def leave_one_out(device, records, which=None):
 def fp8_steps(rates, records):
     """[(record, measured ms, planned)] of whole steps with experts in FP8 on the device of `rates`."""
     found = []
-    for record in (r for r in records if r.get("base_dtype") and r.get("step_ms") and r["device"] == rates.device):
+    stored = [r for r in records if r.get("base_dtype") and r.get("expert_arithmetic") != "fp8"]
+    for record in (r for r in stored if r.get("step_ms") and r["device"] == rates.device):
         _, done = work_of(record, record["squares_over_tokens"])
         planned = TOKENS * step_time(done, rates, record["attention"])["ms"]
         found.append((record, sum(record["step_ms"]) / len(record["step_ms"]), planned))

@@ -27,6 +27,7 @@ from functools import lru_cache
 
 from fused_moe_lora import why_not_conforming
 from malaysian_sft.base_model import UNREADABLE, block_fp8
+from malaysian_sft.fp8 import check_arithmetic
 from malaysian_sft.lora import NOT_ADAPTED, active_experts, expert_rank
 
 GIB = 2**30
@@ -347,3 +348,11 @@ def check_trainer(config, kind):
         raise ValueError(f"{config.model_type} has {'no ' * (kind == 'moe')}routed experts: train it with {other}")
     if kind == "moe" and architecture(config).refused:
         raise ValueError(f"{config.model_type} cannot be trained: {architecture(config).refused}")
+
+
+def check_experts(config, arithmetic, base_dtype, capability=None):
+    """Raise ValueError unless the routed experts of a model of this config can compute in `arithmetic`; capability: the
+    GPU's, None where there is none."""
+    for m in architecture(config).matrices:
+        if m.kind == "expert" and m.name.endswith("down_proj"):
+            check_arithmetic(arithmetic, base_dtype, m.out_features, m.in_features, capability)

@@ -63,15 +63,17 @@ def layer_saved_bytes(config, kind, matrices, tokens, policy, mode, r, expert_r,
     return tokens * (kept_attention + 2 * mlp) + experts
 
 
-def layer_working_bytes(config, matrices, tokens, mode, use_dora=False):
+def layer_working_bytes(config, matrices, tokens, mode, use_dora=False, in_fp8=False):
     """The most that one layer's forward or backward holds for a moment beyond what is kept, in bytes; bf16.
 
     Routed experts, per routed row: in the forward half of H, as the output is made from half of its columns at a time
     (with DoRA it is whole, and kept unless in frugal mode); in the backward intermediate_size, the gradient of
-    silu(gate) up; in frugal mode also 2 intermediate_size, gate and silu(gate) up. A dense or shared MLP: two of
-    (tokens, intermediate_size): the product and the gradient of it, or in a mixture the LoRA's share of an output; with
-    DoRA also the gradients of gate and up. And four of
-    (tokens, H): the residual stream's gradient, the two norms', the attention's.
+    silu(gate) up; in frugal mode also 2 intermediate_size, gate and silu(gate) up. In FP8, a byte a value: the forward
+    multiplies silu(gate) up as such; the backward dout (with DoRA a row's own), then the gradients of gate and up,
+    which are made while bf16's are read and are there beside a quarter of H, of the gradient of x. A dense or shared
+    MLP: two of (tokens, intermediate_size): the product and the gradient of it, or in a mixture the LoRA's share of an
+    output; with DoRA also the gradients of gate and up. And four of (tokens, H): the residual stream's gradient, the
+    two norms', the attention's; in FP8 also the input, or its gradient, in FP8.
     """
     width = 0
     for m in matrices:
@@ -82,8 +84,11 @@ def layer_working_bytes(config, matrices, tokens, mode, use_dora=False):
             forward, backward = (
                 (hidden * frugal, m.in_features + hidden * frugal) if use_dora else (hidden // 2, m.in_features)
             )
+            if in_fp8:
+                forward += m.in_features // 2
+                backward = max(backward + hidden // 2 * use_dora, 2 * m.in_features, m.in_features + hidden // 4)
             width = max(width, m.active * (max(forward, backward) + 2 * m.in_features * frugal))
-    return 2 * tokens * (width + 4 * config.hidden_size)
+    return 2 * tokens * (width + 4 * config.hidden_size) + tokens * config.hidden_size * in_fp8
 
 
 def loss_bytes(config, kind, tokens):
@@ -142,7 +147,8 @@ def moments(config, plan, layers, layer_adapter):
             for p in (level, "none")
         )
         kept += own
-        temporaries = everything - own + layer_working_bytes(config, layer, tokens, mode, dora)
+        in_fp8 = plan["expert_arithmetic"] == "fp8"
+        temporaries = everything - own + layer_working_bytes(config, layer, tokens, mode, dora, in_fp8)
         moment = {"kept activations": kept, "one layer's temporaries and recompute": temporaries}
         found.append(moment | {"gradient reduction": reduction if number < len(layers) - 1 else 0})
     return [*found, {"kept activations": kept, "head and loss": loss_bytes(config, kind, tokens)}]
@@ -176,7 +182,8 @@ def moe_terms(config, plan, layer_base, layer_adapter):
     fp32, are sharded; two layers' adapters are gathered in bf16 (DoRA: fp32), each from a cast of the own shard. Over
     several micro-batches the adapter's fp32 gradient stays whole until the last one, unless every micro-batch reduces
     it. On a single GPU nothing is gathered. Routed experts in FP8 (base_dtype) are sharded and gathered as such, and
-    one layer's are widened to bf16.
+    one layer's are widened to bf16; if they compute in FP8 they are transposed instead, but with DoRA also widened at
+    times, in the same room, for the norms.
     """
     counts, dora = plan["parameters"], plan["use_dora"]
     base, adapter = counts["total"], counts["trainable"]
@@ -193,10 +200,12 @@ def moe_terms(config, plan, layer_base, layer_adapter):
 
     stored, wide = in_fp8(experts)
     layer_stored, layer_wide = max(map(in_fp8, architecture(config).layers()))
+    transposed = plan["expert_arithmetic"] == "fp8" and not dora
     return {
         "frozen base, bf16": 2 * (base - outside - wide) / (shard if gathers else 1),
         "frozen experts, FP8": stored / (shard if gathers else 1),
-        "a layer's experts widened, bf16": 2 * layer_wide,
+        "a layer's experts widened, bf16": 0 if transposed else 2 * layer_wide,
+        "a layer's experts transposed, FP8": layer_wide * transposed,
         "embedding and head": 2 * outside,
         "adapter, fp32": 4 * adapter / shard,
         "Adam moments, fp32": 8 * adapter / shard,

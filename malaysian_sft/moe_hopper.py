@@ -46,7 +46,7 @@ def multiprocessors(device):
 def on_hopper(x, p, tiles):
     """Whether hopper_gemm can take the block's GEMMs: bulk copies want rows of whole 16-byte units, and its ring has no
     masks along K."""
-    H, I, r = p.down_proj.shape[1], p.down_proj.shape[2], p.gate.lora_A.shape[1]  # noqa: E741
+    _, H, I, r = p.sizes  # noqa: E741
     return tiles.hopper is not None and x.dtype == torch.bfloat16 and H % 64 == 0 and I % 128 == 0 and r % 8 == 0
 
 

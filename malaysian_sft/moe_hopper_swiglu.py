@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from malaysian_sft.moe_hopper import hopper_sigmoid
+from malaysian_sft.moe_hopper_fp8 import hopper_quantised
 from malaysian_sft.moe_swiglu import nonzero
 
 
@@ -44,9 +45,12 @@ def hopper_swiglu_backward_kernel(
     gate_a_desc, gate_a_ptr, da_desc, u_desc, dv_desc, gate_scale_ptr, up_scale_ptr,
     row_weight_ptr, offsets_ptr, order_ptr,
     dB_gate_ptr, dB_up_ptr, dA_down_ptr, dw_ptr, dgate_scale_ptr, dup_scale_ptr, S, INTERMEDIATE, R,
-    DORA: gl.constexpr, STAGES: gl.constexpr,
+    q_ptr, q_scale_ptr, DORA: gl.constexpr, STAGES: gl.constexpr, QUANTISE: gl.constexpr,
 ):  # fmt: skip
     """swiglu_backward_kernel for Hopper, INTERMEDIATE a multiple of WIDTH. Grid (INTERMEDIATE / WIDTH, E).
+
+    QUANTISE, WIDTH then 128: d(gate) and d(up) also as FP8, q (S, 2 INTERMEDIATE), and its scales (2 INTERMEDIATE /
+    128, S).
 
     A stage of shared memory holds one step's rows. Its gate, a and da are overwritten with d(gate), d(up) and w a,
     which the tensor cores then read for dB and dA while bulk stores write the first two out; the stage is filled again
@@ -151,6 +155,16 @@ def hopper_swiglu_backward_kernel(
             full, gate_smem, a_smem, da_smem, u_gate_smem, u_up_smem, dv_smem,
         )  # fmt: skip
         # last, because the fences wait for writes under way
+        if QUANTISE:
+            inside = gl.expand_dims(rows < last, 1)
+            q = q_ptr + gl.expand_dims(rows.to(gl.int64) * (2 * INTERMEDIATE), 1) + gl.expand_dims(columns, 0)
+            values, scale = hopper_quantised(dgate.to(gl.float32))
+            gl.store(q, values, mask=inside)
+            gl.store(q_scale_ptr + block.to(gl.int64) * S + rows, scale, mask=rows < last)
+            values, scale = hopper_quantised(dup.to(gl.float32))
+            gl.store(q + INTERMEDIATE, values, mask=inside)
+            up_block = (INTERMEDIATE // WIDTH + block).to(gl.int64)
+            gl.store(q_scale_ptr + up_block * S + rows, scale, mask=rows < last)
         gl.store(dw_ptr + block.to(gl.int64) * S + rows, dw, mask=rows < last)
     dB_gate, dB_up, dA_down = warpgroup_mma_wait(num_outstanding=0, deps=(dB_gate, dB_up, dA_down))
 

@@ -180,6 +180,7 @@ def build_model(config, args, lora_args):
             mode=args.memory_mode or default_mode("moe", activations),
             cache_norms=lora_args.use_dora,
             fp8=args.base_dtype == "fp8",
+            arithmetic=args.expert_arithmetic,
         )
         peft_model = apply_lora(causal_lm, lora_args)
     for layer in causal_lm.base_model.layers[: args.frugal_layers or 0]:

@@ -46,6 +46,8 @@ class Tiles:
         (64, 64, 4, 3),
         (32, 64, 4, 4),
     )
+    # the same where it quantises, a block of columns at a time
+    hopper_swiglu_backward_fp8: tuple = ((32, 128, 4, 3), (16, 128, 8, 6))
 
 
 AMPERE = Tiles()

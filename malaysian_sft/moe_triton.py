@@ -4,6 +4,8 @@ over choices."""
 import triton
 import triton.language as tl
 
+from malaysian_sft.fp8 import BLOCK
+from malaysian_sft.moe_fp8 import empty_quantised, quantise_activations, quantised
 from malaysian_sft.moe_routing import columns_beside, precision_of, rank_block
 
 
@@ -203,17 +205,20 @@ def lora_grad(x, y, d, routing, tiles, weighted=False):
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def dora_down_kernel(
     dout_ptr, row_token_ptr, row_weight_ptr, v_ptr, y_ptr, scale_ptr, offsets_ptr, order_ptr, dB_ptr, dscale_ptr, N, R,
+    q_ptr, q_scale_ptr, S,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    QUANTISE: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks of N = H, E): the start of DoRA's backward through the down projection, per unit of router
     weight.
 
     y (S, N), saved without its scale, is overwritten with scale * dout, the gradient of W2 a + s B2 A2 a; also dB (E,
     N, R) = its weighted product with v (S, R), and dscale (E, N) = sum of row_weight dout y. The next rows are loaded
-    while these are worked on.
+    while these are worked on. QUANTISE, BLOCK_N then 128: that gradient goes to q (S, N) as FP8 and its scales (N /
+    128, S), and y stays.
     """
     expert = tl.load(order_ptr + tl.program_id(1)).to(tl.int64)
     first = tl.load(offsets_ptr + expert)
@@ -246,9 +251,14 @@ def dora_down_kernel(
         )
         dscale += dout * y * weight
         dy = (dout * scale).to(v.dtype)
-        tl.store(
-            y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], dy, mask=row_mask[:, None] & column_mask[None, :]
-        )
+        place = rows.to(tl.int64)[:, None] * N + columns[None, :]
+        mask_now = row_mask[:, None] & column_mask[None, :]
+        if QUANTISE:
+            values, row_scale = quantised(dy.to(tl.float32))
+            tl.store(q_ptr + place, values, mask=mask_now)
+            tl.store(q_scale_ptr + tl.program_id(0).to(tl.int64) * S + rows, row_scale, mask=row_mask)
+        else:
+            tl.store(y_ptr + place, dy, mask=mask_now)
         dB = tl.dot(tl.trans(dy), (v.to(tl.float32) * weight).to(v.dtype), dB, input_precision=PRECISION)
     tl.store(
         dB_ptr + (expert * N + columns[:, None]) * R + rs[None, :],
@@ -258,15 +268,21 @@ def dora_down_kernel(
     tl.store(dscale_ptr + expert * N + columns, tl.sum(dscale, 0), mask=column_mask)
 
 
-def dora_down(dout, v, y, scale, dB, dscale, routing, tiles):
-    """dB (E, H, r) and dscale (E, H); y (S, H) becomes scale * dout of each row's token: see dora_down_kernel."""
+def dora_down(dout, v, y, scale, dB, dscale, routing, tiles, in_fp8=False):
+    """dB (E, H, r) and dscale (E, H); y (S, H) becomes scale * dout of each row's token: see dora_down_kernel. Returns
+    that: y, or with in_fp8 it quantised."""
     E, H, r = dB.shape
     block_s, block_n, warps = tiles.dora_down
     block_n = columns_beside(r, block_n)
+    fused = in_fp8 and block_n == BLOCK
+    q = empty_quantised(*y.shape, y.device) if fused else (y, y)
     dora_down_kernel[(triton.cdiv(H, block_n), E)](
         dout, routing.row_token, routing.row_weight, v, y, scale, routing.offsets, routing.order, dB, dscale, H, r,
-        BLOCK_S=block_s, BLOCK_N=block_n, BLOCK_R=rank_block(r), PRECISION=precision_of(dout.dtype), num_warps=warps,
+        *q, y.shape[0],
+        BLOCK_S=block_s, BLOCK_N=block_n, BLOCK_R=rank_block(r), PRECISION=precision_of(dout.dtype), QUANTISE=fused,
+        num_warps=warps,
     )  # fmt: skip
+    return q if fused else quantise_activations(y) if in_fp8 else y
 
 
 @triton.jit

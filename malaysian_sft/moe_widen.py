@@ -1,16 +1,18 @@
 """Experts whose frozen weights are stored in FP8: widened right before a product, into room that all layers share.
 
-Widened, a layer's experts are as large as ever, so there is room for one layer's only (`WideRoom`). An autograd
-function must not save what it got from there for its backward, but ask for it again: FusedExperts does, with `base`, on
-a GPU, and ReferenceAgain on a CPU.
+Widened, a layer's experts are as large as ever, so there is room for one layer's only (`WideRoom`). Where products are
+FP8 too, the room holds a layer's transposed bytes for its backward instead. An autograd function must not save what it
+got from there for its backward, but ask for it again: FusedExperts does, with `base`, on a GPU, and ReferenceAgain on a
+CPU.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from malaysian_sft.fp8 import BLOCK, scale_shape, widen
+from malaysian_sft.fp8 import BLOCK, Quantised, scale_shape, widen
 from malaysian_sft.moe_autograd import projections
+from malaysian_sft.moe_fp8 import transpose_weights
 
 
 @triton.jit
@@ -60,33 +62,49 @@ def widen_stack(values, scales, out):
 
 
 class WideRoom:
-    """Room for the widened experts of one layer. Layers take turns in it: what it holds is good until another asks."""
+    """Room for the widened, or the transposed, experts of one layer. Layers take turns in it: what it holds is good
+    until another asks, or the same one for the other."""
 
     def __init__(self):
-        self.room, self.holder, self.held = None, None, ()
+        self.room, self.holder, self.what, self.held = None, None, None, ()
 
     @torch.no_grad()
     def widened(self, holder, stacks, dtype):
         """The `stacks` of `holder`, [(values (E, out, in), scales (E, parts * n, m), parts)], in `dtype`; parts:
         matrices with blocks of their own that an expert's rows are made of."""
-        if self.holder is holder:  # as in a backward right after a recomputation
+        return self._held(holder, dtype, stacks, dtype.itemsize, lambda *stack: self._widen(*stack, dtype))
+
+    @torch.no_grad()
+    def transposed(self, holder, stacks):
+        """The `stacks` of `holder`, [(values, scales, parts)], as Quantised weights (E, in, out), to multiply with in
+        FP8. Parts have whole blocks."""
+        return self._held(
+            holder,
+            "transposed",
+            stacks,
+            1,
+            lambda room, values, scales, _: transpose_weights(Quantised(values, scales), room),
+        )
+
+    def _held(self, holder, what, stacks, width, make):
+        """What `make` makes of each stack in its part of the room, `width` bytes a value."""
+        if self.holder is holder and self.what == what:  # as in a backward right after a recomputation
             return self.held
-        sizes = [values.numel() for values, _, _ in stacks]
-        device = stacks[0][0].device
-        if (
-            self.room is None
-            or self.room.numel() < sum(sizes)
-            or (self.room.dtype, self.room.device) != (dtype, device)
-        ):
+        sizes, device = [values.numel() * width for values, _, _ in stacks], stacks[0][0].device
+        if self.room is None or self.room.numel() < sum(sizes) or self.room.device != device:
             self.room = None  # before the next one is allocated
-            self.room = torch.empty(sum(sizes), dtype=dtype, device=device)
-        held = []
-        for (values, scales, parts), out in zip(stacks, self.room[: sum(sizes)].split(sizes), strict=True):
-            matrices = values.unflatten(1, (parts, -1)).flatten(0, 1)  # (E * parts, out / parts, in)
-            widen_stack(matrices, scales.unflatten(1, (parts, -1)).flatten(0, 1), out.view(matrices.shape))
-            held.append(out.view(values.shape))
-        self.holder, self.held = holder, tuple(held)
+            self.room = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        parts = self.room[: sum(sizes)].split(sizes)
+        self.held = tuple(make(part, *stack) for part, stack in zip(parts, stacks, strict=True))
+        self.holder, self.what = holder, what
         return self.held
+
+    @staticmethod
+    def _widen(room, values, scales, parts, dtype):
+        matrices = values.unflatten(1, (parts, -1)).flatten(0, 1)  # (E * parts, out / parts, in)
+        out = room.view(dtype).view(matrices.shape)
+        widen_stack(matrices, scales.unflatten(1, (parts, -1)).flatten(0, 1), out)
+        return out.view(values.shape)
 
     def forget(self, holder):
         """To be called when the weights of `holder` change."""

@@ -6,7 +6,15 @@ import itertools
 import os
 import sys
 
-from malaysian_sft.account import GIB, architecture, check_trainer, count_parameters, recompute_flops, train_flops
+from malaysian_sft.account import (
+    GIB,
+    architecture,
+    check_experts,
+    check_trainer,
+    count_parameters,
+    recompute_flops,
+    train_flops,
+)
 from malaysian_sft.lora import expert_rank
 from malaysian_sft.memory import disk_bytes, gpu_bytes, host_bytes
 
@@ -53,6 +61,7 @@ def plan_run(
     gather_base=True,
     frugal_layers=0,
     base_dtype=None,
+    expert_arithmetic="bf16",
     document_length=1900.0,
 ):
     """The bytes and FLOPs of one way to run, as a dict that `print_plan` prints and `check_fits` judges.
@@ -63,7 +72,8 @@ def plan_run(
     the trainer couples with the policy. zero3: False for a dense model without DeepSpeed, whole on every GPU.
     gather_base: layers' frozen weights are sharded and gathered as they are needed, instead of whole on every GPU;
     frugal_layers: the first so many layers have frugal experts whatever memory_mode says; in a dense model they
-    recompute what the next policy would. base_dtype: "fp8" (moe) for routed experts stored in FP8.
+    recompute what the next policy would. base_dtype: "fp8" (moe) for routed experts stored in FP8,
+    expert_arithmetic: "fp8" for those that compute so too.
     reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation. document_length: mean length
     of the document that a token is in (sum of squared lengths / sum of lengths), for attention. The rest as
     train_moe.py's flags of that name.
@@ -78,6 +88,7 @@ def plan_run(
     _check_choice("activations", activations, CHOICES[kind])
     _check_choice("memory_mode", memory_mode, (None, *MODES[kind]))
     check_trainer(config, kind)
+    check_experts(config, expert_arithmetic, base_dtype)
     plan = {name: value for name, value in locals().items() if name != "config"}
     plan |= {
         "model_type": config.model_type,
@@ -196,6 +207,7 @@ def trainer_flags(plan):
     gather = f" --gather_base {plan['gather_base']}" if plan["gpus"] * plan["nodes"] > 1 else ""
     mode = f"--activations {plan['activations']} --memory_mode {plan['memory_mode']}"
     stored = f" --base_dtype {plan['base_dtype']}" if plan["base_dtype"] else ""
+    stored += " --expert_arithmetic fp8" if plan["expert_arithmetic"] == "fp8" else ""
     return f"{mode}{frugal}{gather}{reduce}{share}{stored}"
 
 

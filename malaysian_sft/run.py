@@ -145,9 +145,9 @@ def say(*words):
 # What must be the same when a run is resumed; a trainer that has no such argument leaves it out.
 FACTS = (
     "seed global_batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm"
-    " router_aux_loss_coef r lora_alpha expert_r use_dora lora_dropout base_dtype"
+    " router_aux_loss_coef r lora_alpha expert_r use_dora lora_dropout base_dtype expert_arithmetic"
 ).split()
-SINCE = {"base_dtype": None}  # a fact that runs older than it had this value of
+SINCE = {"base_dtype": None, "expert_arithmetic": "bf16"}  # a fact that runs older than it had this value of
 
 
 def run_facts(arguments, fingerprint, total_steps):

@@ -14,7 +14,7 @@ would refuse.
 
 Not modelled: registers, layouts and swizzles (memory is as the kernel sees it), threads within a warpgroup (one program
 order stands for all 128), whose fence it is (one counts for every partition of its program), and bf16: values are fp32,
-so that a comparison can be exact, while sizes and alignments count two bytes a value.
+so that a comparison can be exact, while sizes and alignments count two bytes a value. FP8 is rounded as it is.
 """
 
 import contextlib
@@ -28,13 +28,18 @@ from unittest import mock
 import torch
 from triton import language as tl
 
-from malaysian_sft import moe_autograd, moe_hopper, moe_hopper_swiglu, moe_routing, moe_swiglu
+from malaysian_sft import moe_autograd, moe_hopper, moe_hopper_fp8, moe_hopper_swiglu, moe_routing, moe_swiglu
+from malaysian_sft.fp8 import FP8
 from malaysian_sft.moe_routing import HOPPER
 from malaysian_sft.moe_swiglu import nonzero
 
-BYTES = 2  # of a simulated bf16 value
+# a name may stand in several
+ROOMS = (moe_routing, moe_swiglu, moe_hopper, moe_hopper_swiglu, moe_hopper_fp8, moe_autograd)
 
-ROOMS = (moe_routing, moe_swiglu, moe_hopper, moe_hopper_swiglu, moe_autograd)  # a name may stand in several
+
+def width(dtype):
+    """Bytes of a value: of bf16's, if it is not FP8's."""
+    return 1 if dtype == FP8 else 2
 
 
 class Race(AssertionError):
@@ -194,13 +199,14 @@ class Pointer:
     """Addresses within the storage of one tensor, counted in its elements."""
 
     def __init__(self, memory, offset):
-        self.memory, self.offset = memory, offset  # the whole storage (n,); int64 of any shape
+        self.memory, self.offset = memory, offset  # the whole storage (n,), of FP8 its bits; int64 of any shape
         self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
 
     @classmethod
     def to(cls, tensor):
         """The address of a tensor's first element."""
-        memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        dtype = torch.uint8 if tensor.dtype == FP8 else tensor.dtype
+        memory = torch.empty(0, dtype=dtype).set_(tensor.untyped_storage())
         return cls(memory, value(tensor.storage_offset(), torch.int64))
 
     def __add__(self, other):
@@ -222,10 +228,12 @@ class Pointer:
         found = self.memory[
             torch.where(mask, offsets, 0).as_subclass(torch.Tensor)
         ].clone()  # a single index gives a view
+        found = found.view(FP8).float() if found.dtype == torch.uint8 else found
         return value(found if mask.all() else torch.where(mask, found, torch.tensor(other, dtype=found.dtype)))
 
     def write(self, values, mask):
         offsets, mask = self.places(mask)
+        values = values.to(FP8).view(torch.uint8) if self.memory.dtype == torch.uint8 else values
         values = value(values, self.memory.dtype).expand(offsets.shape)
         self.memory[offsets[mask].as_subclass(torch.Tensor)] = values[mask].as_subclass(torch.Tensor)
 
@@ -235,10 +243,11 @@ class Descriptor:
 
     def __init__(self, tensor, block_shape):
         assert tensor.dim() == 2 and tensor.stride(1) == 1, "a bulk copy's rows are contiguous"
-        assert tensor.storage_offset() * BYTES % 16 == 0, (
+        size = width(tensor.dtype)
+        assert tensor.storage_offset() * size % 16 == 0, (
             f"the matrix begins at {tensor.storage_offset()} values, not at a 16-byte unit"
         )
-        assert tensor.stride(0) * BYTES % 16 == 0, f"rows are {tensor.stride(0)} values apart, not whole 16-byte units"
+        assert tensor.stride(0) * size % 16 == 0, f"rows are {tensor.stride(0)} values apart, not whole 16-byte units"
         assert all(0 < side <= 256 for side in block_shape), f"a box of {block_shape}"
         self.tensor, self.block_shape, self.layout = tensor.detach(), block_shape, None
 
@@ -260,26 +269,26 @@ class Descriptor:
 
 
 class Shared:
-    """A part of one allocation. `dirty`, of the same size, is where ordinary stores have not been followed by a
-    fence."""
+    """A part of one allocation, of values of `size` bytes. `dirty`, of the same shape, is where ordinary stores have
+    not been followed by a fence."""
 
-    def __init__(self, memory, dirty):
-        self.memory, self.dirty = memory, dirty
+    def __init__(self, memory, dirty, size):
+        self.memory, self.dirty, self.size = memory, dirty, size
         self.layout = None
 
     def index(self, i):
-        return Shared(self.memory[int(i)], self.dirty[int(i)])
+        return Shared(self.memory[int(i)], self.dirty[int(i)], self.size)
 
     def slice(self, start, length):
-        return Shared(self.memory[start : start + length], self.dirty[start : start + length])
+        return Shared(self.memory[start : start + length], self.dirty[start : start + length], self.size)
 
     def permute(self, order):
-        return Shared(self.memory.permute(order), self.dirty.permute(order))
+        return Shared(self.memory.permute(order), self.dirty.permute(order), self.size)
 
     def _reinterpret(self, dtype, shape, layout):
-        count = torch.Size(shape).numel()
-        assert count <= self.memory.numel(), f"{shape} does not fit into {tuple(self.memory.shape)}"
-        return Shared(self.memory.view(-1)[:count].view(shape), self.dirty.view(-1)[:count].view(shape))
+        count, size = torch.Size(shape).numel(), width(dtype)
+        assert count * size <= self.memory.numel() * self.size, f"{shape} does not fit into {tuple(self.memory.shape)}"
+        return Shared(self.memory.view(-1)[:count].view(shape), self.dirty.view(-1)[:count].view(shape), size)
 
     def load(self, layout):
         MACHINE.switch()
@@ -356,12 +365,18 @@ class Accumulator:
     def to(self, dtype):
         return self.finished().to(dtype)
 
+    def __mul__(self, other):
+        return self.finished() * other
+
     def reshape(self, shape):
         return self.finished().reshape(shape)
 
 
-def warpgroup_mma(a, b, acc, is_async):
+def warpgroup_mma(a, b, acc, is_async, use_acc=True):
     acc = acc if isinstance(acc, Accumulator) else Accumulator(acc)
+    if not use_acc:
+        assert not acc.outstanding
+        acc = Accumulator(torch.zeros_like(acc.sum))
     acc.outstanding += 1
 
     def multiply():
@@ -400,7 +415,7 @@ class tma:
             smem.memory.zero_()
             smem.memory[part] = desc.tensor[inside]
             smem.dirty.fill_(False)
-            only(bar).transfer(smem.memory.numel() * BYTES)
+            only(bar).transfer(smem.memory.numel() * smem.size)
 
         MACHINE.issue(MACHINE.copies, copy)
         MACHINE.switch()
@@ -471,7 +486,7 @@ class mbarrier:
 
 class gl:
     float32 = bfloat16 = torch.float32
-    int32, int64 = torch.int32, torch.int64
+    int32, int64, float8e4nv = torch.int32, torch.int64, FP8
     constexpr = None
     static_range = range
     where, exp, abs = staticmethod(torch.where), staticmethod(torch.exp), staticmethod(torch.abs)
@@ -525,7 +540,15 @@ class gl:
 
     @staticmethod
     def maximum(a, b):
-        return a if a >= b else b
+        return a.clamp_min(b) if isinstance(a, torch.Tensor) and a.is_floating_point() else a if a >= b else b
+
+    @staticmethod
+    def div_rn(a, b):
+        return value(torch.as_tensor(a, dtype=torch.float32) / torch.as_tensor(b, dtype=torch.float32))
+
+    @staticmethod
+    def convert_layout(x, layout):
+        return x.finished() if isinstance(x, Accumulator) else value(x)
 
     @staticmethod
     def program_id(axis):
@@ -560,10 +583,13 @@ class gl:
     def allocate_shared_memory(dtype, shape, layout):
         if isinstance(layout, MBarrierLayout):
             return Barriers(shape[0])
-        memory = torch.full(shape, float("nan")) if dtype.is_floating_point else torch.full(shape, -7, dtype=dtype)
+        if dtype.is_floating_point:
+            memory = torch.full(shape, float("nan"))
+        else:
+            memory = torch.full(shape, -7, dtype=dtype)
         dirty = torch.zeros(shape, dtype=torch.bool)
         MACHINE.current.program.dirty.append(dirty)
-        return Shared(memory, dirty)
+        return Shared(memory, dirty, width(dtype))
 
     @staticmethod
     def warp_specialize(partitions, warps, registers):
@@ -600,6 +626,7 @@ def simulated_functions(mistake=None):
     names["nonzero"] = types.FunctionType(nonzero.fn.__code__, {**names, "tl": gl})  # Triton's, which Gluon can call
     # PTX in the kernel; here everything is fp32
     names.update(hopper_sigmoid=torch.sigmoid, hopper_reciprocal=torch.reciprocal, hopper_rounded=lambda x: x)
+    names.update(hopper_pinned=lambda x: x)  # what it does is the compiler's business
     if mistake is not None:
         name, right, wrong = mistake
         room = next(room for room in ROOMS if hasattr(room, name))
@@ -631,6 +658,9 @@ class Kernel:
         MACHINE = None
 
 
+KERNELS = "hopper_gemm_kernel", "hopper_fp8_gemm_kernel", "hopper_swiglu_backward_kernel"
+
+
 @contextlib.contextmanager
 def installed(seed, timing, multiprocessors=3, mistake=None, **tiles):
     """Within: moe_lora takes the Hopper path for CPU tensors in fp32. Yields the simulated kernels by name, which count
@@ -641,9 +671,7 @@ def installed(seed, timing, multiprocessors=3, mistake=None, **tiles):
     sizes.
     """
     names = simulated_functions(mistake)
-    kernels = {
-        name: Kernel(names[name], seed, timing) for name in ("hopper_gemm_kernel", "hopper_swiglu_backward_kernel")
-    }
+    kernels = {name: Kernel(names[name], seed, timing) for name in KERNELS}
     sizes = dataclasses.replace(HOPPER, **tiles)
     on_hopper = moe_hopper.on_hopper
     replaced = {
@@ -651,6 +679,7 @@ def installed(seed, timing, multiprocessors=3, mistake=None, **tiles):
         "tiles_for": lambda device, dtype: sizes,
         "multiprocessors": lambda device: multiprocessors,
         "descriptor": Descriptor,
+        "fp8_descriptor": lambda matrix, rows: Descriptor(matrix, [rows, 128]),
         "on_hopper": lambda x, p, tiles: on_hopper(types.SimpleNamespace(dtype=torch.bfloat16), p, tiles),
     }
     with contextlib.ExitStack() as patches:

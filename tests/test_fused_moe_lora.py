@@ -22,7 +22,7 @@ from torch import nn
 
 from conftest import tiny_config, tiny_model
 from fused_moe_lora import FusedMoELoRA, Projection, dora_norm, moe_lora_reference, squared_row_norms, wrap_experts
-from malaysian_sft import moe_autograd, moe_hopper, moe_routing
+from malaysian_sft import moe_autograd, moe_hopper, moe_hopper_fp8, moe_routing
 from malaysian_sft.moe_autograd import moe_lora
 from malaysian_sft.moe_routing import AMPERE, INTERPRETER, route, tiles_for
 
@@ -318,46 +318,61 @@ MORE_COMPILED = [
 ]
 
 
-def run_compiler(settings=COMPILED):
-    """Compile every kernel that a block launches, forward and backward, as for a GPU of each capability; check what it
-    would take there."""
+@contextmanager
+def compiling(capability):
+    """Within: kernels that are launched are compiled as for a GPU of this capability instead. Yields a list of (name,
+    compiled kernel)."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    launched, cuda = [], SimpleNamespace(type="cuda")
 
     def launch(kernel, grid):
         return lambda *arguments, **options: launched.append(
             (kernel.fn.__name__, kernel.warmup(*arguments, grid=grid, **options))
         )
 
-    cuda = SimpleNamespace(type="cuda")
+    driver = SimpleNamespace(  # the part of one that compiling needs; each capability is a device of its own
+        get_current_device=lambda: capability,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_stream=lambda device: 0,
+    )
+    triton.runtime.driver.set_active(driver)
+    with (
+        mock.patch("torch.cuda.get_device_capability", lambda device: divmod(capability, 10)),
+        mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", launch),
+        mock.patch.object(moe_hopper, "multiprocessors", lambda device: 100),
+        mock.patch.object(moe_hopper_fp8, "multiprocessors", lambda device: 100),
+        mock.patch.object(moe_autograd, "tiles_for", lambda device, dtype: tiles_for(cuda, dtype)),
+    ):
+        yield launched
+
+
+def run_compiler(settings=COMPILED):
+    """Compile every kernel that a block launches, forward and backward, as for a GPU of each capability; check what it
+    would take there."""
     for capability, dtype, r, dora in settings:
-        launched = []
-        driver = SimpleNamespace(  # the part of one that compiling needs; each capability is a device of its own
-            get_current_device=lambda c=capability: c,
-            get_current_target=lambda c=capability: GPUTarget("cuda", c, 32),
-            get_current_stream=lambda device: 0,
-        )
-        triton.runtime.driver.set_active(driver)
-        with (
-            mock.patch("torch.cuda.get_device_capability", lambda device, c=capability: divmod(c, 10)),
-            mock.patch.object(triton.runtime.jit.KernelInterface, "__getitem__", launch),
-            mock.patch.object(moe_hopper, "multiprocessors", lambda device: 100),
-            mock.patch.object(moe_autograd, "tiles_for", lambda device, dtype, choose=tiles_for: choose(cuda, dtype)),
-        ):
+        with compiling(capability) as launched:
             leaves, fixed, upstream = make_case(300, 512, 256, 4, 2, r, dora, "random", dtype=dtype)
             run(moe_lora, leaves, fixed, upstream)
         names = {name for name, _ in launched}
         hopper = capability == 90 and dtype == torch.bfloat16
         assert ("hopper_gemm_kernel" in names) == hopper, names
         assert ("hopper_swiglu_backward_kernel" in names) == (hopper and r <= 64), names
-        for name, kernel in launched:
-            what = f"{name} for capability {capability}, {dtype}, rank {r}, DoRA {dora}"
-            assert kernel.metadata.shared <= SHARED_MEMORY[capability] << 10, (
-                f"{what}: {kernel.metadata.shared} bytes of shared memory"
-            )
-            if hopper and r <= 64:
-                assert stack_bytes(kernel) == 0, f"{what}: registers spilled into {stack_bytes(kernel)} bytes a thread"
+        what = f"capability {capability}, {dtype}, rank {r}, DoRA {dora}"
+        check_resources(launched, capability, what, stack=0 if hopper and r <= 64 else None)
         print("ok", capability, dtype, r, dora, flush=True)
+
+
+def check_resources(launched, capability, what, stack=None):
+    """Raise unless compiled kernels fit a GPU of this capability, with at most so many bytes of spilled registers."""
+    for name, kernel in launched:
+        assert kernel.metadata.shared <= SHARED_MEMORY[capability] << 10, (
+            f"{name} for {what}: {kernel.metadata.shared} bytes of shared memory"
+        )
+        if stack is not None:
+            spilled = stack_bytes(kernel)
+            assert spilled <= stack, f"{name} for {what}: registers spilled into {spilled} bytes a thread"
 
 
 def stack_bytes(kernel):
@@ -372,11 +387,11 @@ def stack_bytes(kernel):
     return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
-def in_a_process(call, count, timeout=900, **environment):
+def in_a_process(call, count, timeout=900, module="test_fused_moe_lora", **environment):
     """Call one of the functions above, which change Triton as a whole, in a process of its own; it prints "ok" `count`
     times."""
     environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", f"import test_fused_moe_lora as t; t.{call}"]
+    command = [sys.executable, "-c", f"import {module} as t; t.{call}"]
     result = subprocess.run(
         command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=timeout
     )

@@ -45,6 +45,9 @@ def runs(tmp_path_factory):
         "broken": "--activations full",
         "dora": "--activations none --use_dora True",
     }
+    if torch.cuda.get_device_capability() >= (9, 0):
+        flags["fp8"] = "--activations none --base_dtype fp8 --expert_arithmetic fp8"
+        flags["fp8-cpu"] = "--dtype float32 --base_dtype fp8 --expert_arithmetic fp8"
     started = {
         name: start(root, name, [*common.split(), *more.split()], stop_in=3 if name == "broken" else 0)
         for name, more in flags.items()
@@ -72,7 +75,7 @@ train_moe.main()
 
 def start(root, name, flags, stop_in=0):
     """A run in a process of its own, which gets SIGTERM in step `stop_in`."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if name == "cpu" else {}
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if name.endswith("cpu") else {}
     common = ["--run_name", name, "--output_dir", root / name, "--data_cache", root / f"{name}-data"]
     command = [sys.executable, "-c", RUN.format(stop_in=stop_in), *common, *flags]
     environment = {**os.environ, **hidden, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -95,6 +98,13 @@ def test_a_gpu_follows_the_cpu(runs):
     for name in ("none", "selective", "full", "dora"):  # their start is drawn on the GPU, and B is zero in it
         found = losses(runs[name])
         assert found[0] == pytest.approx(truth[0], rel=5e-3) and found == pytest.approx(truth, rel=0.1), name
+
+
+def test_products_in_fp8_follow_the_cpu_s(runs):
+    if "fp8" not in runs:
+        pytest.skip("products in FP8 need a Hopper GPU or newer")
+    found, truth = losses(runs["fp8"]), losses(runs["fp8-cpu"])
+    assert found[0] == pytest.approx(truth[0], rel=5e-3) and found == pytest.approx(truth, rel=0.1)
 
 
 def test_what_is_recomputed_changes_nothing(runs):
