@@ -58,6 +58,7 @@ from malaysian_sft.run import (
     count_steps,
     finish,
     learning_rate_factor,
+    output_directory,
     refuse_another_run,
     run_facts,
     say,
@@ -80,6 +81,15 @@ from malaysian_sft.training_state import get_shares
 from malaysian_sft.watchdog import WAITING
 
 OWN_TRACKERS = ("wandb", "trackio")  # as train_moe.py's; others are the Trainer's
+# flags of TrainingArguments that this trainer has others for
+NOT_HERE = {
+    "gradient_checkpointing": "pass --activations none, full or auto",
+    "gradient_accumulation_steps": "it follows from --global_batch_size",
+    "resume_from_checkpoint": "pass --resume",
+    "data_seed": "pass --seed",
+    "dataloader_drop_last": "every pack is trained on",
+    "label_smoothing_factor": "its loss has no smoothing",
+}
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -144,14 +154,24 @@ class DenseTrainingArguments(TrainingArguments):
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False  # it would log the mean of earlier losses in place of one that is not finite
     save_strategy: str = "epoch"
+    save_steps: int | None = field(default=None, metadata={"help": "save every so many steps, in place of epochs"})
     report_to: str = field(default="wandb", metadata={"help": "wandb, trackio, none, ..."})
     remove_unused_columns: bool = False
     dataloader_num_workers: int = 0
 
     def __post_init__(self):
-        self.output_dir = self.output_dir or os.path.join("outputs", self.run_name)
-        if self.gradient_checkpointing:
-            raise ValueError("--gradient_checkpointing is --activations here: pass none, full or auto")
+        self.output_dir = output_directory(self)
+        defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+        for name, instead in NOT_HERE.items():
+            if getattr(self, name) not in (None, defaults[name]):
+                raise ValueError(f"--{name} {getattr(self, name)} is not for this trainer: {instead}")
+        if self.save_steps:
+            self.save_strategy = "steps"
+        elif self.save_strategy == "steps":
+            raise ValueError("--save_strategy steps: expected --save_steps too")
+        self.save_steps = self.save_steps or 500  # which transformers wants, and with epochs does not look at
+        if self.max_steps != -1 and not self.max_steps > 0:
+            raise ValueError(f"--max_steps {self.max_steps}: expected a positive number, or -1 for all epochs")
         check_values(self)
         if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(f"--lr_scheduler_type {self.lr_scheduler_type}: its rate is not that of a step")
@@ -507,6 +527,8 @@ def train_claimed(model_args, data_args, lora_args, training_args, stop):
     micro = training_args.world_size, training_args.per_device_train_batch_size
     _, arithmetic = batch_arithmetic(*sizes, *micro, *steps)
     say(arithmetic)
+    if training_args.save_strategy == "no":
+        say("--save_strategy no: nothing of this run will be saved")
     facts = run_facts(arguments, packs.fingerprint, steps[1])
     if checkpoint:
         refuse_another_run(facts, *recorded_facts(checkpoint))
@@ -550,6 +572,7 @@ def train_claimed(model_args, data_args, lora_args, training_args, stop):
     finish(trainer.tracker)
     if trainer.state.global_step < steps[1]:
         say(f"stopped by {stop.told or 'a signal'} after step {trainer.state.global_step}; go on with --resume")
+        stop.leave()
 
 
 def main():

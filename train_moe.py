@@ -24,7 +24,6 @@ is all that a resumed run must know of either.
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -57,6 +56,7 @@ from malaysian_sft.run import (
     count_steps,
     is_main,
     learning_rate_factor,
+    output_directory,
     refuse_another_run,
     router_record,
     run_facts,
@@ -183,7 +183,7 @@ class TrainingArguments:
     project: str = field(default="malaysian-sft", metadata={"help": "the tracker's project"})
 
     def __post_init__(self):
-        self.output_dir = self.output_dir or os.path.join("outputs", self.run_name)
+        self.output_dir = output_directory(self)
         self.base_dtype = None if self.base_dtype == "none" else self.base_dtype
         if self.max_steps is not None and not self.max_steps > 0:
             raise ValueError(f"--max_steps {self.max_steps}: expected a positive number")
@@ -566,6 +566,7 @@ def train_claimed(args, data_args, lora_args, stop, device, mesh):
     dist.barrier()
     if step < run.total_steps:
         say(f"stopped by {stop.told or 'a signal'} after step {step}; go on with --resume")
+        return stop.leave()
     say(f"done: {args.output_dir}")
 
 

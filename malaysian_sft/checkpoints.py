@@ -214,6 +214,11 @@ def _put_aside(out, say):
         old = [path for path in sorted(out.iterdir()) if path.name != ".lock" and not path.name.startswith("replaced-")]
         if not old:
             return
+        if not (out / "args.json").exists():
+            raise ValueError(
+                f"--start_anew: {out} holds {old[0].name} but no args.json, so it is no run's directory; nothing was"
+                " moved. Take another --run_name or --output_dir"
+            )
         aside = next(path for n in itertools.count(1) if not (path := out / f"replaced-{n}").exists())
         aside.mkdir()
         for path in old:

@@ -147,6 +147,7 @@ def apply_lora(model: nn.Module, lora_args: LoraArguments):
     from peft import LoraConfig, get_peft_model
 
     attach(model)
+    base_shapes(model)  # names for all that will be saved: now, not at the first save
     targets = lora_targets(model)
     if lora_args.target_modules:
         wanted = [name.strip() for name in lora_args.target_modules.split(",") if name.strip()]

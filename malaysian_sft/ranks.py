@@ -112,6 +112,12 @@ class Stop:
             os._exit(128 + number)  # to tidy up would be to wait for other ranks
         raise SystemExit(128 + number)
 
+    def leave(self):
+        """End a process that was told to stop, and has saved, by the signal's exit code: what follows in a script must
+        not take the run for finished. Of several ranks launch.py does that."""
+        if self.told and "RANK" not in os.environ:
+            raise SystemExit(128 + getattr(signal, self.told))
+
     def agreed(self):
         """Whether any rank was told. Collective, on the CPU: the GPU goes on meanwhile."""
         told = torch.tensor(float(self.told is not None))

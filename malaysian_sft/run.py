@@ -115,6 +115,13 @@ def claim(output_dir):
     return hold(os.path.join(output_dir, ".lock"), busy)
 
 
+def output_directory(args):
+    """Where a run goes: --output_dir, else outputs/<--run_name>. Raises ValueError without either."""
+    if not args.output_dir and not args.run_name.strip():
+        raise ValueError(f"--run_name {args.run_name!r}: expected a name; the run's directory is outputs/<run_name>")
+    return args.output_dir or os.path.join("outputs", args.run_name)
+
+
 def setup_distributed(seconds=1800):
     """Join torchrun's process group, or make one of this process alone; returns this rank's device.
 
@@ -145,7 +152,8 @@ def say(*words):
 # What must be the same when a run is resumed; a trainer that has no such argument leaves it out.
 FACTS = (
     "seed global_batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm"
-    " router_aux_loss_coef r lora_alpha expert_r use_dora lora_dropout base_dtype expert_arithmetic"
+    " router_aux_loss_coef r lora_alpha expert_r use_dora lora_dropout target_modules base_dtype expert_arithmetic"
+    " dtype bf16 fp16 optim adam_beta1 adam_beta2 adam_epsilon lr_scheduler_kwargs neftune_noise_alpha"
 ).split()
 SINCE = {"base_dtype": None, "expert_arithmetic": "bf16"}  # a fact that runs older than it had this value of
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GraniteMoeConfig, Qwen3_5MoeConfig
 
 import train_moe
 from conftest import COMMON, MOE_FAMILIES, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from fused_moe_lora import wrap_experts
 from malaysian_sft.adapter_state import load_adapter
 from malaysian_sft.disk_names import DiskNames
 from malaysian_sft.load_base import load_weights, reset_adapter
-from malaysian_sft.lora import PREFIX, WEIGHTS, base_shapes
+from malaysian_sft.lora import PREFIX, WEIGHTS, LoraArguments, apply_lora, base_shapes
 from malaysian_sft.merge import merge_adapter
 from malaysian_sft.moe_model import build_model
 from malaysian_sft.run import setup_distributed
@@ -138,3 +139,15 @@ def test_a_text_model_inside_a_composite_checkpoint(tmp_path):
     names = load_file(adapter / WEIGHTS)
     assert f"{PREFIX}model.language_model.layers.0.mlp.experts.3.up_proj.lora_A.weight" in names
     check_merge(str(base), adapter, tmp_path / "merged")
+
+
+def test_experts_that_cannot_be_named_are_refused_before_training():
+    """Granite keeps its experts whole under a name of its own."""
+    config = GraniteMoeConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    config.num_local_experts, config.num_experts_per_tok, config.vocab_size = 4, 2, 64
+    model = AutoModelForCausalLM.from_config(config)
+    wrap_experts(model, 2, 4)
+    with pytest.raises(ValueError, match="input_linear.weight: experts that a checkpoint keeps whole under this name"):
+        apply_lora(model, LoraArguments(r=4))

@@ -234,6 +234,26 @@ def test_where_all_are_damaged_nothing_is_touched(copy, trainer, train):
     assert [path.name for path in copy.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("flag", ["--target_modules q_proj", "--adam_beta2 0.5", "precision"])
+def test_a_run_with_other_layers_or_arithmetic_is_another_run(flag, trainer, copy, train):
+    shutil.rmtree(copy / "checkpoint-4")
+    before = tree(copy)
+    if flag == "precision":
+        flag = {"moe": "--dtype bfloat16", "dense": "--bf16 True"}[trainer]
+    if trainer == "moe" and "adam" in flag:
+        pytest.skip("train_moe.py has no such flag")
+    line = ends(train, trainer, copy, "--resume", "True", *flag.split())
+    assert line.startswith(f"error: --resume: {flag.split()[0][2:]} is ") and tree(copy) == before
+
+
+def test_what_is_no_run_is_not_put_aside(trainer, train, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    line = ends(train, trainer, tmp_path, "--start_anew", "True")
+    assert "thesis.tex but no args.json" in line and (tmp_path / "thesis.tex").exists()
+    with pytest.raises(ValueError, match="--run_name ' ': expected a name"):
+        run.output_directory(SimpleNamespace(output_dir=None, run_name=" "))
+
+
 def test_a_finished_run_that_is_resumed_trains_nothing(copy, trainer, unbroken, train):
     before = {path: content for path, content in tree(copy).items() if path.name != "args.json"}
     for _ in range(2):
@@ -409,7 +429,9 @@ def test_a_signal_in_a_step_saves_and_resumes_equal(name, trainer, unbroken, tra
         each_micro_batch(
             patch, trainer, lambda number, _: signal.raise_signal(signal.Signals[name]) if number == 5 else None
         )
-        train(trainer, out, "--save_steps", 100)
+        with pytest.raises(SystemExit) as ended:  # what follows in a script is not for a run that is not finished
+            train(trainer, out, "--save_steps", 100)
+    assert ended.value.code == 128 + signal.Signals[name]
     assert f"stopped by {name} after step 2; go on with --resume" in capsys.readouterr().out
     assert len(records(out)) == 2 and [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
@@ -582,6 +604,10 @@ def test_what_only_one_trainer_has_is_checked_too(train, tmp_path):
         ("dense", "--optim adafactor", "--optim adafactor: expected one of adamw_torch, adamw_torch_fused"),
         ("dense", "--lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau: its rate"),
         ("dense", "--report_to nosuch", "nosuch"),
+        ("dense", "--max_steps 0", "--max_steps 0: expected a positive number, or -1"),
+        ("dense", "--data_seed 3", "--data_seed 3 is not for this trainer: pass --seed"),
+        ("dense", "--gradient_accumulation_steps 7", "it follows from --global_batch_size"),
+        ("dense", "--resume_from_checkpoint x", "pass --resume"),
     ):
         assert words in ends(train, trainer, tmp_path / "run", *flag.split())
 
@@ -597,7 +623,7 @@ from malaysian_sft.ranks import Stop, one_last_line
 
 def steps(stop):
     dist.init_process_group("gloo")
-    print("pid", os.getpid(), flush=True)
+    print(f"pid {os.getpid()}\\n", end="", flush=True)  # one write: without a buffer, parts of two ranks' could mix
     stop.watch(4 if FAULT == "stop one" else 100)
     stop.begin_training()
     for step in range(600):
@@ -609,7 +635,7 @@ def steps(stop):
             os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(0.05)
         if stop.agreed():
-            print("saved after", stop.told, flush=True)
+            print(f"saved after {stop.told}\\n", end="", flush=True)
             return
 
 FAULT = sys.argv[1]
@@ -667,7 +693,7 @@ def test_the_ends_of_a_run_on_two_ranks(tmp_path):
         deadline = time.monotonic() + 120
         while out.read_text().count("pid") < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        pids = [int(pid) for pid in re.findall(r"pid (\d+)", out.read_text())]  # lines of two ranks may run together
+        pids = [int(pid) for pid in re.findall(r"pid (\d+)", out.read_text())]
         if fault == "SIGTERM":
             for pid in (process.pid, *pids):
                 assert listens_at(pid) <= LOOPBACK, "another machine could connect"
