@@ -161,6 +161,7 @@ class DenseTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.output_dir = output_directory(self)
+        check_values(self)
         defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
         for name, instead in NOT_HERE.items():
             if getattr(self, name) not in (None, defaults[name]):
@@ -172,7 +173,6 @@ class DenseTrainingArguments(TrainingArguments):
         self.save_steps = self.save_steps or 500  # which transformers wants, and with epochs does not look at
         if self.max_steps != -1 and not self.max_steps > 0:
             raise ValueError(f"--max_steps {self.max_steps}: expected a positive number, or -1 for all epochs")
-        check_values(self)
         if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
             raise ValueError(f"--lr_scheduler_type {self.lr_scheduler_type}: its rate is not that of a step")
         if self.optim not in ADAMW:

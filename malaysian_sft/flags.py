@@ -47,8 +47,10 @@ VALUES = {
     # train_dense.py and train_moe.py
     **dict.fromkeys("num_train_epochs global_batch_size learning_rate max_grad_norm ddp_timeout".split(), POSITIVE),
     **dict.fromkeys("save_steps logging_steps shard_nodes max_skipped_steps".split(), POSITIVE),
-    **dict.fromkeys("r lora_alpha expert_r per_device_train_batch_size".split(), POSITIVE),
-    **dict.fromkeys("warmup_steps weight_decay router_aux_loss_coef frugal_layers seed".split(), NOT_NEGATIVE),
+    **dict.fromkeys("lora_alpha per_device_train_batch_size".split(), POSITIVE),
+    **dict.fromkeys("r expert_r".split(), ("a positive number, at most 16,384", lambda value: 0 < value <= 16_384)),
+    **dict.fromkeys("warmup_steps weight_decay router_aux_loss_coef frugal_layers".split(), NOT_NEGATIVE),
+    "seed": ("a number of at least 0 and less than 2^32", lambda value: 0 <= value < 2**32),
     "lora_dropout": SHARE,
     # malaymmlu.py and calculate_malaymmlu.py
     **dict.fromkeys("samples max_tokens max_model_len gpu_partition num_gpus limit max_num_seqs".split(), POSITIVE),

@@ -28,7 +28,7 @@ CASES = {
         "--patern x": "unknown flag --patern: did you mean --pattern?",
         "": "the following arguments are required: --pattern",
         "--pattern x --audit -1": "--audit -1: expected a number of at least 0",
-        "--pattern x --seed -1": "--seed -1: expected a number of at least 0",
+        "--pattern x --seed -1": "--seed -1: expected a number of at least 0 and less than 2^32",
     },
     "plan": {
         "--all --gpus 0": "--gpus 0: expected a positive number",
