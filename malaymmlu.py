@@ -139,7 +139,7 @@ def main():
         plan = plan_engines(args)
         jobs = find_jobs(args)
         for job in jobs:
-            outputs.append(Output(job, settings(args, job, facts, plan), questions[: args.limit], args.samples))
+            outputs.append(Output(job, settings(args, job, facts, plan), questions, args.samples, args.limit))
         for output in outputs:
             print(output.summary() + said_of_prefix(output.wanted["answer_prefix"]))
         waiting = [output for output in outputs if output.queue]

@@ -25,6 +25,7 @@ WAITING = -5  # in an array of `read_both` only: it is for the rules to read
 MOST_WAITING = 2_000_000  # characters of responses
 MOST_SAMPLES = 1_000  # of a question; a larger number in a record is a mistake
 HALF_WRITTEN = "the last line is half written and is passed over; malaymmlu.py repairs it"
+DELETE_IT = "delete the line, and malaymmlu.py makes the sample again"
 OUTCOMES = {"none": NONE, "ambiguous": AMBIGUOUS, "truncated": TRUNCATED}
 
 
@@ -147,28 +148,25 @@ def read_records(path):
         for number, line in enumerate(file, 1):
             try:
                 yield number, decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 if not line.endswith(b"\n"):
                     print(f"note: {path}: {HALF_WRITTEN}", file=sys.stderr)
                     return
-                raise ValueError(f"{path}, line {number}: {what_is_wrong(line)}") from error
+                raise ValueError(f"{path}, line {number}: {what_is_wrong(line)}; {DELETE_IT}") from error
 
 
 def what_is_wrong(line):
     """Why a line is not a record, in words."""
     try:
         record = json.loads(line)
-    except ValueError as failure:
+    except (ValueError, RecursionError) as failure:
         return f"not JSON ({failure})"
     shown = ascii(record)[:80]
     if not isinstance(record, dict) or not {"index", "sample", "text"} <= record.keys():
         return f"expected index, sample and text, got {shown}"
     if SURROGATE.search(json.dumps(record, ensure_ascii=False)):
-        return (
-            "half of a surrogate pair (such as \\ud83d alone), which is no character; delete the line, and malaymmlu.py"
-            " makes the sample again"
-        )
-    return f"expected a text and a sample from 0 up, got {shown}"
+        return "half of a surrogate pair (such as \\ud83d alone), which is no character"
+    return f"expected a text and a sample and an index from 0 up, got {shown}"
 
 
 def read_answers(directory, questions, limited=False, samples=1):
@@ -196,10 +194,7 @@ def read_both(directory, questions, limited=False, samples=1):
             raise ValueError(f"{path}, line {number}: {out_of_range(record, count)}")
         question = questions[index]
         if record.id is not msgspec.UNSET and record.id != question["id"]:
-            raise ValueError(
-                f"{path}, line {number}: id {record.id!r}, but question {index} is {question['id']!r}; wrong"
-                " --questions"
-            )
+            raise ValueError(f"{path}, line {number}: {other_id(record, question)}")
         if sample >= width:
             read_waiting(waiting, said, strict, codes)
             said, strict = widened(said, width, sample + 1), widened(strict, width, sample + 1)
@@ -238,6 +233,10 @@ def out_of_range(record, count):
     return f"no question {record.index} in the question file (0 to {count - 1}); wrong --questions"
 
 
+def other_id(record, question):
+    return f"id {record.id!r}, but question {record.index} is {question['id']!r}; wrong --questions"
+
+
 def widened(codes, width, wanted):
     """A flat array of rows of `width` codes with rows of `wanted`; what is new is MISSING. Raises ValueError for a
     number of samples that is a mistake."""
@@ -272,20 +271,21 @@ class Output:
     damaged.
     """
 
-    def __init__(self, job, wanted, questions, samples):
+    def __init__(self, job, wanted, questions, samples, limit=None):
         self.job, self.directory, self.wanted = job, job.directory, wanted
         self.path = self.directory / "generations.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
         busy = f"{self.directory} is being written by another run; wait for it or stop it"
         self.lock = hold(self.directory / ".lock", busy)
         self.check_settings()
-        self.done = self.repair()
-        wanted = [(question["index"], sample) for question in questions for sample in range(samples)]
+        self.done = self.repair(questions, samples)
+        wanted = [(question["index"], sample) for question in questions[:limit] for sample in range(samples)]
         self.queue = deque(unit for unit in wanted if unit not in self.done)
         self.total, self.missing = len(wanted), len(self.queue)
         self.tokens, self.started, self.reported = 0, None, False
         self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self.write_args()
+        if self.missing:
+            self.write_args()
 
     def check_settings(self):
         path = self.directory / "args.json"
@@ -313,28 +313,37 @@ class Output:
             os.fsync(file.fileno())
         os.replace(temporary, self.directory / "args.json")
 
-    def repair(self):
-        """Read what is there, cut off a half-written last line -> set of (index, sample)."""
-        done = set()
+    def repair(self, questions, samples):
+        """Read what is there, cut off a half-written last line -> set of (index, sample). Raises ValueError naming a
+        line that scoring would refuse, or that no run with these questions and samples writes."""
+        done, good = set(), 0
         if not self.path.exists():
             return done
-        good = 0
+        decode = msgspec.json.Decoder(Record).decode
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
+                where = f"{self.path}, line {number}"
                 if not line.endswith(b"\n"):
                     print(f"{self.path}: cut off a half-written last line ({len(line)} bytes)")
                     break
                 try:
-                    record = json.loads(line)
-                    unit = record["index"], record["sample"]
-                except (ValueError, KeyError, TypeError) as error:
+                    record = decode(line)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                    raise ValueError(f"{where} is damaged: {what_is_wrong(line)}; {DELETE_IT}") from error
+                unit = record.index, record.sample
+                if not 0 <= record.index < len(questions) or record.sample < 0:
+                    raise ValueError(f"{where}: {out_of_range(record, len(questions))}; or {DELETE_IT}")
+                question = questions[record.index]
+                if record.id is not msgspec.UNSET and record.id != question["id"]:
+                    raise ValueError(f"{where}: {other_id(record, question)}; or {DELETE_IT}")
+                if record.sample >= samples:
                     raise ValueError(
-                        f"{self.path}, line {number} is damaged ({error}); delete the line to have it made again"
-                    ) from error
+                        f"{where}: sample {record.sample}, but --samples {samples} makes 0 to {samples - 1}; ask for as"
+                        " many as there are, or delete the line"
+                    )
                 if unit in done:
                     raise ValueError(
-                        f"{self.path}, line {number}: question {unit[0]}, sample {unit[1]} occurs twice; delete one of"
-                        " the two"
+                        f"{where}: question {unit[0]}, sample {unit[1]} occurs twice; delete one of the two"
                     )
                 done.add(unit)
                 good += len(line)

@@ -257,9 +257,9 @@ def test_only_what_is_missing_is_queued_and_a_half_written_line_is_repaired(outp
 
 def test_no_character_of_an_answer_can_break_a_line(output):
     first = output()
-    first.append([record(0, 0, "satu\u2028dua\x85tiga\nempat \ud800 ألف")])
+    first.append([record(0, 0, "satu\u2028dua\x85tiga\nempat ألف")])
     assert len(first.path.read_text(encoding="utf-8").splitlines()) == 1
-    assert read(first.path)[0]["text"] == "satu\u2028dua\x85tiga\nempat \ud800 ألف"
+    assert read(first.path)[0]["text"] == "satu\u2028dua\x85tiga\nempat ألف"
     first.close()
     assert output().missing == 11
 
@@ -283,6 +283,43 @@ def test_damage_inside_the_file_is_an_error_that_names_the_line(output):
     first.path.write_bytes(whole + whole)
     with pytest.raises(ValueError, match="line 3: question 0, sample 0 occurs twice"):
         output()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"text": 5}, " is damaged: expected a text and a sample and an index from 0 up, got .*; delete the line"),
+        ({"index": "0"}, " is damaged: expected a text and a sample and an index"),
+        ({"index": [0]}, " is damaged: expected a text and a sample and an index"),
+        ({"index": True}, " is damaged: expected a text and a sample and an index"),
+        ({"text": "\ud800"}, " is damaged: half of a surrogate pair"),
+        ({"index": 4}, r": no question 4 in the question file \(0 to 3\); wrong --questions; or delete the line"),
+        ({"index": -1}, ": no question -1"),
+        ({"id": 7}, ": id 7, but question 0 is 100; wrong --questions; or delete the line"),
+        ({"sample": 9}, ": sample 9, but --samples 3 makes 0 to 2; ask for as many as there are, or delete the line"),
+        ({"sample": -1}, ": .*got sample -1; or delete the line"),
+    ],
+)
+def test_a_line_that_scoring_refuses_is_not_called_complete(output, changed, message):
+    first = output()
+    first.append([record(i, s) for i in range(4) for s in range(3) if (i, s) != (0, 0)])
+    first.append([record(0, 0) | changed])
+    first.close()
+    whole = first.path.read_bytes()
+    with pytest.raises(ValueError, match=f"generations.jsonl, line 12{message}"):
+        output()
+    assert first.path.read_bytes() == whole
+
+
+def test_a_run_that_makes_nothing_leaves_args_json_alone(output):
+    first = output(date="then")
+    first.append([record(i, s) for i in range(4) for s in range(3)])
+    first.close()
+    second = output(date="now")
+    assert second.missing == 0 and json.loads((second.directory / "args.json").read_text())["date"] == "then"
+    second.close()
+    assert output(samples=4, date="now").missing == 4
+    assert json.loads((second.directory / "args.json").read_text())["date"] == "now"
 
 
 def test_a_second_run_on_the_directory_is_refused(output):
