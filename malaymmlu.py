@@ -170,6 +170,13 @@ def check_arguments(args):
         raise ValueError(f"--chat_template_kwargs is not JSON ({error}): {args.chat_template_kwargs}") from error
     if not isinstance(kwargs, dict):
         raise ValueError(f"--chat_template_kwargs must be a JSON object, got {args.chat_template_kwargs}")
+    for name, expected in (
+        ("pattern", "globs of checkpoints' names, or leave it out with --base"),
+        ("base", "auto, none, or model directories and hub ids"),
+    ):
+        given = getattr(args, name)
+        if given is not None and not given.strip(", "):
+            raise ValueError(f"--{name} {given!r}: expected {expected}")
     if args.pattern is None and args.base in ("auto", "none", "false", "no"):
         raise ValueError("nothing to evaluate: give --pattern, or --base with a model directory or hub id")
 

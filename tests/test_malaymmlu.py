@@ -173,6 +173,14 @@ def test_what_is_not_there_is_named(runs):
         malaymmlu.check_arguments(arguments(pattern="ds3-*", limit=0))
 
 
+@pytest.mark.parametrize("given", ["", " ", ","])
+@pytest.mark.parametrize("flag", ["pattern", "base"])
+def test_an_empty_pattern_or_base_is_refused(flag, given):
+    """It would say "done" and ask nothing."""
+    with pytest.raises(ValueError, match=f"--{flag} '{given}': expected .*"):
+        malaymmlu.check_arguments(arguments(**{"pattern": "x", flag: given}))
+
+
 def test_gpus_are_split_into_engines(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     plan = malaymmlu.plan_engines(arguments(num_gpus=8, gpu_partition=2))
