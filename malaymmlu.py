@@ -32,7 +32,7 @@ from pathlib import Path
 from malaysian_sft.base_model import find_base
 from malaysian_sft.engine import SYSTEM_PROMPT
 from malaysian_sft.flags import check_values, parse_flags
-from malaysian_sft.generations import Output, natural, read_args
+from malaysian_sft.generations import MOST_SAMPLES, Output, natural, read_args
 from malaysian_sft.questions import HUB_REVISION, benchmark_questions
 from malaysian_sft.run import git_commit
 from malaysian_sft.scheduler import Scheduler
@@ -160,6 +160,8 @@ def check_arguments(args):
     if args.protocol == "first_token":
         args.samples, args.temperature, args.retries, args.max_tokens = 1, 0.0, 0, 1
     check_values(args)
+    if args.samples > MOST_SAMPLES:
+        raise ValueError(f"--samples {args.samples}: expected up to {MOST_SAMPLES:,}")
     if args.max_model_len is not None and args.max_model_len <= args.max_tokens:
         raise ValueError(
             f"--max_model_len {args.max_model_len}: expected more than --max_tokens {args.max_tokens}, for the question"

@@ -58,7 +58,13 @@ def find_directories(pattern, root="."):
     found, seen = [], {}
     globs = [part.strip() for part in pattern.split(",") if part.strip()]
     for path in sorted((p.parent for p in Path(root).glob("*/generations.jsonl")), key=lambda p: natural(p.name)):
-        args = read_args(path)
+        try:
+            args = read_args(path)
+        except ValueError as error:
+            if any(fnmatch.fnmatchcase(path.name, glob.rstrip("/")) for glob in globs):
+                raise
+            print(f"note: {error}; {path} is passed over", file=sys.stderr)
+            continue
         names = [path.name] + [f"malaymmlu-{name}" for name in args.get("names", [])]
         matched = next((name for glob in globs for name in names if fnmatch.fnmatchcase(name, glob.rstrip("/"))), None)
         if matched is None:
@@ -96,15 +102,41 @@ def told_apart(found):
     return found
 
 
+# key of args.json -> (what is expected, in words; whether a value is that)
+TEXT = "a text or null", lambda value: value is None or isinstance(value, str)
+ARGS = {
+    "names": (
+        "a list of names",
+        lambda value: isinstance(value, list) and value and all(isinstance(name, str) and name for name in value),
+    ),
+    "samples": (
+        f"a whole number from 1 to {MOST_SAMPLES:,}",
+        lambda value: type(value) is int and 1 <= value <= MOST_SAMPLES,
+    ),
+    "retries": ("a whole number from 0 up", lambda value: type(value) is int and value >= 0),
+    "protocol": ('"reasoning" or "first_token"', lambda value: value in ("reasoning", "first_token")),
+    "answer_prefix": ('"user", "assistant" or null', lambda value: value in ("user", "assistant", None)),
+    **dict.fromkeys(("adapter", "questions_revision", "questions_sha256"), TEXT),
+}
+
+
 def read_args(directory):
-    """args.json of a generation directory, {} without one. Raises ValueError if it is not JSON."""
+    """args.json of a generation directory, {} without one. Raises ValueError naming the file, and the key whose value
+    malaymmlu.py does not write."""
     path = Path(directory) / "args.json"
     if not path.exists():
         return {}
+    mend = "mend it, or move the directory away and generate again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete it or generate again") from error
+        made = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {mend}") from error
+    if not isinstance(made, dict):
+        raise ValueError(f"{path} is {ascii(made)[:80]}; expected an object; {mend}")
+    for name, (expected, holds) in ARGS.items():
+        if name in made and not holds(made[name]):
+            raise ValueError(f"{path}: {name} is {ascii(made[name])[:80]}; expected {expected}; {mend}")
+    return made
 
 
 def read_generations(path):
@@ -295,7 +327,7 @@ class Output:
             raise ValueError(
                 f"{self.directory} has generations but no args.json, so what made them is unknown; move it away"
             )
-        made = json.loads(path.read_text(encoding="utf-8"))
+        made = read_args(self.directory)
         for name in FIXED:
             old, new = json.dumps(made.get(name)), json.dumps(self.wanted[name])
             if old != new:

@@ -556,6 +556,35 @@ def test_micro_macro_chance_and_protocols():
     assert any("first-token protocol" in line for line in notes(report, [row, other]))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", r" is \[\]; expected an object"),
+        ('{"names": null}', ": names is None; expected a list of names"),
+        ('{"names": []}', r": names is \[\]; expected a list of names"),
+        ('{"names": [5]}', r": names is \[5\]; expected a list of names"),
+        *((f'{{"samples": {value}}}', ": samples is .*; expected a whole") for value in ('"3"', "null", -2, "1e9", 0)),
+        ('{"samples": 1000000000}', ": samples is 1000000000; expected a whole number from 1 to 1,000"),
+        ('{"protocol": []}', r": protocol is \[\]; expected \"reasoning\" or"),
+        ('{"retries": "x"}', ": retries is 'x'; expected a whole number"),
+        ('{"answer_prefix": {}}', ": answer_prefix is {}; expected"),
+        ('{"questions_revision": 5}', ": questions_revision is 5; expected a text"),
+        ("[" * 99999, " is not JSON"),
+        ("\udcff", " is not JSON"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_damaged_args_json_is_refused_by_key(tmp_path, call, text, message):
+    (tmp_path / "q.json").write_text(json.dumps([raw(0), raw(1)]))
+    for name in ("malaymmlu-a", "malaymmlu-b"):
+        save(tmp_path / name, [{"index": i, "id": i, "sample": 0, "text": "Jawapan: A"} for i in range(2)])
+    (tmp_path / "malaymmlu-a/args.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    shown = call(tmp_path, "--pattern", "malaymmlu-*", "--questions", "q.json", "--resamples", 50)
+    assert shown.returncode == 1 and re.search(f"^error: malaymmlu-a/args.json{message}.*$", shown.stderr.strip())
+    shown = call(tmp_path, "--pattern", "malaymmlu-b", "--questions", "q.json", "--resamples", 50)
+    assert shown.returncode == 0 and "malaymmlu-a is passed over" in shown.stderr
+
+
 # ---- contamination ---------------------------------------------------------------------------------------------------
 
 
@@ -626,6 +655,39 @@ def test_contamination_takes_stems_and_options_apart(tmp_path):
         overlaps(questions, str(tmp_path / "train.jsonl"))
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": long}))
     assert contamination_report([], questions, str(tmp_path / "train.jsonl"))["with_options"] == []
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "blank.jsonl", "list.json", "numbers.jsonl", "folder"])
+def test_training_data_without_text_is_refused_by_name(tmp_path, name):
+    """It would be reported as free of overlap."""
+    (tmp_path / "folder").mkdir()
+    texts = {"empty.jsonl": "", "blank.jsonl": "\n\n", "list.json": "[]", "numbers.jsonl": "5\n{}\n"}
+    for file, text in (texts | {"folder/empty.jsonl": ""}).items():
+        (tmp_path / file).write_text(text)
+    (tmp_path / "good.jsonl").write_text('{"text": "Apakah ibu negeri Perak?"}\n')
+    source = f"{tmp_path}/good.jsonl,{tmp_path / name}"
+    with pytest.raises(ValueError, match=f"--contamination: {tmp_path / name} holds no row with text"):
+        overlaps([question(0)], source)
+    with pytest.raises(ValueError, match="--contamination ' ,': expected .jsonl"):
+        overlaps([question(0)], " ,")
+
+
+def test_a_byte_order_mark_of_training_data_is_passed_over_and_a_directory_is_no_file(tmp_path):
+    questions = [question(0, prompt="Apakah ibu negeri Perak?")]
+    row = json.dumps({"text": "Apakah ibu negeri Perak?"})
+    folder = tmp_path / "train/d.jsonl"
+    folder.mkdir(parents=True)
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.json", folder / "a.jsonl"):
+        path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\n")
+        source = path.parent if path.parent == folder else path
+        assert overlaps(questions, str(source))[0].tolist() == [True]
+    assert overlaps(questions, str(tmp_path / "train"))[0].tolist() == [True]
+    (tmp_path / "a.jsonl").write_bytes(row.encode() + b"\n" + row.encode() + b"\n\xff\n")
+    with pytest.raises(ValueError, match="a.jsonl, line 3: not JSONL"):
+        overlaps(questions, str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text("[" * 99999)
+    with pytest.raises(ValueError, match="a.jsonl, line 1: not JSONL"):
+        overlaps(questions, str(tmp_path / "a.jsonl"))
 
 
 # ---- written files ---------------------------------------------------------------------------------------------------

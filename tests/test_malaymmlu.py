@@ -211,7 +211,7 @@ def test_sampling_comes_from_flags_then_generation_config(tmp_path):
 
 
 def wanted(**changed):
-    return {**dict.fromkeys(FIXED), "names": ["x"], **changed}
+    return {**dict.fromkeys(FIXED), "names": ["x"], "protocol": "reasoning", "retries": 0, **changed}
 
 
 def record(index, sample, text="Jawapan: A"):
@@ -347,6 +347,18 @@ def test_changed_settings_are_refused_by_name(output):
     with pytest.raises(ValueError, match="adapter_fingerprint"):
         output(seed=0, adapter_fingerprint="def")
     assert output(seed=0, adapter_fingerprint="abc").missing == 11
+
+
+def test_a_damaged_args_json_is_refused_by_name(output):
+    first = output()
+    first.append([record(0, 0)])
+    first.close()
+    for text, message in (("[]", "expected an object"), ('{"samples": "3"}', "samples is '3'"), ("{", "not JSON")):
+        (first.directory / "args.json").write_text(text)
+        with pytest.raises(ValueError, match=f"args.json.*{message}"):
+            output()
+    with pytest.raises(ValueError, match="--samples 1001: expected up to 1,000"):  # scoring would refuse it
+        malaymmlu.check_arguments(arguments(pattern="x", samples=1001))
 
 
 def test_a_changed_weight_changes_the_fingerprint(tmp_path):
