@@ -48,6 +48,11 @@ def natural(name):
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(name)) if part]
 
 
+def matches(name, globs):
+    """Whether a name is one of the globs or matches one; a run's name may hold what is special in a glob."""
+    return any(name == glob or fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
 def find_directories(pattern, root="."):
     """Directories with generations that match `pattern` (comma-separated globs) by their name or by a name in their
     args.json.
@@ -56,17 +61,17 @@ def find_directories(pattern, root="."):
     ValueError if nothing matches.
     """
     found, seen = [], {}
-    globs = [part.strip() for part in pattern.split(",") if part.strip()]
+    globs = [part.strip().rstrip("/") for part in pattern.split(",") if part.strip()]
     for path in sorted((p.parent for p in Path(root).glob("*/generations.jsonl")), key=lambda p: natural(p.name)):
         try:
             args = read_args(path)
         except ValueError as error:
-            if any(fnmatch.fnmatchcase(path.name, glob.rstrip("/")) for glob in globs):
+            if matches(path.name, globs):
                 raise
             print(f"note: {error}; {path} is passed over", file=sys.stderr)
             continue
         names = [path.name] + [f"malaymmlu-{name}" for name in args.get("names", [])]
-        matched = next((name for glob in globs for name in names if fnmatch.fnmatchcase(name, glob.rstrip("/"))), None)
+        matched = next((name for glob in globs for name in names if matches(name, [glob])), None)
         if matched is None:
             continue
         # another seed or protocol is another row

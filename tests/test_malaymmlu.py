@@ -20,7 +20,7 @@ import pytest
 import malaymmlu
 from conftest import save_tiny_checkpoint, tiny_model
 from malaysian_sft.engine import engine_environment, llm_options, sample_seed, serve
-from malaysian_sft.generations import FIXED, Output
+from malaysian_sft.generations import FIXED, Output, find_directories
 from malaysian_sft.questions import load_questions
 from malaysian_sft.scheduler import Engine, Scheduler
 
@@ -173,6 +173,38 @@ def test_what_is_not_there_is_named(runs):
         malaymmlu.check_arguments(arguments(pattern="ds3-*", limit=0))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"{}",
+        b"{",
+        b"\xff",
+        b"[" * 99999,
+        b'{"peft_type": "IA3", "base_model_name_or_path": "x", "r": 8}',
+        b'{"base_model_name_or_path": 5, "r": 8}',
+        b'{"base_model_name_or_path": "x", "r": true}',
+    ],
+    ids=lambda content: str(content[:20]),
+)
+def test_only_what_the_pattern_matches_must_be_an_adapter(runs, capsys, content):
+    write_adapter(runs / "outputs/other/checkpoint-5", "models/Qwen3-32B")
+    (runs / "outputs/other/checkpoint-5/adapter_config.json").write_bytes(content)
+    assert len(malaymmlu.find_jobs(arguments(pattern="ds3-*", base="none"))) == 3
+    noted = capsys.readouterr().err
+    assert noted.startswith("note: outputs/other/checkpoint-5") and noted.count("\n") == 1
+    with pytest.raises(ValueError, match="^outputs/other/checkpoint-5/adapter_config.json"):
+        malaymmlu.find_jobs(arguments(pattern="other-*", base="none"))
+
+
+def test_a_run_may_be_called_what_is_special_in_a_glob(runs):
+    write_adapter(runs / "outputs/run[x]/checkpoint-5", "models/Qwen3-32B")
+    (job,) = malaymmlu.find_jobs(arguments(pattern="run[x]-checkpoint-5", base="none"))
+    job.directory.mkdir()
+    (job.directory / "generations.jsonl").touch()
+    assert find_directories("malaymmlu-run[x]-checkpoint-5") == [("malaymmlu-run[x]-checkpoint-5", job.directory)]
+
+
 @pytest.mark.parametrize("given", ["", " ", ","])
 @pytest.mark.parametrize("flag", ["pattern", "base"])
 def test_an_empty_pattern_or_base_is_refused(flag, given):
@@ -205,6 +237,26 @@ def test_sampling_comes_from_flags_then_generation_config(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.95, "top_k": 20}))
     found = malaymmlu.sampling_settings(arguments(top_p=0.8), tmp_path)
     assert (found["temperature"], found["top_p"], found["top_k"], found["max_tokens"]) == (0.6, 0.8, 20, 4096)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[]", r" is \[\]; expected an object"),
+        (b"\xff", " is not JSON"),
+        (b"{", " is not JSON"),
+        (b'{"temperature": "hot"}', ": temperature is 'hot'; expected a number of at least 0"),
+        (b'{"temperature": NaN}', ": temperature is nan; expected a number"),
+        (b'{"top_p": 0}', ": top_p is 0; expected a number above 0"),
+        (b'{"top_k": 2.5}', ": top_k is 2.5; expected a whole number"),
+        (b'{"min_p": true}', ": min_p is True; expected a number"),
+        (b'{"repetition_penalty": [1]}', r": repetition_penalty is \[1\]; expected a number"),
+    ],
+)
+def test_a_damaged_generation_config_is_refused_by_key(tmp_path, content, message):
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/generation_config.json{message}"):
+        malaymmlu.sampling_settings(arguments(), tmp_path)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
