@@ -149,6 +149,9 @@ def test_irregular_delimiters(line):
         ({"prompt": " "}, "`prompt` is missing"),
         ({"category": None}, "`category` is missing"),
         ({"num_options": 9}, "`num_options` must be 2 to 6"),
+        ({"num_options": float("nan")}, "`num_options` must be 2 to 6, found nan"),
+        ({"num_options": float("inf")}, "`num_options` must be 2 to 6, found inf"),  # as 1e400 is read
+        ({"num_options": [[[4]]]}, "`num_options` must be 2 to 6"),
         ({"num_options": None, "options": None, "prompt": "Apa?"}, "`num_options` is missing and no options stand in"),
         ({"prompt": "Apa \ud83d?"}, "half of a surrogate pair"),
     ],
@@ -166,6 +169,30 @@ def test_a_question_file_may_be_json_lines_with_any_character(tmp_path):
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
     assert [asked["prompt"] for asked in load_questions(tmp_path / "q.jsonl")] == [row["prompt"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "is not JSON"),
+        ("[" * 99999, "is not JSON"),
+        ("5", ": expected an object"),
+        (json.dumps(raw(3) | {"key": "E"}), ": `key` must be"),
+        (json.dumps(raw(3) | {"prompt": "\ud83d"}), ": half of a surrogate pair"),
+    ],
+    ids=lambda value: value[:10],
+)
+def test_a_bad_line_of_json_lines_is_called_by_its_number(tmp_path, line, message):
+    path = tmp_path / "q.jsonl"
+    path.write_text(f"\ufeff{json.dumps(raw(0))}\n\n{json.dumps(raw(2))}\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"q.jsonl, line 4 ?{message}"):
+        load_questions(path)
+
+
+def test_a_deeply_nested_list_of_questions_is_refused(tmp_path):
+    (tmp_path / "q.json").write_text("[" * 99999)
+    with pytest.raises(ValueError, match="q.json is not JSON"):
+        load_questions(tmp_path / "q.json")
 
 
 def test_the_sample_questions_load_and_their_prompts_hold_the_same_options():
