@@ -583,6 +583,45 @@ def test_a_dead_engines_questions_go_back_and_restarts_are_bounded(scheduler):
         made.died(engine, "gone")
 
 
+@pytest.fixture
+def logged(tmp_path, monkeypatch):
+    """A function: what the engine's process writes to its log."""
+    monkeypatch.setattr(StandIn, "log", tmp_path / "engine.log")
+
+    def write(engine, text):
+        engine.log_start = engine.log.stat().st_size if engine.log.exists() else 0
+        with open(engine.log, "a", encoding="utf-8") as file:
+            file.write(text)
+
+    return write
+
+
+def test_the_same_error_twice_ends_the_run_and_is_said(scheduler, capsys, logged):
+    made = scheduler(1, restarts=9, restart_backoff=0.0)
+    engine, first = made.engines[0], made.outputs[0]
+    log = "(EngineCore pid=%d) ERROR 01-01 [core.py:1] ValueError: only %d GiB are free\n  File x\n"
+    log += "RuntimeError: Engine core initialization failed. See root cause above.\n"
+
+    def fail(text):
+        made.assign()
+        logged(engine, text)
+        made.died(engine, "its process is gone")
+
+    fail(log % (1, 5))
+    assert "failed (its process is gone: ValueError: only 5 GiB are free); restart 1 of 9" in capsys.readouterr().out
+    fail("OSError: another\n")
+    fail("killed\n")  # no error of its own: those before it are another process's
+    assert "failed (its process is gone); restart 3" in capsys.readouterr().out
+    fail("killed\n")
+    fail(log % (2, 5))
+    with pytest.raises(RuntimeError, match="failed twice on a .*: ValueError: only 4 GiB are free; 0 of 12 samples"):
+        fail(log % (3, 4))
+    made.assign()
+    first.append([record(0, 0)])  # something was answered: the restarts count
+    fail(log % (4, 4))
+    assert "restart 7 of 9" in capsys.readouterr().out
+
+
 def test_restarts_wait_longer_every_time(scheduler):
     made = scheduler(1, restart_backoff=50.0)
     made.assign()
