@@ -101,7 +101,7 @@ def main():
         rows = [read_row(name, path, made, questions, bool(args.limit)) for name, path, made in found]
         print_original([row.name for row in rows], [row.answers for row in rows], questions)
         report = score(rows, questions, args.resamples, args.seed, args.compare, args.leaderboard)
-        if args.contamination:
+        if args.contamination is not None:
             report["contamination"] = contamination_report(rows, questions, args.contamination)
         print(as_text(report, rows))
         write(args, report, rows, questions)

@@ -16,9 +16,9 @@ one checkpoint loads the next one's weights in place while the others finish; wh
 compilation, CUDA graphs) is done once. Only another base model needs another engine.
 """
 
-import fnmatch
 import hashlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -32,7 +32,7 @@ from pathlib import Path
 from malaysian_sft.base_model import find_base
 from malaysian_sft.engine import SYSTEM_PROMPT
 from malaysian_sft.flags import check_values, parse_flags
-from malaysian_sft.generations import Output, natural, read_args
+from malaysian_sft.generations import MOST_SAMPLES, Output, matches, natural, read_args
 from malaysian_sft.questions import HUB_REVISION, benchmark_questions
 from malaysian_sft.run import git_commit
 from malaysian_sft.scheduler import Scheduler
@@ -139,7 +139,7 @@ def main():
         plan = plan_engines(args)
         jobs = find_jobs(args)
         for job in jobs:
-            outputs.append(Output(job, settings(args, job, facts, plan), questions[: args.limit], args.samples))
+            outputs.append(Output(job, settings(args, job, facts, plan), questions, args.samples, args.limit))
         for output in outputs:
             print(output.summary() + said_of_prefix(output.wanted["answer_prefix"]))
         waiting = [output for output in outputs if output.queue]
@@ -160,6 +160,8 @@ def check_arguments(args):
     if args.protocol == "first_token":
         args.samples, args.temperature, args.retries, args.max_tokens = 1, 0.0, 0, 1
     check_values(args)
+    if args.samples > MOST_SAMPLES:
+        raise ValueError(f"--samples {args.samples}: expected up to {MOST_SAMPLES:,}")
     if args.max_model_len is not None and args.max_model_len <= args.max_tokens:
         raise ValueError(
             f"--max_model_len {args.max_model_len}: expected more than --max_tokens {args.max_tokens}, for the question"
@@ -170,6 +172,13 @@ def check_arguments(args):
         raise ValueError(f"--chat_template_kwargs is not JSON ({error}): {args.chat_template_kwargs}") from error
     if not isinstance(kwargs, dict):
         raise ValueError(f"--chat_template_kwargs must be a JSON object, got {args.chat_template_kwargs}")
+    for name, expected in (
+        ("pattern", "globs of checkpoints' names, or leave it out with --base"),
+        ("base", "auto, none, or model directories and hub ids"),
+    ):
+        given = getattr(args, name)
+        if given is not None and not given.strip(", "):
+            raise ValueError(f"--{name} {given!r}: expected {expected}")
     if args.pattern is None and args.base in ("auto", "none", "false", "no"):
         raise ValueError("nothing to evaluate: give --pattern, or --base with a model directory or hub id")
 
@@ -196,25 +205,52 @@ def base_name(base):
 def checkpoint_names(directory, config):
     """The two names of a checkpoint: `<run>-checkpoint-<step>` and `<base>-<lora|dora>-<r>-<step>`. Raises ValueError
     on a bad config."""
-    base, r = config.get("base_model_name_or_path"), config.get("r")
-    if not base or not isinstance(r, int):
-        raise ValueError(f"{directory}/adapter_config.json lacks base_model_name_or_path or r; is it a PEFT adapter?")
+    base, r, kind = config.get("base_model_name_or_path"), config.get("r"), config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ValueError(f"{directory}/adapter_config.json: peft_type is {ascii(kind)[:80]}; only LORA is evaluated")
+    if not isinstance(base, str) or not base or type(r) is not int:
+        raise ValueError(
+            f"{directory}/adapter_config.json: base_model_name_or_path is {ascii(base)[:80]} and r is {ascii(r)[:80]};"
+            " expected a name and a whole number, as of a LoRA of PEFT"
+        )
     step = directory.name.rpartition("-")[2]
     kind = "dora" if config.get("use_dora") else "lora"
-    return [f"{directory.parent.name}-{directory.name}", f"{base_name(base)}-{kind}-{r}-{step}"]
+    return [run_name(directory), f"{base_name(base)}-{kind}-{r}-{step}"]
 
 
-def find_checkpoints(root):
-    """Every adapter under `<root>/*/checkpoint-*`: [(directory, names, adapter_config)] in natural order."""
+def run_name(directory):
+    """`<run>-checkpoint-<step>`: the name that needs no config."""
+    return f"{directory.parent.name}-{directory.name}"
+
+
+def read_object(path):
+    """The JSON object in a file. Raises ValueError naming the file if it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is {ascii(found)[:80]}; expected an object")
+    return found
+
+
+def find_checkpoints(root, globs=()):
+    """Every adapter under `<root>/*/checkpoint-*`: [(directory, names, adapter_config)] in natural order. One whose
+    config cannot be read is an error if `globs` match its directory; otherwise it is noted and passed over."""
     found = []
     for path in sorted(Path(root).glob("*/checkpoint-*/adapter_config.json"), key=natural):
-        if not re.fullmatch(r"checkpoint-\d+", path.parent.name):
+        directory = path.parent
+        if not re.fullmatch(r"checkpoint-\d+", directory.name):
             continue  # one that is still being written, under its temporary name
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-        found.append((path.parent, checkpoint_names(path.parent, config), config))
+            config = read_object(path)
+            names = checkpoint_names(directory, config)
+        except (ValueError, OSError) as error:
+            if matches(run_name(directory), globs):
+                raise
+            print(f"note: {error}; {directory} is passed over", file=sys.stderr)
+            continue
+        found.append((directory, names, config))
     return found
 
 
@@ -222,10 +258,10 @@ def find_jobs(args):
     """The rows to evaluate: bases first, then checkpoints in natural order. Raises ValueError if nothing matches or two
     share a name."""
     globs = [part.strip() for part in (args.pattern or "").split(",") if part.strip()]
-    found = find_checkpoints(args.outputs)
+    found = find_checkpoints(args.outputs, globs) if globs else []
     matched = []
     for directory, names, config in found:
-        name = next((name for name in names for glob in globs if fnmatch.fnmatchcase(name, glob)), None)
+        name = next((name for name in names if matches(name, globs)), None)
         if name:
             if not (directory / "adapter_model.safetensors").exists():
                 raise ValueError(f"{directory} has no adapter_model.safetensors; was it saved completely?")
@@ -325,16 +361,27 @@ def fingerprint(directory):
     return digest.hexdigest()
 
 
+# key of a model's generation_config.json -> (vLLM's default; what is expected, in words; whether a value is that)
+SAMPLING = {
+    "temperature": (1.0, "a number of at least 0", lambda value: 0 <= value < math.inf),
+    "top_p": (1.0, "a number above 0 and up to 1", lambda value: 0 < value <= 1),
+    "top_k": (0, "a whole number of at least -1", lambda value: value >= -1 and type(value) is int),
+    "min_p": (0.0, "a number from 0 to 1", lambda value: 0 <= value <= 1),
+    "repetition_penalty": (1.0, "a number above 0", lambda value: 0 < value < math.inf),
+}
+
+
 def sampling_settings(args, model):
-    """Sampling parameters: flags, else the model's generation_config.json, else vLLM's defaults."""
+    """Sampling parameters: flags, else the model's generation_config.json, else vLLM's defaults. Raises ValueError
+    naming the file and the key that is none."""
     path = Path(model) / "generation_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    values = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-    for name in values:
-        given = getattr(args, name, None)
-        values[name] = (
-            given if given is not None else config.get(name) if config.get(name) is not None else values[name]
-        )
+    config = read_object(path) if path.exists() else {}
+    values = {}
+    for name, (default, expected, holds) in SAMPLING.items():
+        given, found = getattr(args, name, None), config.get(name)
+        if given is None and found is not None and (type(found) not in (int, float) or not holds(found)):
+            raise ValueError(f"{path}: {name} is {ascii(found)[:80]}; expected {expected}; mend it, or take it out")
+        values[name] = next(value for value in (given, found, default) if value is not None)
     if args.protocol == "first_token":
         values = {"temperature": 0.0}
     return {**values, "max_tokens": args.max_tokens}

@@ -12,6 +12,7 @@ from malaysian_sft.statistics import measure, t_interval
 
 GRAM = 13
 FEWEST = 4  # words of a stem that says what is asked; "Pilih satu" does not
+SUFFIXES = {".jsonl": "JSONL", ".json": "JSON", ".parquet": "Parquet"}
 WORD = re.compile(r"\w+")
 
 
@@ -29,42 +30,51 @@ def strings_of(value):
 
 def training_rows(source):
     """The texts of every row of the training data: .jsonl, .json, .parquet files or directories of them,
-    comma-separated. Raises ValueError if there is none or a line is not JSON."""
-    paths = []
-    for part in source.split(","):
-        path = Path(part.strip())
-        paths += (
-            sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".json", ".parquet"))
-            if path.is_dir()
-            else [path]
+    comma-separated. Raises ValueError if one of them has no text or a line is not JSON."""
+    parts = [Path(part.strip()) for part in source.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(
+            f"--contamination {source!r}: expected .jsonl, .json or .parquet files, or directories of them"
         )
-    if not paths or any(not path.is_file() for path in paths):
-        raise ValueError(f"--contamination: no .jsonl, .json or .parquet file at {source}")
-    for path in paths:
-        for row in rows_of(path):
-            yield [*strings_of(row)]
+    for part in parts:
+        found = sorted(part.rglob("*")) if part.is_dir() else [part]
+        kept = [path for path in found if path.is_file() and (path == part or path.suffix in SUFFIXES)]
+        if not kept:
+            raise ValueError(f"--contamination: no .jsonl, .json or .parquet file at {part}")
+        some = False
+        for path in kept:
+            for texts in rows_of(path):
+                some = some or bool(texts)
+                yield texts
+        if not some:
+            raise ValueError(f"--contamination: {part} holds no row with text; give the data that was trained on")
 
 
 def rows_of(path):
-    """The rows of one file; blank lines of a .jsonl are passed over. Raises ValueError naming the file and the line."""
-    if path.suffix == ".parquet":
-        import pandas
+    """The texts of each row of one file; blank lines of a .jsonl are passed over. Raises ValueError naming the file and
+    the line."""
+    number, kind = 0, SUFFIXES.get(path.suffix, "JSONL")
+    try:
+        if kind == "Parquet":
+            import pandas
 
-        yield from pandas.read_parquet(path).to_dict("records")
-        return
-    with open(path, encoding="utf-8") as file:
-        number = 0
-        try:
-            if path.suffix == ".json":
-                rows = json.load(file)
-                yield from rows if isinstance(rows, list) else [rows]
-                return
-            for number, text in enumerate(file, 1):  # noqa: B007 (the error names it)
+            for row in pandas.read_parquet(path).to_dict("records"):
+                yield [*strings_of(row)]
+            return
+        if kind == "JSON":
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            for row in rows if isinstance(rows, list) else [rows]:
+                yield [*strings_of(row)]
+            return
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                # a byte-order mark is not part of the first row
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield json.loads(text)
-        except ValueError as error:
-            where = f"{path}, line {number}" if number else path
-            raise ValueError(f"--contamination: {where}: not {path.suffix[1:].upper()} ({error}); mend it") from error
+                    yield [*strings_of(json.loads(text))]
+    except (ValueError, RecursionError) as error:
+        where = f"{path}, line {number}" if number else path
+        raise ValueError(f"--contamination: {where}: not {kind} ({error}); mend it") from error
 
 
 def hash_words(text, known):

@@ -25,6 +25,7 @@ WAITING = -5  # in an array of `read_both` only: it is for the rules to read
 MOST_WAITING = 2_000_000  # characters of responses
 MOST_SAMPLES = 1_000  # of a question; a larger number in a record is a mistake
 HALF_WRITTEN = "the last line is half written and is passed over; malaymmlu.py repairs it"
+DELETE_IT = "delete the line, and malaymmlu.py makes the sample again"
 OUTCOMES = {"none": NONE, "ambiguous": AMBIGUOUS, "truncated": TRUNCATED}
 
 
@@ -47,6 +48,11 @@ def natural(name):
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(name)) if part]
 
 
+def matches(name, globs):
+    """Whether a name is one of the globs or matches one; a run's name may hold what is special in a glob."""
+    return any(name == glob or fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
 def find_directories(pattern, root="."):
     """Directories with generations that match `pattern` (comma-separated globs) by their name or by a name in their
     args.json.
@@ -55,11 +61,17 @@ def find_directories(pattern, root="."):
     ValueError if nothing matches.
     """
     found, seen = [], {}
-    globs = [part.strip() for part in pattern.split(",") if part.strip()]
+    globs = [part.strip().rstrip("/") for part in pattern.split(",") if part.strip()]
     for path in sorted((p.parent for p in Path(root).glob("*/generations.jsonl")), key=lambda p: natural(p.name)):
-        args = read_args(path)
+        try:
+            args = read_args(path)
+        except ValueError as error:
+            if matches(path.name, globs):
+                raise
+            print(f"note: {error}; {path} is passed over", file=sys.stderr)
+            continue
         names = [path.name] + [f"malaymmlu-{name}" for name in args.get("names", [])]
-        matched = next((name for glob in globs for name in names if fnmatch.fnmatchcase(name, glob.rstrip("/"))), None)
+        matched = next((name for glob in globs for name in names if matches(name, [glob])), None)
         if matched is None:
             continue
         # another seed or protocol is another row
@@ -95,15 +107,41 @@ def told_apart(found):
     return found
 
 
+# key of args.json -> (what is expected, in words; whether a value is that)
+TEXT = "a text or null", lambda value: value is None or isinstance(value, str)
+ARGS = {
+    "names": (
+        "a list of names",
+        lambda value: isinstance(value, list) and value and all(isinstance(name, str) and name for name in value),
+    ),
+    "samples": (
+        f"a whole number from 1 to {MOST_SAMPLES:,}",
+        lambda value: type(value) is int and 1 <= value <= MOST_SAMPLES,
+    ),
+    "retries": ("a whole number from 0 up", lambda value: type(value) is int and value >= 0),
+    "protocol": ('"reasoning" or "first_token"', lambda value: value in ("reasoning", "first_token")),
+    "answer_prefix": ('"user", "assistant" or null', lambda value: value in ("user", "assistant", None)),
+    **dict.fromkeys(("adapter", "questions_revision", "questions_sha256"), TEXT),
+}
+
+
 def read_args(directory):
-    """args.json of a generation directory, {} without one. Raises ValueError if it is not JSON."""
+    """args.json of a generation directory, {} without one. Raises ValueError naming the file, and the key whose value
+    malaymmlu.py does not write."""
     path = Path(directory) / "args.json"
     if not path.exists():
         return {}
+    mend = "mend it, or move the directory away and generate again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); delete it or generate again") from error
+        made = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {mend}") from error
+    if not isinstance(made, dict):
+        raise ValueError(f"{path} is {ascii(made)[:80]}; expected an object; {mend}")
+    for name, (expected, holds) in ARGS.items():
+        if name in made and not holds(made[name]):
+            raise ValueError(f"{path}: {name} is {ascii(made[name])[:80]}; expected {expected}; {mend}")
+    return made
 
 
 def read_generations(path):
@@ -147,28 +185,25 @@ def read_records(path):
         for number, line in enumerate(file, 1):
             try:
                 yield number, decode(line)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 if not line.endswith(b"\n"):
                     print(f"note: {path}: {HALF_WRITTEN}", file=sys.stderr)
                     return
-                raise ValueError(f"{path}, line {number}: {what_is_wrong(line)}") from error
+                raise ValueError(f"{path}, line {number}: {what_is_wrong(line)}; {DELETE_IT}") from error
 
 
 def what_is_wrong(line):
     """Why a line is not a record, in words."""
     try:
         record = json.loads(line)
-    except ValueError as failure:
+    except (ValueError, RecursionError) as failure:
         return f"not JSON ({failure})"
     shown = ascii(record)[:80]
     if not isinstance(record, dict) or not {"index", "sample", "text"} <= record.keys():
         return f"expected index, sample and text, got {shown}"
     if SURROGATE.search(json.dumps(record, ensure_ascii=False)):
-        return (
-            "half of a surrogate pair (such as \\ud83d alone), which is no character; delete the line, and malaymmlu.py"
-            " makes the sample again"
-        )
-    return f"expected a text and a sample from 0 up, got {shown}"
+        return "half of a surrogate pair (such as \\ud83d alone), which is no character"
+    return f"expected a text and a sample and an index from 0 up, got {shown}"
 
 
 def read_answers(directory, questions, limited=False, samples=1):
@@ -196,10 +231,7 @@ def read_both(directory, questions, limited=False, samples=1):
             raise ValueError(f"{path}, line {number}: {out_of_range(record, count)}")
         question = questions[index]
         if record.id is not msgspec.UNSET and record.id != question["id"]:
-            raise ValueError(
-                f"{path}, line {number}: id {record.id!r}, but question {index} is {question['id']!r}; wrong"
-                " --questions"
-            )
+            raise ValueError(f"{path}, line {number}: {other_id(record, question)}")
         if sample >= width:
             read_waiting(waiting, said, strict, codes)
             said, strict = widened(said, width, sample + 1), widened(strict, width, sample + 1)
@@ -238,6 +270,10 @@ def out_of_range(record, count):
     return f"no question {record.index} in the question file (0 to {count - 1}); wrong --questions"
 
 
+def other_id(record, question):
+    return f"id {record.id!r}, but question {record.index} is {question['id']!r}; wrong --questions"
+
+
 def widened(codes, width, wanted):
     """A flat array of rows of `width` codes with rows of `wanted`; what is new is MISSING. Raises ValueError for a
     number of samples that is a mistake."""
@@ -272,20 +308,21 @@ class Output:
     damaged.
     """
 
-    def __init__(self, job, wanted, questions, samples):
+    def __init__(self, job, wanted, questions, samples, limit=None):
         self.job, self.directory, self.wanted = job, job.directory, wanted
         self.path = self.directory / "generations.jsonl"
         self.directory.mkdir(parents=True, exist_ok=True)
         busy = f"{self.directory} is being written by another run; wait for it or stop it"
         self.lock = hold(self.directory / ".lock", busy)
         self.check_settings()
-        self.done = self.repair()
-        wanted = [(question["index"], sample) for question in questions for sample in range(samples)]
+        self.done = self.repair(questions, samples)
+        wanted = [(question["index"], sample) for question in questions[:limit] for sample in range(samples)]
         self.queue = deque(unit for unit in wanted if unit not in self.done)
         self.total, self.missing = len(wanted), len(self.queue)
         self.tokens, self.started, self.reported = 0, None, False
         self.file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self.write_args()
+        if self.missing:
+            self.write_args()
 
     def check_settings(self):
         path = self.directory / "args.json"
@@ -295,7 +332,7 @@ class Output:
             raise ValueError(
                 f"{self.directory} has generations but no args.json, so what made them is unknown; move it away"
             )
-        made = json.loads(path.read_text(encoding="utf-8"))
+        made = read_args(self.directory)
         for name in FIXED:
             old, new = json.dumps(made.get(name)), json.dumps(self.wanted[name])
             if old != new:
@@ -313,28 +350,37 @@ class Output:
             os.fsync(file.fileno())
         os.replace(temporary, self.directory / "args.json")
 
-    def repair(self):
-        """Read what is there, cut off a half-written last line -> set of (index, sample)."""
-        done = set()
+    def repair(self, questions, samples):
+        """Read what is there, cut off a half-written last line -> set of (index, sample). Raises ValueError naming a
+        line that scoring would refuse, or that no run with these questions and samples writes."""
+        done, good = set(), 0
         if not self.path.exists():
             return done
-        good = 0
+        decode = msgspec.json.Decoder(Record).decode
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
+                where = f"{self.path}, line {number}"
                 if not line.endswith(b"\n"):
                     print(f"{self.path}: cut off a half-written last line ({len(line)} bytes)")
                     break
                 try:
-                    record = json.loads(line)
-                    unit = record["index"], record["sample"]
-                except (ValueError, KeyError, TypeError) as error:
+                    record = decode(line)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                    raise ValueError(f"{where} is damaged: {what_is_wrong(line)}; {DELETE_IT}") from error
+                unit = record.index, record.sample
+                if not 0 <= record.index < len(questions) or record.sample < 0:
+                    raise ValueError(f"{where}: {out_of_range(record, len(questions))}; or {DELETE_IT}")
+                question = questions[record.index]
+                if record.id is not msgspec.UNSET and record.id != question["id"]:
+                    raise ValueError(f"{where}: {other_id(record, question)}; or {DELETE_IT}")
+                if record.sample >= samples:
                     raise ValueError(
-                        f"{self.path}, line {number} is damaged ({error}); delete the line to have it made again"
-                    ) from error
+                        f"{where}: sample {record.sample}, but --samples {samples} makes 0 to {samples - 1}; ask for as"
+                        " many as there are, or delete the line"
+                    )
                 if unit in done:
                     raise ValueError(
-                        f"{self.path}, line {number}: question {unit[0]}, sample {unit[1]} occurs twice; delete one of"
-                        " the two"
+                        f"{where}: question {unit[0]}, sample {unit[1]} occurs twice; delete one of the two"
                     )
                 done.add(unit)
                 good += len(line)

@@ -104,35 +104,42 @@ def load_questions(path, published=False):
     as the official program reads them, not refused.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the question file {path}: {error}") from error
+    listed, place = text.lstrip().startswith("["), path
+    rows, places = [], []  # places: how the errors call each row
     try:
-        if text.lstrip().startswith("["):
+        if listed:
             rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not JSON (line {error.lineno}: {error.msg}); expected MalayMMLU's list of questions"
-        ) from error
+            places = [f"{path}, row {index}" for index in range(len(rows))]
+        for number, line in enumerate([] if listed else text.split("\n"), 1):
+            place = f"{path}, line {number}"
+            if line.strip():
+                rows.append(json.loads(line))
+                places.append(place)
+    except (ValueError, RecursionError) as error:
+        what = error
+        if isinstance(error, json.JSONDecodeError):
+            what = f"line {error.lineno}: {error.msg}" if listed else f"{error.msg}, column {error.colno}"
+        raise ValueError(f"{place} is not JSON ({what}); expected MalayMMLU's list of questions") from error
     if not rows:
         raise ValueError(f"{path} holds no question")
     if "\\ud" in text.lower():  # an escape is the only way for half a pair into a JSON string
-        for index, row in enumerate(rows):
+        for place, row in zip(places, rows, strict=True):
             if SURROGATE.search(json.dumps(row, ensure_ascii=False)):
                 raise ValueError(
-                    f"{path}, row {index}: half of a surrogate pair (such as \\ud83d alone), which is no character;"
-                    " mend the text"
+                    f"{place}: half of a surrogate pair (such as \\ud83d alone), which is no character; mend the text"
                 )
-    return [check_question(row, index, path, published) for index, row in enumerate(rows)]
+    return [check_question(row, index, places[index], published) for index, row in enumerate(rows)]
 
 
-def check_question(row, index, path, published=False):
-    """One raw row -> the dict of `load_questions`. Raises ValueError naming the row and the field."""
+def check_question(row, index, place, published=False):
+    """One raw row -> the dict of `load_questions`. Raises ValueError naming the row, as `place` calls it, and the
+    field."""
 
     def fail(what):
-        raise ValueError(f"{path}, row {index}: {what}")
+        raise ValueError(f"{place}: {what}")
 
     if not isinstance(row, dict):
         fail(f"expected an object, found {type(row).__name__}")
@@ -147,17 +154,17 @@ def check_question(row, index, path, published=False):
     if (
         isinstance(count, bool)
         or not isinstance(count, (int, float))
+        or not 2 <= count <= len(LETTERS)  # first: infinity and NaN have no int
         or int(count) != count
-        or not 2 <= count <= len(LETTERS)
     ):
-        fail(f"`num_options` must be 2 to {len(LETTERS)}, found {count!r}")
+        fail(f"`num_options` must be 2 to {len(LETTERS)}, found {ascii(count)[:80]}")
     if listed and len(options) != count and not published:
         fail(f"`num_options` is {int(count)}, but `options` has {len(options)}")
     letters = "".join(options) if listed else LETTERS[: int(count)]
     key = row["key"].strip().upper()
     if published and len(key) == 1 and key in LETTERS and key not in letters:
         print(
-            f"note: {path}, row {index}: the key {key} is not among the options {letters}; it counts as on offer",
+            f"note: {place}: the key {key} is not among the options {letters}; it counts as on offer",
             file=sys.stderr,
         )
         letters = "".join(sorted(letters + key))

@@ -1,6 +1,7 @@
 """The driver's side of generation: engine processes, one queue of questions, restarts, progress."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -10,6 +11,9 @@ from malaysian_sft.engine import engine_main
 from malaysian_sft.generations import FIXED
 
 LEAST_DISK = 4096  # bytes; with less an engine cannot even log
+LOG_READ = 1 << 18  # bytes of a log's end that are searched for an error
+# a line of a traceback that names the error, after what vLLM's logger puts before it
+ERROR_LINE = re.compile(r"(\b[A-Za-z_][\w.]*(?:Error|Exception)(?:: .*|$)|Fatal Python error: .*)")
 
 
 class Engine:
@@ -21,6 +25,8 @@ class Engine:
         self.ready = False
         self.units = set()
         self.deaths = 0
+        self.last = None  # where and with what error it died last
+        self.log_start = 0  # bytes of its log that are of processes before
         self.not_before = 0.0
         self.takes = True  # weights in place of those it has; until it failed to
         self.taking = False  # it does so for its present checkpoint
@@ -36,6 +42,7 @@ class Engine:
         # nothing is ever sent: its end of file tells the engine that the driver died
         life, self.life = context.Pipe(duplex=False)
         self.log = output.directory / f"engine-{self.slot}.log"
+        self.log_start = self.log.stat().st_size if self.log.exists() else 0
         self.process = context.Process(target=engine_main, args=(theirs, life, str(self.log), self.gpus, config))
         self.process.start()
         theirs.close()
@@ -81,6 +88,19 @@ class Engine:
         except OSError:
             return ""
         return "\n".join(lines[-12:])
+
+    def last_error(self):
+        """The error that this process's log ends with, the cause rather than what points at it; "" if with none."""
+        try:
+            with open(self.log, "rb") as file:
+                file.seek(max(self.log_start, file.seek(0, os.SEEK_END) - LOG_READ))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return ""
+        if not any(ERROR_LINE.search(line) for line in lines[-12:]):
+            return ""  # what was logged long before did not end it
+        found = [match.group(1) for match in map(ERROR_LINE.search, lines) if match]
+        return ([error for error in found if "root cause" not in error] or found)[-1].strip()[:300]
 
 
 class Scheduler:
@@ -217,8 +237,9 @@ class Scheduler:
                 )
 
     def died(self, engine, why):
-        """Give an engine's questions back and plan its restart. Raises RuntimeError once its restarts are used up."""
-        output, tail = engine.output, engine.log_tail()
+        """Give an engine's questions back and plan its restart. Raises RuntimeError once its restarts are used up, or
+        where the same error comes twice while nothing was answered."""
+        output, tail, error = engine.output, engine.log_tail(), engine.last_error()
         output.queue.extendleft(sorted(engine.units, reverse=True))
         engine.units = set()
         if engine.taking and not engine.ready:
@@ -240,6 +261,14 @@ class Scheduler:
                 f"engine {engine.slot} failed {engine.deaths} times on {output.job.name}, last: {why}\n{tail}\n"
                 f"{safe}; the log is {engine.log}; the same command continues"
             )
+        # numbers differ: of processes, of bytes that are free
+        before, engine.last = engine.last, (output.directory, re.sub(r"\d+", "0", error))
+        if error and before == engine.last and output.missing == self.first_missing[output.directory]:
+            raise RuntimeError(
+                f"engine {engine.slot} failed twice on {output.job.name} with the same error and answered nothing:"
+                f" {error}; {safe}; the log is {engine.log}; mend that, and the same command continues"
+            )
+        why = f"{why}: {error}" if error else why
         pause = self.args.restart_backoff * 2 ** (engine.deaths - 1)
         engine.not_before = time.monotonic() + pause
         again = f"restart {engine.deaths} of {self.args.restarts} in {pause:.0f} s"

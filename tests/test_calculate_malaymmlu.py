@@ -149,6 +149,9 @@ def test_irregular_delimiters(line):
         ({"prompt": " "}, "`prompt` is missing"),
         ({"category": None}, "`category` is missing"),
         ({"num_options": 9}, "`num_options` must be 2 to 6"),
+        ({"num_options": float("nan")}, "`num_options` must be 2 to 6, found nan"),
+        ({"num_options": float("inf")}, "`num_options` must be 2 to 6, found inf"),  # as 1e400 is read
+        ({"num_options": [[[4]]]}, "`num_options` must be 2 to 6"),
         ({"num_options": None, "options": None, "prompt": "Apa?"}, "`num_options` is missing and no options stand in"),
         ({"prompt": "Apa \ud83d?"}, "half of a surrogate pair"),
     ],
@@ -166,6 +169,30 @@ def test_a_question_file_may_be_json_lines_with_any_character(tmp_path):
         "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
     )
     assert [asked["prompt"] for asked in load_questions(tmp_path / "q.jsonl")] == [row["prompt"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "is not JSON"),
+        ("[" * 99999, "is not JSON"),
+        ("5", ": expected an object"),
+        (json.dumps(raw(3) | {"key": "E"}), ": `key` must be"),
+        (json.dumps(raw(3) | {"prompt": "\ud83d"}), ": half of a surrogate pair"),
+    ],
+    ids=lambda value: value[:10],
+)
+def test_a_bad_line_of_json_lines_is_called_by_its_number(tmp_path, line, message):
+    path = tmp_path / "q.jsonl"
+    path.write_text(f"\ufeff{json.dumps(raw(0))}\n\n{json.dumps(raw(2))}\n{line}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"q.jsonl, line 4 ?{message}"):
+        load_questions(path)
+
+
+def test_a_deeply_nested_list_of_questions_is_refused(tmp_path):
+    (tmp_path / "q.json").write_text("[" * 99999)
+    with pytest.raises(ValueError, match="q.json is not JSON"):
+        load_questions(tmp_path / "q.json")
 
 
 def test_the_sample_questions_load_and_their_prompts_hold_the_same_options():
@@ -556,6 +583,35 @@ def test_micro_macro_chance_and_protocols():
     assert any("first-token protocol" in line for line in notes(report, [row, other]))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", r" is \[\]; expected an object"),
+        ('{"names": null}', ": names is None; expected a list of names"),
+        ('{"names": []}', r": names is \[\]; expected a list of names"),
+        ('{"names": [5]}', r": names is \[5\]; expected a list of names"),
+        *((f'{{"samples": {value}}}', ": samples is .*; expected a whole") for value in ('"3"', "null", -2, "1e9", 0)),
+        ('{"samples": 1000000000}', ": samples is 1000000000; expected a whole number from 1 to 1,000"),
+        ('{"protocol": []}', r": protocol is \[\]; expected \"reasoning\" or"),
+        ('{"retries": "x"}', ": retries is 'x'; expected a whole number"),
+        ('{"answer_prefix": {}}', ": answer_prefix is {}; expected"),
+        ('{"questions_revision": 5}', ": questions_revision is 5; expected a text"),
+        ("[" * 99999, " is not JSON"),
+        ("\udcff", " is not JSON"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_damaged_args_json_is_refused_by_key(tmp_path, call, text, message):
+    (tmp_path / "q.json").write_text(json.dumps([raw(0), raw(1)]))
+    for name in ("malaymmlu-a", "malaymmlu-b"):
+        save(tmp_path / name, [{"index": i, "id": i, "sample": 0, "text": "Jawapan: A"} for i in range(2)])
+    (tmp_path / "malaymmlu-a/args.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    shown = call(tmp_path, "--pattern", "malaymmlu-*", "--questions", "q.json", "--resamples", 50)
+    assert shown.returncode == 1 and re.search(f"^error: malaymmlu-a/args.json{message}.*$", shown.stderr.strip())
+    shown = call(tmp_path, "--pattern", "malaymmlu-b", "--questions", "q.json", "--resamples", 50)
+    assert shown.returncode == 0 and "malaymmlu-a is passed over" in shown.stderr
+
+
 # ---- contamination ---------------------------------------------------------------------------------------------------
 
 
@@ -626,6 +682,39 @@ def test_contamination_takes_stems_and_options_apart(tmp_path):
         overlaps(questions, str(tmp_path / "train.jsonl"))
     (tmp_path / "train.jsonl").write_text(json.dumps({"question": long}))
     assert contamination_report([], questions, str(tmp_path / "train.jsonl"))["with_options"] == []
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "blank.jsonl", "list.json", "numbers.jsonl", "folder"])
+def test_training_data_without_text_is_refused_by_name(tmp_path, name):
+    """It would be reported as free of overlap."""
+    (tmp_path / "folder").mkdir()
+    texts = {"empty.jsonl": "", "blank.jsonl": "\n\n", "list.json": "[]", "numbers.jsonl": "5\n{}\n"}
+    for file, text in (texts | {"folder/empty.jsonl": ""}).items():
+        (tmp_path / file).write_text(text)
+    (tmp_path / "good.jsonl").write_text('{"text": "Apakah ibu negeri Perak?"}\n')
+    source = f"{tmp_path}/good.jsonl,{tmp_path / name}"
+    with pytest.raises(ValueError, match=f"--contamination: {tmp_path / name} holds no row with text"):
+        overlaps([question(0)], source)
+    with pytest.raises(ValueError, match="--contamination ' ,': expected .jsonl"):
+        overlaps([question(0)], " ,")
+
+
+def test_a_byte_order_mark_of_training_data_is_passed_over_and_a_directory_is_no_file(tmp_path):
+    questions = [question(0, prompt="Apakah ibu negeri Perak?")]
+    row = json.dumps({"text": "Apakah ibu negeri Perak?"})
+    folder = tmp_path / "train/d.jsonl"
+    folder.mkdir(parents=True)
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.json", folder / "a.jsonl"):
+        path.write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\n")
+        source = path.parent if path.parent == folder else path
+        assert overlaps(questions, str(source))[0].tolist() == [True]
+    assert overlaps(questions, str(tmp_path / "train"))[0].tolist() == [True]
+    (tmp_path / "a.jsonl").write_bytes(row.encode() + b"\n" + row.encode() + b"\n\xff\n")
+    with pytest.raises(ValueError, match="a.jsonl, line 3: not JSONL"):
+        overlaps(questions, str(tmp_path / "a.jsonl"))
+    (tmp_path / "a.jsonl").write_text("[" * 99999)
+    with pytest.raises(ValueError, match="a.jsonl, line 1: not JSONL"):
+        overlaps(questions, str(tmp_path / "a.jsonl"))
 
 
 # ---- written files ---------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Files that others wrote, mutated: one clear line or the right values, never a traceback, a hang or other values."""
 
+import argparse
 import copy
 import json
 import random
@@ -12,16 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import malaymmlu
 import multipack
 from conftest import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from malaysian_sft.account import architecture
 from malaysian_sft.adapter_files import Adapter
 from malaysian_sft.adapter_state import save_adapter
 from malaysian_sft.base_model import hub_commit, load_config, load_tokenizer
+from malaysian_sft.contamination import overlaps
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.convert import convert_adapter
+from malaysian_sft.generations import find_directories, read_answers
 from malaysian_sft.lora import CONFIG, MANIFEST, WEIGHTS, LoraArguments, apply_lora
 from malaysian_sft.merge import merge_adapter
+from malaysian_sft.questions import load_questions
 from malaysian_sft.run import write_arguments
 from malaysian_sft.safetensors_files import checkpoint_shards, read_header, read_sources, writing
 from malaysian_sft.verify import verify_adapter
@@ -158,6 +163,44 @@ def test_adapters(files, tmp_path, name):
         one_line(lambda: Adapter(tmp_path / "adapter").check())
         if i % 20 == 0:
             assert all("\n" not in fault for fault in verify_adapter(tmp_path / "adapter", files / "model"))
+
+
+def test_what_the_evaluation_reads(tmp_path):
+    """Question files, args.json, generations.jsonl, generation_config.json, adapter_config.json and training data."""
+    row = {"id": 1, "prompt": "Apa?\nA. x\nB. y", "options": ["A. x", "B. y"], "num_options": 2, "key": "A"}
+    row |= {"category": "STEM", "subject": "Sains", "level": "x"}
+    (tmp_path / "q.json").write_text(json.dumps([row]))
+    questions, run = load_questions(tmp_path / "q.json"), tmp_path / "out/malaymmlu-x"
+    run.mkdir(parents=True)
+    checkpoint = tmp_path / "runs/x/checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    asked = argparse.Namespace(protocol="reasoning", max_tokens=9)
+    settings = {"names": ["x"], "samples": 1, "protocol": "reasoning", "retries": 0, "adapter": None, "seed": 0}
+    record = {"index": 0, "id": 1, "sample": 0, "text": "Jawapan: A", "finish_reason": "stop", "completion_tokens": 1}
+    doors = {
+        "q.jsonl": (row, lambda: load_questions(tmp_path / "q.jsonl")),
+        "data.jsonl": (row, lambda: overlaps(questions, str(tmp_path / "data.jsonl"))),
+        "out/malaymmlu-x/args.json": (settings, lambda: find_directories("malaymmlu-*", tmp_path / "out")),
+        "out/malaymmlu-x/generations.jsonl": (record, lambda: read_answers(run, questions)),
+        "generation_config.json": (
+            {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
+            lambda: malaymmlu.sampling_settings(asked, tmp_path),
+        ),
+        "runs/x/checkpoint-5/adapter_config.json": (
+            {"peft_type": "LORA", "base_model_name_or_path": "b", "r": 8, "use_dora": False},
+            lambda: malaymmlu.find_checkpoints(tmp_path / "runs", ["x-*"]),
+        ),
+    }
+    (run / "generations.jsonl").write_text(json.dumps(record) + "\n")
+    draw = random.Random(5)
+    for name, (original, door) in doors.items():
+        read = 0
+        for i in range(300):
+            text = json.dumps(mutated(original, draw)) if i % 5 else broken(json.dumps(original), draw)
+            (tmp_path / name).write_text(text + "\n")
+            read += one_line(door) is not None
+        assert 0 < read < 300, name
+        (tmp_path / name).write_text(json.dumps(original) + "\n")
 
 
 def test_tokenizers(files, tmp_path):

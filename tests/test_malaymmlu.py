@@ -20,7 +20,7 @@ import pytest
 import malaymmlu
 from conftest import save_tiny_checkpoint, tiny_model
 from malaysian_sft.engine import engine_environment, llm_options, sample_seed, serve
-from malaysian_sft.generations import FIXED, Output
+from malaysian_sft.generations import FIXED, Output, find_directories
 from malaysian_sft.questions import load_questions
 from malaysian_sft.scheduler import Engine, Scheduler
 
@@ -173,6 +173,46 @@ def test_what_is_not_there_is_named(runs):
         malaymmlu.check_arguments(arguments(pattern="ds3-*", limit=0))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b"{}",
+        b"{",
+        b"\xff",
+        b"[" * 99999,
+        b'{"peft_type": "IA3", "base_model_name_or_path": "x", "r": 8}',
+        b'{"base_model_name_or_path": 5, "r": 8}',
+        b'{"base_model_name_or_path": "x", "r": true}',
+    ],
+    ids=lambda content: str(content[:20]),
+)
+def test_only_what_the_pattern_matches_must_be_an_adapter(runs, capsys, content):
+    write_adapter(runs / "outputs/other/checkpoint-5", "models/Qwen3-32B")
+    (runs / "outputs/other/checkpoint-5/adapter_config.json").write_bytes(content)
+    assert len(malaymmlu.find_jobs(arguments(pattern="ds3-*", base="none"))) == 3
+    noted = capsys.readouterr().err
+    assert noted.startswith("note: outputs/other/checkpoint-5") and noted.count("\n") == 1
+    with pytest.raises(ValueError, match="^outputs/other/checkpoint-5/adapter_config.json"):
+        malaymmlu.find_jobs(arguments(pattern="other-*", base="none"))
+
+
+def test_a_run_may_be_called_what_is_special_in_a_glob(runs):
+    write_adapter(runs / "outputs/run[x]/checkpoint-5", "models/Qwen3-32B")
+    (job,) = malaymmlu.find_jobs(arguments(pattern="run[x]-checkpoint-5", base="none"))
+    job.directory.mkdir()
+    (job.directory / "generations.jsonl").touch()
+    assert find_directories("malaymmlu-run[x]-checkpoint-5") == [("malaymmlu-run[x]-checkpoint-5", job.directory)]
+
+
+@pytest.mark.parametrize("given", ["", " ", ","])
+@pytest.mark.parametrize("flag", ["pattern", "base"])
+def test_an_empty_pattern_or_base_is_refused(flag, given):
+    """It would say "done" and ask nothing."""
+    with pytest.raises(ValueError, match=f"--{flag} '{given}': expected .*"):
+        malaymmlu.check_arguments(arguments(**{"pattern": "x", flag: given}))
+
+
 def test_gpus_are_split_into_engines(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
     plan = malaymmlu.plan_engines(arguments(num_gpus=8, gpu_partition=2))
@@ -199,11 +239,31 @@ def test_sampling_comes_from_flags_then_generation_config(tmp_path):
     assert (found["temperature"], found["top_p"], found["top_k"], found["max_tokens"]) == (0.6, 0.8, 20, 4096)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[]", r" is \[\]; expected an object"),
+        (b"\xff", " is not JSON"),
+        (b"{", " is not JSON"),
+        (b'{"temperature": "hot"}', ": temperature is 'hot'; expected a number of at least 0"),
+        (b'{"temperature": NaN}', ": temperature is nan; expected a number"),
+        (b'{"top_p": 0}', ": top_p is 0; expected a number above 0"),
+        (b'{"top_k": 2.5}', ": top_k is 2.5; expected a whole number"),
+        (b'{"min_p": true}', ": min_p is True; expected a number"),
+        (b'{"repetition_penalty": [1]}', r": repetition_penalty is \[1\]; expected a number"),
+    ],
+)
+def test_a_damaged_generation_config_is_refused_by_key(tmp_path, content, message):
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/generation_config.json{message}"):
+        malaymmlu.sampling_settings(arguments(), tmp_path)
+
+
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def wanted(**changed):
-    return {**dict.fromkeys(FIXED), "names": ["x"], **changed}
+    return {**dict.fromkeys(FIXED), "names": ["x"], "protocol": "reasoning", "retries": 0, **changed}
 
 
 def record(index, sample, text="Jawapan: A"):
@@ -257,9 +317,9 @@ def test_only_what_is_missing_is_queued_and_a_half_written_line_is_repaired(outp
 
 def test_no_character_of_an_answer_can_break_a_line(output):
     first = output()
-    first.append([record(0, 0, "satu\u2028dua\x85tiga\nempat \ud800 ألف")])
+    first.append([record(0, 0, "satu\u2028dua\x85tiga\nempat ألف")])
     assert len(first.path.read_text(encoding="utf-8").splitlines()) == 1
-    assert read(first.path)[0]["text"] == "satu\u2028dua\x85tiga\nempat \ud800 ألف"
+    assert read(first.path)[0]["text"] == "satu\u2028dua\x85tiga\nempat ألف"
     first.close()
     assert output().missing == 11
 
@@ -285,6 +345,43 @@ def test_damage_inside_the_file_is_an_error_that_names_the_line(output):
         output()
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"text": 5}, " is damaged: expected a text and a sample and an index from 0 up, got .*; delete the line"),
+        ({"index": "0"}, " is damaged: expected a text and a sample and an index"),
+        ({"index": [0]}, " is damaged: expected a text and a sample and an index"),
+        ({"index": True}, " is damaged: expected a text and a sample and an index"),
+        ({"text": "\ud800"}, " is damaged: half of a surrogate pair"),
+        ({"index": 4}, r": no question 4 in the question file \(0 to 3\); wrong --questions; or delete the line"),
+        ({"index": -1}, ": no question -1"),
+        ({"id": 7}, ": id 7, but question 0 is 100; wrong --questions; or delete the line"),
+        ({"sample": 9}, ": sample 9, but --samples 3 makes 0 to 2; ask for as many as there are, or delete the line"),
+        ({"sample": -1}, ": .*got sample -1; or delete the line"),
+    ],
+)
+def test_a_line_that_scoring_refuses_is_not_called_complete(output, changed, message):
+    first = output()
+    first.append([record(i, s) for i in range(4) for s in range(3) if (i, s) != (0, 0)])
+    first.append([record(0, 0) | changed])
+    first.close()
+    whole = first.path.read_bytes()
+    with pytest.raises(ValueError, match=f"generations.jsonl, line 12{message}"):
+        output()
+    assert first.path.read_bytes() == whole
+
+
+def test_a_run_that_makes_nothing_leaves_args_json_alone(output):
+    first = output(date="then")
+    first.append([record(i, s) for i in range(4) for s in range(3)])
+    first.close()
+    second = output(date="now")
+    assert second.missing == 0 and json.loads((second.directory / "args.json").read_text())["date"] == "then"
+    second.close()
+    assert output(samples=4, date="now").missing == 4
+    assert json.loads((second.directory / "args.json").read_text())["date"] == "now"
+
+
 def test_a_second_run_on_the_directory_is_refused(output):
     first = output()
     with pytest.raises(ValueError, match=f"written by another run; .*process {os.getpid()}"):
@@ -302,6 +399,18 @@ def test_changed_settings_are_refused_by_name(output):
     with pytest.raises(ValueError, match="adapter_fingerprint"):
         output(seed=0, adapter_fingerprint="def")
     assert output(seed=0, adapter_fingerprint="abc").missing == 11
+
+
+def test_a_damaged_args_json_is_refused_by_name(output):
+    first = output()
+    first.append([record(0, 0)])
+    first.close()
+    for text, message in (("[]", "expected an object"), ('{"samples": "3"}', "samples is '3'"), ("{", "not JSON")):
+        (first.directory / "args.json").write_text(text)
+        with pytest.raises(ValueError, match=f"args.json.*{message}"):
+            output()
+    with pytest.raises(ValueError, match="--samples 1001: expected up to 1,000"):  # scoring would refuse it
+        malaymmlu.check_arguments(arguments(pattern="x", samples=1001))
 
 
 def test_a_changed_weight_changes_the_fingerprint(tmp_path):
@@ -472,6 +581,45 @@ def test_a_dead_engines_questions_go_back_and_restarts_are_bounded(scheduler):
         assert engine.alive and len(engine.units) == 12 and engine.deaths == death
     with pytest.raises(RuntimeError, match="failed 3 times on a, last: gone"):
         made.died(engine, "gone")
+
+
+@pytest.fixture
+def logged(tmp_path, monkeypatch):
+    """A function: what the engine's process writes to its log."""
+    monkeypatch.setattr(StandIn, "log", tmp_path / "engine.log")
+
+    def write(engine, text):
+        engine.log_start = engine.log.stat().st_size if engine.log.exists() else 0
+        with open(engine.log, "a", encoding="utf-8") as file:
+            file.write(text)
+
+    return write
+
+
+def test_the_same_error_twice_ends_the_run_and_is_said(scheduler, capsys, logged):
+    made = scheduler(1, restarts=9, restart_backoff=0.0)
+    engine, first = made.engines[0], made.outputs[0]
+    log = "(EngineCore pid=%d) ERROR 01-01 [core.py:1] ValueError: only %d GiB are free\n  File x\n"
+    log += "RuntimeError: Engine core initialization failed. See root cause above.\n"
+
+    def fail(text):
+        made.assign()
+        logged(engine, text)
+        made.died(engine, "its process is gone")
+
+    fail(log % (1, 5))
+    assert "failed (its process is gone: ValueError: only 5 GiB are free); restart 1 of 9" in capsys.readouterr().out
+    fail("OSError: another\n")
+    fail("killed\n")  # no error of its own: those before it are another process's
+    assert "failed (its process is gone); restart 3" in capsys.readouterr().out
+    fail("killed\n")
+    fail(log % (2, 5))
+    with pytest.raises(RuntimeError, match="failed twice on a .*: ValueError: only 4 GiB are free; 0 of 12 samples"):
+        fail(log % (3, 4))
+    made.assign()
+    first.append([record(0, 0)])  # something was answered: the restarts count
+    fail(log % (4, 4))
+    assert "restart 7 of 9" in capsys.readouterr().out
 
 
 def test_restarts_wait_longer_every_time(scheduler):
