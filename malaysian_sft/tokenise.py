@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from malaysian_sft.chat_format import ChatFormat
-from malaysian_sft.conversations import BadRow, DataArguments, Source, to_conversation
+from malaysian_sft.conversations import BadRow, DataArguments, Source, parse_json, to_conversation
 
 # Part of the cache's key. Raise it with any change in this file, conversations.py or chat_format.py after which some
 # row becomes other tokens or labels; tests/test_multipack.py holds it to a golden sample.
-TOKENISATION_VERSION = 2
+TOKENISATION_VERSION = 3
 
 
 @dataclass
@@ -68,7 +68,7 @@ def tokenise(
 
 def _parse(line: bytes) -> object:
     try:
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"not valid UTF-8 (byte {error.start}: {error.reason})") from None
     except (ValueError, RecursionError) as error:
