@@ -56,8 +56,8 @@ class DataArguments:
         for name, allowed in (("loss_on", ("assistant", "all")), ("bad_rows", ("refuse", "skip"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        if self.max_seq_length < 2:
-            raise ValueError(f"--max_seq_length {self.max_seq_length}: expected at least 2")
+        if not 2 <= self.max_seq_length < 1 << 62:
+            raise ValueError(f"--max_seq_length {self.max_seq_length}: expected at least 2 and below 2^62")
         if not 0.0 <= self.validation_share < 1.0:
             raise ValueError(f"--validation_share {self.validation_share}: expected a share of at least 0 and below 1")
         if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
@@ -218,7 +218,7 @@ def _from_sharegpt(turns):
             raise BadRow(f"conversations[{i}] is not an object with 'from' and 'value'")
         if unknown := {key for key, value in turn.items() if value not in (None, [], "")} - {"from", "value"}:
             raise BadRow(f"conversations[{i}] has {sorted(unknown)}; only from and value are trained on")
-        if turn["from"] not in SHAREGPT_ROLES:
+        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
             raise BadRow(f"conversations[{i}] is from {turn['from']!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
         messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
     return messages

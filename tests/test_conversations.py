@@ -84,6 +84,7 @@ def test_what_a_row_becomes(name):
         ({"conversations": [{"from": "tool", "value": "a"}]}, "is from 'tool'"),
         ({"conversations": [{"from": "human", "value": "a", "weight": 0.5}]}, r"has \['weight'\]"),
         ({"conversations": "a"}, "is str, expected a list"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, r"is from \['human'\], expected one of human"),
     ],
 )
 def test_nothing_is_dropped_in_silence(row, message):
@@ -100,7 +101,9 @@ def test_columns_are_left_out_when_asked_for():
 names = sorted({name for schema, others in SCHEMAS.items() for name in (*schema, *others)} | {"id", "tools"})
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner)
+    ),
     max_leaves=6,
 )
 

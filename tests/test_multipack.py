@@ -394,6 +394,7 @@ def test_json_parquet_and_hub_give_the_same_documents(tmp_path, monkeypatch):
         (dict(validation_share=1.0), "--validation_share"),
         (dict(validation_share=0.1), "holds out none"),
         (dict(preprocessing_num_workers=0), "--preprocessing_num_workers"),
+        (dict(max_seq_length=1 << 64), "--max_seq_length 18446744073709551616: expected at least 2 and below"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(tmp_path, overrides, message):
@@ -490,6 +491,11 @@ def test_pack_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             pack(lengths, 8)
+
+
+def test_a_pack_larger_than_the_data_costs_nothing():
+    lengths = [3, 5, 2, 7]
+    assert pack(lengths, 10**15, seed=3) == pack(lengths, 17, seed=3) and len(pack(lengths, 16)) == 2
 
 
 def many_rows(count=60):
@@ -1060,6 +1066,10 @@ def test_command_prints_a_report_and_marked_examples(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", [*argv, "--los_on", "all"])
     with pytest.raises(SystemExit, match="los_on"):
         multipack.main()
+    for flag in ("--show", "--seed"):
+        monkeypatch.setattr(sys, "argv", [*argv, flag, "-1"])
+        with pytest.raises(SystemExit, match=f"error: {flag} -1: expected a number of at least 0"):
+            multipack.main()
     monkeypatch.setattr(sys, "argv", [*argv[:4], str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="error: .*nowhere: no tokenizer that transformers can read"):
         multipack.main()
