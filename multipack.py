@@ -35,7 +35,7 @@ from malaysian_sft.flags import check_values, parse_flags
 from malaysian_sft.locks import hold
 from malaysian_sft.safetensors_files import writing
 from malaysian_sft.tables import text_table
-from malaysian_sft.tokenise import check_cache, data_fingerprint, write_cache
+from malaysian_sft.tokenise import check_cache, data_fingerprint, read_meta, write_cache
 
 IGNORE = -100  # the label that the loss skips
 
@@ -221,9 +221,9 @@ def prepare(
     root = Path(data_args.data_cache)
     root.mkdir(parents=True, exist_ok=True)
     directory = root / key
-    if not (directory / "meta.json").exists():
+    if read_meta(directory) is None:
         with hold(root / f"{key}.lock"):
-            if not (directory / "meta.json").exists():
+            if read_meta(directory) is None:
                 shown = sys.stderr.isatty() if progress is None else progress
                 with writing(root):
                     write_cache(directory, data_args, sources, chat, shown)
@@ -231,7 +231,9 @@ def prepare(
 
 
 def _load(directory: Path, data_args: DataArguments, model_name: str, seed: int) -> PackedDataset:
-    meta = json.loads((directory / "meta.json").read_text())
+    meta = read_meta(directory)
+    if meta is None:
+        raise ValueError(f"{directory / 'meta.json'}: changed while it was read; prepare again")
     check_cache(directory, meta)
     offsets = np.load(directory / "offsets.npy")
     rows, sources = np.load(directory / "rows.npy"), np.load(directory / "sources.npy")

@@ -686,6 +686,27 @@ def test_a_crash_leaves_no_cache_and_a_damaged_one_is_refused(tmp_path, monkeypa
         prepare(arguments(tmp_path, path), tiny_tokenizer(), "tiny")
 
 
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "\xff", "other rows", "other cache"])
+def test_a_cache_whose_meta_is_damaged_is_made_again(damage, tmp_path, capsys):
+    data_args = arguments(tmp_path, write_jsonl(tmp_path / "d.jsonl", many_rows(8)))
+    before = prepare(data_args, tiny_tokenizer(), "tiny")
+    (path,) = (tmp_path / "cache").glob("*/meta.json")
+    text = path.read_text()
+    if damage == "other rows":
+        path.write_text(json.dumps(json.loads(text) | {"rows": 9}))
+    elif damage == "other cache":
+        prepare(arguments(tmp_path, write_jsonl(tmp_path / "e.jsonl", many_rows(9))), tiny_tokenizer(), "tiny")
+        (other,) = set((tmp_path / "cache").glob("*/meta.json")) - {path}
+        path.write_text(other.read_text())
+    else:
+        path.write_bytes(damage.encode("latin-1"))
+    capsys.readouterr()
+    after = prepare(data_args, tiny_tokenizer(), "tiny")
+    assert after.report == before.report and path.read_text() == text
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{path.parent}: no cache, its meta.json is damaged or not there" in said
+
+
 def _prepare_and_report(data_args, log, queue):
     def logged(*args):
         with open(log, "a") as file:
