@@ -17,7 +17,6 @@ vLLM evaluates an adapter at the base's full speed, without a merged copy on dis
     LLM(model=BASE, load_format="merge_adapter", model_loader_extra_config={"adapter": DIR})
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -25,17 +24,18 @@ import torch
 
 from malaysian_sft.adapter_files import Adapter, read_adapter_config
 from malaysian_sft.convert import convert_adapter
+from malaysian_sft.flags import OneLineParser, check_values, refuse_unknown
 from malaysian_sft.merge import merge_adapter
 from malaysian_sft.model_card import model_card, push_adapter
 from malaysian_sft.verify import norm_table, verify_adapter
 
 
 def _parse(arguments):
-    parser = argparse.ArgumentParser(
-        prog="adapter.py", description="Verify, merge, convert, describe and publish adapters."
+    parser = OneLineParser(
+        prog="adapter.py", description="Verify, merge, convert, describe and publish adapters.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    verify = commands.add_parser("verify", help="one line per fault, exit code 1 if there is any")
+    verify = commands.add_parser("verify", help="one line per fault, exit code 1 if there is any", allow_abbrev=False)
     verify.add_argument("directory")
     verify.add_argument(
         "--base",
@@ -44,7 +44,7 @@ def _parse(arguments):
     verify.add_argument(
         "--allow_zero", action="store_true", help="accept lora_B that is zero throughout (saved before the first step)"
     )
-    merge = commands.add_parser("merge", help="write base + adapter as an ordinary checkpoint")
+    merge = commands.add_parser("merge", help="write base + adapter as an ordinary checkpoint", allow_abbrev=False)
     merge.add_argument("base")
     merge.add_argument("adapter")
     merge.add_argument("out")
@@ -52,25 +52,32 @@ def _parse(arguments):
         "--any_base", action="store_true", help="merge even if the base is not the one that was trained on"
     )
     merge.add_argument("--workers", type=int, help="processes (default: one per core, at most 8)")
-    convert = commands.add_parser("convert", help="change the layout of the experts, or the dtype")
+    convert = commands.add_parser("convert", help="change the layout of the experts, or the dtype", allow_abbrev=False)
     convert.add_argument("directory")
     convert.add_argument("out")
     convert.add_argument("--layout", choices=("2d", "stacked"), default="2d")
     convert.add_argument("--dtype", choices=("float32", "bfloat16"))
-    card = commands.add_parser("card", help="(re)write the model card")
+    card = commands.add_parser("card", help="(re)write the model card", allow_abbrev=False)
     card.add_argument("directory")
     card.add_argument("--scores", help="text file with what calculate_malaymmlu.py printed")
-    push = commands.add_parser("push", help="verify and upload to the hub (log in with `hf auth login` first)")
+    push = commands.add_parser(
+        "push", help="verify and upload to the hub (log in with `hf auth login` first)", allow_abbrev=False
+    )
     push.add_argument("directory")
     push.add_argument("repository", help="OWNER/NAME")
     push.add_argument("--private", action="store_true")
     push.add_argument("--dry_run", action="store_true", help="list the files, send nothing")
-    return parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words and words[0] in commands.choices:
+        refuse_unknown(commands.choices[words[0]]._option_string_actions, words[1:])
+    args = parser.parse_args(words)
+    check_values(args)
+    return args
 
 
 def main(arguments=None) -> None:
-    args = _parse(arguments)
     try:
+        args = _parse(arguments)
         if args.command == "verify":
             faults = verify_adapter(args.directory, args.base, args.allow_zero)
             for fault in faults:

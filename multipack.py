@@ -31,11 +31,11 @@ import torch.nn.functional as F
 from malaysian_sft.base_model import load_tokenizer
 from malaysian_sft.chat_format import ChatFormat
 from malaysian_sft.conversations import DataArguments, find_sources
-from malaysian_sft.flags import parse_flags
+from malaysian_sft.flags import check_values, parse_flags
 from malaysian_sft.locks import hold
 from malaysian_sft.safetensors_files import writing
 from malaysian_sft.tables import text_table
-from malaysian_sft.tokenise import check_cache, data_fingerprint, write_cache
+from malaysian_sft.tokenise import check_cache, data_fingerprint, read_meta, write_cache
 
 IGNORE = -100  # the label that the loss skips
 
@@ -123,7 +123,11 @@ def pack(lengths, max_seq_length: int, seed: int = 0) -> list[list[int]]:
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(lengths))
     order = shuffled[np.argsort(-lengths[shuffled].astype(np.int64), kind="stable")]
-    assigned, bins = _compiled_best_fit()(lengths[order].astype(np.int64), int(max_seq_length))
+    total = int(lengths.sum(dtype=np.int64))
+    if total <= max_seq_length:  # best fit's memory is the capacity, and this one may be any number
+        assigned, bins = np.zeros(len(lengths), dtype=np.int64), 1
+    else:
+        assigned, bins = _compiled_best_fit()(lengths[order].astype(np.int64), int(max_seq_length))
     pack_of = np.empty(len(lengths), dtype=np.int64)
     pack_of[order] = generator.permutation(bins)[assigned]  # packs in random order
     members = shuffled[np.argsort(pack_of[shuffled], kind="stable")]  # documents of a pack in random order
@@ -217,9 +221,9 @@ def prepare(
     root = Path(data_args.data_cache)
     root.mkdir(parents=True, exist_ok=True)
     directory = root / key
-    if not (directory / "meta.json").exists():
+    if read_meta(directory) is None:
         with hold(root / f"{key}.lock"):
-            if not (directory / "meta.json").exists():
+            if read_meta(directory) is None:
                 shown = sys.stderr.isatty() if progress is None else progress
                 with writing(root):
                     write_cache(directory, data_args, sources, chat, shown)
@@ -227,7 +231,9 @@ def prepare(
 
 
 def _load(directory: Path, data_args: DataArguments, model_name: str, seed: int) -> PackedDataset:
-    meta = json.loads((directory / "meta.json").read_text())
+    meta = read_meta(directory)
+    if meta is None:
+        raise ValueError(f"{directory / 'meta.json'}: changed while it was read; prepare again")
     check_cache(directory, meta)
     offsets = np.load(directory / "offsets.npy")
     rows, sources = np.load(directory / "rows.npy"), np.load(directory / "sources.npy")
@@ -397,6 +403,7 @@ def format_document(document: dict[str, torch.Tensor], tokenizer, color: bool) -
 def main() -> None:
     try:
         data_args, args = parse_flags((DataArguments, CommandArguments))
+        check_values(args)
         tokenizer = load_tokenizer(args.model)
         dataset = prepare(data_args, tokenizer, args.model, seed=args.seed)
     except (OSError, ValueError) as error:

@@ -18,17 +18,20 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from malaysian_sft.flags import check_values
+from malaysian_sft.flags import OneLineParser, check_values, refuse_unknown
 from malaysian_sft.plan_page import PlanArguments, check_launcher
 
 ROOT = Path(__file__).resolve().parent
 
 
 def parse(words=None):
-    """(PlanArguments, what is asked for, the trainer's flags)."""
+    """(PlanArguments, what is asked for, the trainer's flags). Raises ValueError for what does not go together."""
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(PlanArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
+    class Parser(OneLineParser, HfArgumentParser):
+        pass
+
+    parser = Parser(PlanArguments, description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("launcher", nargs="?", help="a launcher of this repository, such as ds3-qwen3-32b-lora-256.sh")
     parser.add_argument("--all", action="store_true", help="one table over all launchers")
     parser.add_argument(
@@ -38,7 +41,9 @@ def parse(words=None):
     parser.add_argument("--measure", action="store_true", help="measure this machine's rates into <results>/rates.json")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="directories of runs, such as outputs/NAME")
     parser.add_argument("--plot", help="with --compare: PNG to draw; default: plan.png in the first RUN")
-    arguments, asked, flags = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    arguments, asked, flags = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if asked.all or asked.measure or asked.compare:
+        refuse_unknown(parser._option_string_actions, flags)
     modes = [name for name in ("launcher", "all", "measure", "compare") if getattr(asked, name)]
     if len(modes) != 1:
         got = ", ".join(asked.launcher if name == "launcher" else f"--{name}" for name in modes) or "none"
@@ -62,8 +67,8 @@ def plan_one(launcher, arguments, flags):
 
 
 def main():
-    arguments, asked, flags = parse()
     try:
+        arguments, asked, flags = parse()
         check_values(arguments)
         if asked.launcher:
             sys.exit(plan_one(asked.launcher, arguments, flags))
@@ -80,7 +85,7 @@ def main():
             from malaysian_sft.run_plots import compare
 
             compare(asked.compare, asked.plot, arguments, asked.configs)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -5,7 +5,6 @@ A directory holds adapter_config.json and adapter_model.safetensors as PEFT writ
 a checksum per tensor and a fingerprint of the base. fp32 on disk unless asked otherwise: fp32 is what was trained.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from malaysian_sft.base_model import base_faults
 from malaysian_sft.disk_names import common_name
@@ -77,6 +77,7 @@ class Adapter:
             modules[common_name(match["module"])][match["part"]] = key
         if not modules:
             raise ValueError(f"{self.path}: holds no tensors")
+        self._file = _open(self.path)
         for module, parts in sorted(modules.items()):
             self._add(module, parts)
 
@@ -151,12 +152,6 @@ class Adapter:
 
         rank, alpha = lookup("rank_pattern", "r"), lookup("alpha_pattern", "lora_alpha")
         return rank, alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-
-    @functools.cached_property
-    def _file(self):
-        from safetensors import safe_open
-
-        return safe_open(self.path, framework="pt")
 
     def stored(self, key: str) -> torch.Tensor:
         """One tensor as it is on disk."""
@@ -293,6 +288,7 @@ def read_adapter_config(directory) -> dict:
         names = config.get(key)
         if not (names is None or isinstance(names, str) or _strings(names)):
             raise ValueError(f"{path}: {key} is {str(names)[:80]!r}; expected names, or a pattern of names")
+    _check_layers(path, config)
     if not isinstance(config.get("base_model_name_or_path"), (str, type(None))):
         raise ValueError(f"{path}: base_model_name_or_path is {config['base_model_name_or_path']!r}; expected a string")
     for key in (
@@ -317,6 +313,16 @@ def read_adapter_config(directory) -> dict:
     return config
 
 
+def _open(path):
+    """The library's reader of a file; ValueError for what it refuses: tensors that overlap, or leave a gap."""
+    from safetensors import safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error}); take it from where it was saved again") from None
+
+
 def _positive(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
@@ -325,14 +331,37 @@ def _strings(values):
     return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
+def _check_layers(path, config):
+    """What says which layers are adapted, in the forms that PEFT's own matching takes."""
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), str):
+            _check_pattern(path, key, config[key])
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    numbers = layers if isinstance(layers, list) else [0 if layers is None else layers]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{path}: layers_to_transform is {str(layers)[:80]!r}; expected numbers of layers")
+    if layers is not None and isinstance(config.get("target_modules"), str):
+        raise ValueError(f"{path}: layers_to_transform goes with a list of target_modules, not with a pattern")
+    if not (pattern is None or isinstance(pattern, str) or _strings(pattern)):
+        raise ValueError(f"{path}: layers_pattern is {str(pattern)[:80]!r}; expected names")
+    if pattern and layers is None:
+        raise ValueError(f"{path}: layers_pattern goes with layers_to_transform, which is not there")
+    for name in [pattern] if isinstance(pattern, str) else pattern or []:
+        _check_pattern(path, "layers_pattern", name)
+
+
+def _check_pattern(path, key, pattern):
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{path}: {key} has {pattern!r}, which is no regular expression ({error})") from None
+
+
 def _check_patterns(path, key, patterns):
     if not isinstance(patterns, dict) or not all(map(_positive, patterns.values())):
         raise ValueError(f"{path}: {key} is {str(patterns)[:80]!r}; expected positive numbers by pattern")
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{path}: {key} has {pattern!r}, which is no regular expression ({error})") from None
+        _check_pattern(path, key, pattern)
 
 
 def manifest_faults(adapter) -> list[str]:

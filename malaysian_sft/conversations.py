@@ -4,6 +4,7 @@ reasoning_content."""
 import functools
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -55,8 +56,8 @@ class DataArguments:
         for name, allowed in (("loss_on", ("assistant", "all")), ("bad_rows", ("refuse", "skip"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        if self.max_seq_length < 2:
-            raise ValueError(f"--max_seq_length {self.max_seq_length}: expected at least 2")
+        if not 2 <= self.max_seq_length < 1 << 62:
+            raise ValueError(f"--max_seq_length {self.max_seq_length}: expected at least 2 and below 2^62")
         if not 0.0 <= self.validation_share < 1.0:
             raise ValueError(f"--validation_share {self.validation_share}: expected a share of at least 0 and below 1")
         if self.preprocessing_num_workers is not None and self.preprocessing_num_workers < 1:
@@ -65,6 +66,32 @@ class DataArguments:
 
 class BadRow(ValueError):
     """A row that cannot be trained on; the message says what is wrong with it."""
+
+
+class Repeated(dict):
+    """An object of JSON some of whose keys, those in `names`, are there more than once: only the last values are
+    kept."""
+
+    names: tuple = ()
+
+
+def parse_json(text: bytes | str) -> object:
+    """What JSON says; an object with a key that is there twice is Repeated, which no row may have."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs):
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        found = Repeated(found)
+        found.names = tuple(key for key in found if keys.count(key) > 1)
+    return found
+
+
+def _refuse_repeated(value, where, ignored=()):
+    if isinstance(value, Repeated) and (names := [name for name in value.names if name not in ignored]):
+        raise BadRow(f"{where} has key {names[0]!r} more than once: which of them is meant?")
 
 
 # The schemas of rows: required columns; what else may be there. An empty or null column is absent.
@@ -120,6 +147,7 @@ def to_conversation(row: dict, config: str | None = None, ignored: frozenset = f
     """
     if not isinstance(row, dict):
         raise BadRow(f"row is {type(row).__name__}, expected an object")
+    _refuse_repeated(row, "the row", ignored)
     row = {key: value for key, value in row.items() if value is not None and key not in ignored}
     schema = _schema_of(row, config)
     if schema == ("messages",):
@@ -185,11 +213,12 @@ def _from_sharegpt(turns):
         raise BadRow(f"column 'conversations' is {type(turns).__name__}, expected a list")
     messages = []
     for i, turn in enumerate(turns):
+        _refuse_repeated(turn, f"conversations[{i}]")
         if not isinstance(turn, dict) or {"from", "value"} - turn.keys():
             raise BadRow(f"conversations[{i}] is not an object with 'from' and 'value'")
         if unknown := {key for key, value in turn.items() if value not in (None, [], "")} - {"from", "value"}:
             raise BadRow(f"conversations[{i}] has {sorted(unknown)}; only from and value are trained on")
-        if turn["from"] not in SHAREGPT_ROLES:
+        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT_ROLES:
             raise BadRow(f"conversations[{i}] is from {turn['from']!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
         messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
     return messages
@@ -202,6 +231,7 @@ def _check_messages(messages) -> list[dict]:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             raise BadRow(f"messages[{i}] is {type(message).__name__}, expected an object")
+        _refuse_repeated(message, f"messages[{i}]")
         # columnar files fill absent keys with null
         unknown = {key for key, value in message.items() if value not in (None, [], "")} - {
             "role",
@@ -303,7 +333,7 @@ def _file_source(path: Path) -> Source:
         rows = functools.partial(_parquet_rows, path)
     elif path.suffix == ".json" and _first_byte(path) == b"[":
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
         except (ValueError, RecursionError) as error:  # a UnicodeDecodeError is a ValueError too
             raise ValueError(
                 f"{path}: not valid JSON ({error}); a list of objects, or one object a line, is expected"
@@ -336,9 +366,41 @@ COMMIT = re.compile(r"\b[0-9a-f]{40}\b")
 OTHER_SPLITS = re.compile(r"(^|[-_.])(test|validation|valid|val|dev|eval)([-_.]|$)", re.IGNORECASE)
 
 
+def _files_under(path: Path) -> list[Path]:
+    """The files under a directory, but for hidden ones. Raises ValueError for what would be left out without a word:
+    a directory that cannot be read, data that is no regular file; links to directories are said not to be followed."""
+
+    def refuse(error):
+        raise ValueError(
+            f"--dataset {path}: {error.filename} cannot be read ({error.strerror}); make it readable or move it away"
+        ) from None
+
+    found, linked = [], []
+    for folder, folders, names in os.walk(path, onerror=refuse):
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+        linked += [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
+    for file in found:
+        if file.suffix in SUFFIXES:
+            _refuse_no_file(file)
+    if linked:
+        print(
+            f"--dataset {path}: {len(linked)} links to directories are not followed; name them in --dataset to read"
+            f" them: {', '.join(sorted(linked)[:5])}",
+            file=sys.stderr,
+        )
+    return sorted(found)
+
+
+def _refuse_no_file(path):
+    """Raise ValueError for data that is no regular file: a link to nothing, or a pipe, which is read once at most."""
+    if not path.is_file():
+        what = "no regular file" if path.exists() else f"a link to nothing ({os.readlink(path)})"
+        raise ValueError(f"--dataset {path}: {what}; put a file in its place or remove it")
+
+
 def _local_sources(path: Path, wanted: set[str] | None) -> list[Source]:
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+        found = _files_under(path)
         if (path / "dataset_info.json").exists() or (path / "state.json").exists():
             raise ValueError(
                 f"--dataset {path}: written by datasets' save_to_disk; write it with to_parquet or to_json instead"
@@ -359,6 +421,7 @@ def _local_sources(path: Path, wanted: set[str] | None) -> list[Source]:
             raise ValueError(f"--dataset {path}: the directory has no {', '.join(SUFFIXES)} file")
     elif path.suffix in SUFFIXES:
         files = [path]
+        _refuse_no_file(path)
     else:
         raise ValueError(f"--dataset {path}: expected a directory or a file that ends in {', '.join(SUFFIXES)}")
     return [_file_source(file) for file in files if wanted is None or file.stem in wanted]
@@ -414,4 +477,10 @@ def find_sources(data_args: DataArguments) -> list[Source]:
         raise ValueError(f"--dataset_config {','.join(sorted(missing))}: not found in --dataset {data_args.dataset}")
     if not sources:
         raise ValueError(f"--dataset {data_args.dataset!r}: names no data")
+    first: dict = {}
+    for source in sources:
+        other = first.setdefault(Path(source.name).resolve(), source)
+        if other is not source:
+            same = "" if other.name == source.name else f" (once as {other.name})"
+            raise ValueError(f"--dataset: {source.name} is named twice{same}, its rows would count twice; name it once")
     return sources

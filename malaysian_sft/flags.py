@@ -62,6 +62,9 @@ VALUES = {
     # plan.py
     **dict.fromkeys("gpus nodes gpu_memory dataset_tokens document_length".split(), POSITIVE),
     "reserve": NOT_NEGATIVE,
+    # multipack.py and adapter.py
+    "show": NOT_NEGATIVE,
+    "workers": POSITIVE,
 }
 
 

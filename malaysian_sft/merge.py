@@ -109,7 +109,10 @@ def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool
     directory, out = find_base(base), Path(out)
     if out.exists():
         raise ValueError(f"{out} is there already; delete it or choose another directory")
-    fp8 = block_fp8(directory, json.loads((directory / "config.json").read_text()))
+    try:
+        fp8 = block_fp8(directory, json.loads((directory / "config.json").read_bytes()))
+    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory / 'config.json'}: not JSON ({error}); download the base again") from None
     # complete, finite, trained, for this base: what is merged cannot be looked at any more
     shapes, known = shapes_of_base(directory), None if any_base else str(directory)
     if faults := adapter_faults(Path(adapter), shapes, known, allow_zero=False, one_scaling=False):

@@ -52,7 +52,10 @@ class PlanArguments:
     gpu_partition: int | None = field(
         default=None, metadata={"help": "evaluation: GPUs of one vLLM engine; default: as few as hold it"}
     )
-    results: str = field(default="results", metadata={"help": "directory of measured rates"})
+    results: str = field(
+        default=str(Path(__file__).resolve().parent.parent / "results"),
+        metadata={"help": "directory of measured rates; default: the repository's"},
+    )
 
 
 TRAINERS = ("train_dense.py", "train_moe.py")

@@ -214,7 +214,8 @@ def header(row):
 
 def written(plans, root):
     """{path: text} of README.md and the launchers under `root`, with the figures of `plans` in them. A launcher whose
-    header has measured figures is left as it is."""
+    header has measured figures is left as it is. Raises ValueError, before anything is written, where a time is
+    missing."""
     readme = Path(root, "README.md")
     text = readme.read_text()
     if BEGIN not in text or END not in text:
@@ -223,5 +224,10 @@ def written(plans, root):
     found = {readme: f"{before}{readme_table(plans)}{after}"}
     for rows in plans:
         path, row = Path(root, rows[0]["launcher"]), first_that_fits(rows)
+        if row["time"] is None:
+            why = "has no rates in --results" if row["plan"]["fits"] else "does not hold it"
+            raise ValueError(
+                f"{path}: no hours can be planned, {machine_name(row['hardware'])} {why}; --write wrote nothing"
+            )
         found[path] = UNMEASURED_LINE.sub(header(row), path.read_text())
     return found

@@ -37,6 +37,43 @@ PLANNED_FLAGS = (
 ).split()
 
 
+def _whole(value):
+    return type(value) is int and value > 0
+
+
+def _number(value):
+    return type(value) in (int, float)
+
+
+def _measured(value):
+    return value is None or _number(value)
+
+
+# key -> (what is expected, in words; whether a value is that)
+ARGUMENTS = {
+    "model": ("a name", lambda value: isinstance(value, str)),
+    "world_size": ("a positive whole number", _whole),
+    "nodes": ("a positive whole number", lambda value: value is None or _whole(value)),
+    "facts": ("an object", lambda value: value is None or isinstance(value, dict)),
+    "device": ("a name", lambda value: value is None or isinstance(value, str)),
+}
+FACTS = {"total_steps": ("a positive whole number", lambda value: value is None or _whole(value))}
+STEP = {
+    "step": ("a positive whole number", _whole),
+    "loss": ("a number", _number),
+    "tokens": ("a positive whole number", _whole),
+    "tokens_per_second": ("a positive number", lambda value: _number(value) and 0 < value < math.inf),
+    **dict.fromkeys("learning_rate peak_gib mfu expert_load_max_over_mean".split(), ("a number", _measured)),
+}
+
+
+def _check(found, kinds, where, advice):
+    """Raise ValueError, with the place and the key, for the first value that is not of its kind."""
+    for key, (expected, holds) in kinds.items():
+        if not holds(found.get(key)):
+            raise ValueError(f"{where}: {key} is {str(found.get(key))[:60]!r}, expected {expected}; {advice}")
+
+
 def read_run(directory):
     """{"name", "args": args.json, "steps": records of steps, "validation": records with a validation loss}. Raises
     ValueError, with file and line, for what isn't a run."""
@@ -46,9 +83,12 @@ def read_run(directory):
         raise ValueError(f"{arguments}: no such file; --compare expects directories of runs, such as outputs/RUN")
     try:
         args = json.loads(arguments.read_text())
-        flags, _ = dict(args["arguments"]), int(args["world_size"])
-    except (ValueError, KeyError, TypeError):
+        flags = dict(args["arguments"])
+    except (RecursionError, ValueError, KeyError, TypeError):
         raise ValueError(f"{arguments}: not what a trainer writes there; --compare expects a run of this one") from None
+    advice = "put back what the trainer wrote there"
+    _check(args, ARGUMENTS, arguments, advice)
+    _check(args.get("facts") or {}, FACTS, f"{arguments}, facts", advice)
     log = directory / "log.jsonl"
     if not log.is_file():
         raise ValueError(f"{log}: no such file; the run has not made a step yet")
@@ -59,9 +99,12 @@ def read_run(directory):
         try:
             record = json.loads(line)
             step = record["step"]
-        except (ValueError, KeyError, TypeError):
+        except (RecursionError, ValueError, KeyError, TypeError):
             raise ValueError(f"{log}, line {number}: no record of a step; remove the line") from None
+        where, advice = f"{log}, line {number}", "put it right or remove the line"
+        _check(record, {"validation_loss": ("a number", _measured)}, where, advice)
         if "loss" in record and "tokens_per_second" in record:
+            _check(record, STEP, where, advice)
             while steps and steps[-1]["step"] >= step:  # resumed: these steps were made again
                 steps.pop()
             steps.append(record)
@@ -79,13 +122,16 @@ def planned_run(run, wanted, configs=None):
     flags, args = run["flags"], run["args"]
     config = read_config(args["model"], flags.get("model_revision"), configs)
     kind = "moe" if "gather_base" in flags else "dense"
+    for name in ("activations", *(() if kind == "moe" else ("per_device_train_batch_size",))):
+        if name not in flags:
+            raise ValueError(f"{run['directory'] / 'args.json'}: no {name} in arguments")
     chosen = {name: flags[name] for name in PLANNED_FLAGS if flags.get(name) is not None}
     if kind == "dense":
         chosen |= {"micro_batch": flags["per_device_train_batch_size"], "zero3": bool(flags.get("deepspeed"))}
         chosen = {name: value for name, value in chosen.items() if name != "expert_r"}
     if chosen["activations"] not in CHOICES[kind]:
         raise ValueError(f"activations {chosen['activations']}: no choice of a {kind} run")
-    nodes = args.get("nodes", 1)
+    nodes = args.get("nodes") or 1
     plan = plan_run(
         config,
         kind=kind,
@@ -107,7 +153,7 @@ def planned_run(run, wanted, configs=None):
 
 def total_steps(run):
     """Optimiser steps that the run was to make; None in a record older than that fact."""
-    return run["args"].get("facts", {}).get("total_steps")
+    return (run["args"].get("facts") or {}).get("total_steps")
 
 
 def warm(run):
@@ -228,8 +274,12 @@ def draw(runs, path):
     legend = figure.legend(lines, labels, loc="outside lower center", ncols=columns, fontsize=FONT)
     for text in legend.get_texts():
         text.set_parse_math(False)  # names come from outside
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror}); name another file with --plot") from None
+    finally:
+        pyplot.close(figure)
 
 
 def style_of(run, number):

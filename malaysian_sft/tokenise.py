@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from malaysian_sft.chat_format import ChatFormat
-from malaysian_sft.conversations import BadRow, DataArguments, Source, to_conversation
+from malaysian_sft.conversations import BadRow, DataArguments, Source, parse_json, to_conversation
 
 # Part of the cache's key. Raise it with any change in this file, conversations.py or chat_format.py after which some
 # row becomes other tokens or labels; tests/test_multipack.py holds it to a golden sample.
-TOKENISATION_VERSION = 2
+TOKENISATION_VERSION = 3
 
 
 @dataclass
@@ -68,7 +68,7 @@ def tokenise(
 
 def _parse(line: bytes) -> object:
     try:
-        return json.loads(line.decode("utf-8"))
+        return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"not valid UTF-8 (byte {error.start}: {error.reason})") from None
     except (ValueError, RecursionError) as error:
@@ -154,6 +154,22 @@ def file_checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_meta(directory: Path) -> dict | None:
+    """A cache's meta.json; None where there is none, or none that `write_cache` wrote for this directory."""
+    try:
+        meta = json.loads((directory / "meta.json").read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    sound = isinstance(meta, dict) and meta.get("checksum") == _meta_checksum(directory.name, meta)
+    return meta if sound else None
+
+
+def _meta_checksum(key: str, meta: dict) -> str:
+    """Of what meta.json says, and of whose cache it says it."""
+    said = {name: value for name, value in meta.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps([key, said], sort_keys=True).encode()).hexdigest()
+
+
 def check_cache(directory: Path, meta: dict) -> None:
     """Raise ValueError for a cache whose files are not those that were written. One process of a machine reads them."""
     if int(os.environ.get("LOCAL_RANK", 0)):
@@ -222,11 +238,18 @@ def write_cache(
             "content": content.hexdigest(),
             "files": {path.name: file_checksum(path) for path in sorted(temporary.iterdir()) if path.suffix in ARRAYS},
         }
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        meta["checksum"] = _meta_checksum(directory.name, meta)
+        with open(temporary / "meta.json", "w") as file:
+            file.write(json.dumps(meta, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        if directory.exists() and read_meta(directory) is None:
+            print(f"{directory}: no cache, its meta.json is damaged or not there; made again", file=sys.stderr)
+            shutil.rmtree(directory)
         try:
             temporary.rename(directory)
         except OSError:  # another machine's process on a shared disk was first; its cache has the same content
-            if not (directory / "meta.json").exists():
+            if read_meta(directory) is None:
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

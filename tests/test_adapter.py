@@ -1185,3 +1185,22 @@ def test_verify_command_prints_norms_per_layer(trained, capsys):
     assert float(second[columns.index("q_proj")]) == pytest.approx(1e4 * B.square().mean().sqrt().item(), abs=0.006)
     assert first[columns.index("expert up_proj")] == "-" and second[columns.index("expert up_proj")].count("/") == 2
     assert "sound, 38 weights adapted" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "the following arguments are required: command"),
+        (["mend"], "argument command: invalid choice: 'mend'"),
+        (["merge", "a", "b", "c", "--worker", "2"], "unknown flag --worker: did you mean --workers?"),
+        (["merge", "a", "b", "c", "--workers", "-3"], "--workers -3: expected a positive number"),
+        (["merge", "a", "b", "c", "--workers", "x"], "argument --workers: invalid int value: 'x'"),
+        (["verify", "a", "--allow", "x"], "unknown flag --allow"),
+        (["verify"], "the following arguments are required: directory"),
+    ],
+)
+def test_commands_that_cannot_be_are_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        adapter.main(words)
+    assert str(stopped.value).startswith(f"error: {message}") and "\n" not in str(stopped.value)
+    assert capsys.readouterr() == ("", "")

@@ -1,12 +1,20 @@
 """conversations.py: what each schema becomes, and that no column, split or file is dropped without a word."""
 
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from malaysian_sft.conversations import SCHEMAS, BadRow, DataArguments, find_sources, to_conversation
+from malaysian_sft.conversations import (
+    SCHEMAS,
+    BadRow,
+    DataArguments,
+    find_sources,
+    parse_json,
+    to_conversation,
+)
 
 SYSTEM = {"role": "system", "content": "Jawab ringkas."}
 
@@ -76,6 +84,7 @@ def test_what_a_row_becomes(name):
         ({"conversations": [{"from": "tool", "value": "a"}]}, "is from 'tool'"),
         ({"conversations": [{"from": "human", "value": "a", "weight": 0.5}]}, r"has \['weight'\]"),
         ({"conversations": "a"}, "is str, expected a list"),
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, r"is from \['human'\], expected one of human"),
     ],
 )
 def test_nothing_is_dropped_in_silence(row, message):
@@ -92,7 +101,9 @@ def test_columns_are_left_out_when_asked_for():
 names = sorted({name for schema, others in SCHEMAS.items() for name in (*schema, *others)} | {"id", "tools"})
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "from", "value"]), inner)
+    ),
     max_leaves=6,
 )
 
@@ -161,3 +172,68 @@ def test_rows_of_json_are_read_by_number(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"input": "a", "output": "b"}\n\n{"input": "c", "output": "d"}\n')
     [source] = find_sources(DataArguments(dataset=str(tmp_path / "a.jsonl")))
     assert [(number, json.loads(row)["input"]) for number, row in source.rows()] == [(1, "a"), (3, "c")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"input": "a", "output": "b", "input": "c"}', "the row has key 'input' more than once"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', r"messages\[0\] has key 'content' more"),
+        ('{"conversations": [{"from": "human", "value": "a", "value": "b"}]}', r"conversations\[0\] has key 'value'"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_a_bad_row(text, message, tmp_path):
+    with pytest.raises(BadRow, match=message):
+        to_conversation(parse_json(text))
+    (tmp_path / "a.json").write_text(f"[{text}]")  # a list's row is one too, not the end of its file
+    [source] = find_sources(DataArguments(dataset=str(tmp_path / "a.json")))
+    with pytest.raises(BadRow, match=message):
+        to_conversation(*[row for _, row in source.rows()])
+
+
+def test_a_repeated_column_may_be_left_out():
+    row = parse_json('{"id": 1, "id": 2, "input": "a", "output": "b"}')
+    assert to_conversation(row, ignored=frozenset({"id"})) == [user("a"), assistant("b")]
+
+
+ROW = '{"input": "a", "output": "b"}\n'
+
+
+def test_no_file_of_a_directory_is_left_out_without_a_word(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    (data / "more").mkdir(parents=True)
+    (data / "a.jsonl").write_text(ROW)
+    (data / "more" / "b.jsonl").write_text(ROW)
+    (tmp_path / "other").mkdir()
+    (data / "linked").symlink_to(tmp_path / "other")
+    assert sources(data) == [f"{data}/a.jsonl", f"{data}/more/b.jsonl"]
+    assert "1 links to directories are not followed" in capsys.readouterr().err
+    (data / "c.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(ValueError, match=r"c.jsonl: a link to nothing \(.*gone.jsonl\)"):
+        sources(data)
+    (data / "c.jsonl").unlink()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match=r"--dataset .*data: .*more cannot be read \(Permission denied\)"):
+        sources(data)
+
+
+def test_a_pipe_is_no_data(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    for path in (tmp_path / "a.jsonl", tmp_path):
+        with pytest.raises(ValueError, match="a.jsonl: no regular file"):
+            sources(path)
+
+
+def test_a_file_is_named_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text(ROW)
+    (tmp_path / "b.jsonl").symlink_to("a.jsonl")
+    for twice in (f"{tmp_path}/a.jsonl,{tmp_path}/a.jsonl", f"{tmp_path}/a.jsonl,{tmp_path}/b.jsonl", tmp_path):
+        with pytest.raises(ValueError, match=r"[ab].jsonl is named twice.*name it once"):
+            sources(twice)

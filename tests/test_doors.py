@@ -203,6 +203,54 @@ def test_what_the_evaluation_reads(tmp_path):
         (tmp_path / name).write_text(json.dumps(original) + "\n")
 
 
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("target_modules", "(", r"target_modules has '\(', which is no regular expression"),
+        ("exclude_modules", "[", "exclude_modules has"),
+        ("layers_to_transform", "x", "layers_to_transform is 'x'; expected numbers of layers"),
+        ("layers_to_transform", [0, None], "layers_to_transform is"),
+        ("layers_pattern", 3, "layers_pattern is '3'; expected names"),
+        ("layers_pattern", "layers", "layers_pattern goes with layers_to_transform"),
+    ],
+)
+def test_layers_that_peft_could_not_match(files, tmp_path, key, value, message):
+    directory = shutil.copytree(files / "adapter", tmp_path / "adapter")
+    config = json.loads((directory / CONFIG).read_text())
+    (directory / CONFIG).write_text(json.dumps(config | {key: value}))
+    [fault] = verify_adapter(directory, files / "model")
+    with pytest.raises(ValueError, match=f"{CONFIG}: {message}"):
+        merge_adapter(files / "model", directory, tmp_path / "out")
+    assert message[:6] in fault and not (tmp_path / "out").exists()
+
+
+def test_tensors_that_overlap_are_refused(files, tmp_path):
+    """The header's total and each tensor's size are right; two tensors share their bytes."""
+    directory = shutil.copytree(files / "adapter", tmp_path / "adapter")
+    content = (directory / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    ordered = sorted((name for name in header if name != "__metadata__"), key=lambda n: header[n]["data_offsets"])
+    first, other = next(
+        (a, b) for a in ordered for b in ordered[1:-1] if a < b and header[a]["shape"] == header[b]["shape"]
+    )
+    header[other]["data_offsets"] = header[first]["data_offsets"]
+    text = json.dumps(header).encode()
+    (directory / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data)
+    [fault] = verify_adapter(directory, files / "model")
+    assert f"{WEIGHTS}: damaged (" in fault
+    with pytest.raises(ValueError, match=f"{WEIGHTS}: damaged"):
+        merge_adapter(files / "model", directory, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "\xff", "{"])
+def test_a_base_whose_config_is_not_json_is_not_merged(files, tmp_path, text):
+    base = shutil.copytree(files / "model", tmp_path / "model")
+    (base / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="config.json: not JSON .*; download the base again"):
+        merge_adapter(base, files / "adapter", tmp_path / "out")
+
+
 def test_tokenizers(files, tmp_path):
     shutil.copytree(files / "model", tmp_path / "model")
     draw = random.Random(4)

@@ -394,6 +394,7 @@ def test_json_parquet_and_hub_give_the_same_documents(tmp_path, monkeypatch):
         (dict(validation_share=1.0), "--validation_share"),
         (dict(validation_share=0.1), "holds out none"),
         (dict(preprocessing_num_workers=0), "--preprocessing_num_workers"),
+        (dict(max_seq_length=1 << 64), "--max_seq_length 18446744073709551616: expected at least 2 and below"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(tmp_path, overrides, message):
@@ -490,6 +491,11 @@ def test_pack_refuses_what_does_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             pack(lengths, 8)
+
+
+def test_a_pack_larger_than_the_data_costs_nothing():
+    lengths = [3, 5, 2, 7]
+    assert pack(lengths, 10**15, seed=3) == pack(lengths, 17, seed=3) and len(pack(lengths, 16)) == 2
 
 
 def many_rows(count=60):
@@ -639,7 +645,7 @@ def test_cache_is_keyed_by_all_that_matters_and_nothing_else(tmp_path, monkeypat
 
 
 # Tokens and labels of the golden sample by TOKENISATION_VERSION; only the newest is kept.
-GOLDEN = {2: "d1026f82248e57b53b8a7cc3ccdb2c1815fe907d"}
+GOLDEN = {3: "d1026f82248e57b53b8a7cc3ccdb2c1815fe907d"}
 
 
 def test_another_tokenisation_has_another_version():
@@ -678,6 +684,27 @@ def test_a_crash_leaves_no_cache_and_a_damaged_one_is_refused(tmp_path, monkeypa
     tokens.write_bytes(tokens.read_bytes()[:-4])
     with pytest.raises(ValueError, match="damaged"):
         prepare(arguments(tmp_path, path), tiny_tokenizer(), "tiny")
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "\xff", "other rows", "other cache"])
+def test_a_cache_whose_meta_is_damaged_is_made_again(damage, tmp_path, capsys):
+    data_args = arguments(tmp_path, write_jsonl(tmp_path / "d.jsonl", many_rows(8)))
+    before = prepare(data_args, tiny_tokenizer(), "tiny")
+    (path,) = (tmp_path / "cache").glob("*/meta.json")
+    text = path.read_text()
+    if damage == "other rows":
+        path.write_text(json.dumps(json.loads(text) | {"rows": 9}))
+    elif damage == "other cache":
+        prepare(arguments(tmp_path, write_jsonl(tmp_path / "e.jsonl", many_rows(9))), tiny_tokenizer(), "tiny")
+        (other,) = set((tmp_path / "cache").glob("*/meta.json")) - {path}
+        path.write_text(other.read_text())
+    else:
+        path.write_bytes(damage.encode("latin-1"))
+    capsys.readouterr()
+    after = prepare(data_args, tiny_tokenizer(), "tiny")
+    assert after.report == before.report and path.read_text() == text
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{path.parent}: no cache, its meta.json is damaged or not there" in said
 
 
 def _prepare_and_report(data_args, log, queue):
@@ -1060,6 +1087,10 @@ def test_command_prints_a_report_and_marked_examples(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", [*argv, "--los_on", "all"])
     with pytest.raises(SystemExit, match="los_on"):
         multipack.main()
+    for flag in ("--show", "--seed"):
+        monkeypatch.setattr(sys, "argv", [*argv, flag, "-1"])
+        with pytest.raises(SystemExit, match=f"error: {flag} -1: expected a number of at least 0"):
+            multipack.main()
     monkeypatch.setattr(sys, "argv", [*argv[:4], str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="error: .*nowhere: no tokenizer that transformers can read"):
         multipack.main()

@@ -125,6 +125,19 @@ def test_measured_headers_stay(plans, tmp_path):
         plan_table.written(plans, tmp_path)
 
 
+def test_rates_are_the_repositorys_from_any_directory(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "ds3-qwen3-32b-lora-256.sh"
+    rows = planned(path, runs[path])
+    assert all(row["time"] for row in rows)
+    before = (ROOT / "README.md").read_bytes(), path.read_bytes()
+    monkeypatch.setattr(plan_table, "launched_runs", lambda launchers: [runs[path]])
+    monkeypatch.setattr(plan_table, "run_time", lambda *args: None)
+    with pytest.raises(ValueError, match="ds3-qwen3-32b-lora-256.sh: no hours can be planned.*--write wrote nothing"):
+        plan_table.print_all([path], PlanArguments(), CONFIGS["Qwen3-32B"].parent, write=True)
+    assert before == ((ROOT / "README.md").read_bytes(), path.read_bytes())
+
+
 def test_bad_input_is_named(tmp_path, monkeypatch):
     broken = tmp_path / "ds3-mine.sh"
     broken.write_text("echo nothing starts >&2; exit 3\n")
@@ -149,12 +162,17 @@ def test_bad_input_is_named(tmp_path, monkeypatch):
         (["--all", "--plot", "x.png"], "--plot goes with --compare"),
         (["a.sh", "--write"], "--write goes with --all"),
         (["a.sh", "--configs", "x"], "--configs goes with --all or --compare"),
-        (["--all", "--r=8"], "unrecognized arguments: --r=8"),
-        (["--all", "--r", "8"], "got 8, --all"),
+        (["--all", "--r=8"], "unknown flag --r: did you mean --write?"),
+        (["--all", "--r", "8"], "unknown flag --r"),
+        (["--all", "--bogus"], "unknown flag --bogus"),
+        (["--all", "--gpu", "8"], "unknown flag --gpu: did you mean --gpus"),
+        (["--all", "--gpus", "x"], "argument --gpus: invalid int value: 'x'"),
+        (["--compare"], "argument --compare: expected at least one argument"),
     ],
 )
 def test_flags_that_do_not_go_together(words, message, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["plan.py", *words])
-    with pytest.raises(SystemExit):
-        plan.parse()
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        plan.main()
+    assert str(stopped.value).startswith(f"error: {message}") and "\n" not in str(stopped.value)
+    assert capsys.readouterr() == ("", "")

@@ -144,3 +144,56 @@ def test_what_is_no_run_is_named(file, text, message, tmp_path):
         (run / file).write_text(text)
     with pytest.raises(ValueError, match=message):
         run_plots.compare([run])
+
+
+@pytest.mark.parametrize(
+    "file, key, value, message",
+    [
+        (
+            "log.jsonl",
+            "tokens_per_second",
+            0,
+            "log.jsonl, line 1: tokens_per_second is '0', expected a positive number",
+        ),
+        ("log.jsonl", "tokens_per_second", "fast", "line 1: tokens_per_second is 'fast'"),
+        ("log.jsonl", "step", "one", "line 1: step is 'one', expected a positive whole number"),
+        ("log.jsonl", "peak_gib", "much", "line 1: peak_gib is 'much', expected a number; put it right or remove"),
+        ("log.jsonl", "validation_loss", [], r"line 1: validation_loss is '\[\]'"),
+        ("args.json", "world_size", 0, "args.json: world_size is '0', expected a positive whole number; put back"),
+        ("args.json", "nodes", "two", "args.json: nodes is 'two'"),
+        ("args.json", "facts", 5, "args.json: facts is '5', expected an object"),
+        ("args.json", "facts", {"total_steps": "x"}, "args.json, facts: total_steps is 'x'"),
+        ("args.json", "model", None, "args.json: model is 'None', expected a name"),
+    ],
+)
+def test_values_that_cannot_be_are_named(file, key, value, message, tmp_path):
+    run = make_run(tmp_path, steps=1)
+    record = json.loads((run / file).read_text())
+    (run / file).write_text(json.dumps(record | {key: value}) + "\n")
+    with pytest.raises(ValueError, match=message):
+        run_plots.compare([run])
+
+
+def test_a_run_without_a_flag_is_not_planned_but_measured(tmp_path, capsys):
+    run = make_run(tmp_path)
+    args = json.loads((run / "args.json").read_text())
+    del args["arguments"]["activations"]
+    (run / "args.json").write_text(json.dumps(args))
+    run_plots.compare([run], None, PlanArguments(), CONFIGS["Qwen3-32B"].parent)
+    printed = capsys.readouterr().out
+    assert "not planned anew" in printed and "no activations in arguments" in printed and "21,667" in printed
+
+
+@pytest.mark.parametrize("error", [NotADirectoryError, PermissionError])
+def test_a_plot_that_cannot_be_written_is_named(error, tmp_path, monkeypatch, capsys):
+    run, path = make_run(tmp_path), "/dev/null/x.png"
+    if error is PermissionError:  # the run's own directory is read-only
+
+        def closed(figure, path, **options):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", closed)
+        path = None
+    with pytest.raises(ValueError, match=r"(x|plan).png: cannot be written \(.+\); name another file with --plot"):
+        run_plots.compare([run], path, None, tmp_path)
+    assert "21,667" in capsys.readouterr().out

@@ -340,7 +340,8 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed_equals_unbroken(workspace
 
     with monkeypatch.context() as patch:
         patch.setattr(train_dense.DenseTrainer, "get_batch_samples", told)
-        main("stopped")
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            main("stopped")
     # told before the step's first micro-batch: it is dropped after that
     assert max(read_log(output)) == stop_in - 1 and sorted(read_adapters(output)) == [STEPS_AN_EPOCH, stop_in - 1]
     main("stopped", "--resume")
