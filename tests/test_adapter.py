@@ -1176,6 +1176,7 @@ def test_push_dry_run_lists_what_would_be_sent(trained, tmp_path, capsys, monkey
 
 def test_verify_command_prints_norms_per_layer(trained, capsys):
     run = trained("glm4_moe", "dora")
+    capsys.readouterr()  # of its training, where this test is the first that asks for it
     adapter.main(["verify", str(run.directory), "--base", run.base])
     lines = capsys.readouterr().out.splitlines()
     header, first, second = re.split(r"\s{2,}", lines[1]), lines[2].split(), lines[3].split()
