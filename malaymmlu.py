@@ -32,7 +32,7 @@ from pathlib import Path
 from malaysian_sft.base_model import find_base
 from malaysian_sft.engine import SYSTEM_PROMPT
 from malaysian_sft.flags import check_values, parse_flags
-from malaysian_sft.generations import MOST_SAMPLES, Output, matches, natural, read_args
+from malaysian_sft.generations import MOST_SAMPLES, Output, matches, natural, read_args, read_object
 from malaysian_sft.questions import HUB_REVISION, benchmark_questions
 from malaysian_sft.run import git_commit
 from malaysian_sft.scheduler import Scheduler
@@ -221,17 +221,6 @@ def checkpoint_names(directory, config):
 def run_name(directory):
     """`<run>-checkpoint-<step>`: the name that needs no config."""
     return f"{directory.parent.name}-{directory.name}"
-
-
-def read_object(path):
-    """The JSON object in a file. Raises ValueError naming the file if it holds none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is {ascii(found)[:80]}; expected an object")
-    return found
 
 
 def find_checkpoints(root, globs=()):

@@ -125,22 +125,28 @@ ARGS = {
 }
 
 
+def read_object(path, mend=""):
+    """The JSON object in a file. Raises ValueError naming the file, and `mend`, if it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}){mend}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is {ascii(found)[:80]}; expected an object{mend}")
+    return found
+
+
 def read_args(directory):
     """args.json of a generation directory, {} without one. Raises ValueError naming the file, and the key whose value
     malaymmlu.py does not write."""
     path = Path(directory) / "args.json"
     if not path.exists():
         return {}
-    mend = "mend it, or move the directory away and generate again"
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); {mend}") from error
-    if not isinstance(made, dict):
-        raise ValueError(f"{path} is {ascii(made)[:80]}; expected an object; {mend}")
+    mend = "; mend it, or move the directory away and generate again"
+    made = read_object(path, mend)
     for name, (expected, holds) in ARGS.items():
         if name in made and not holds(made[name]):
-            raise ValueError(f"{path}: {name} is {ascii(made[name])[:80]}; expected {expected}; {mend}")
+            raise ValueError(f"{path}: {name} is {ascii(made[name])[:80]}; expected {expected}{mend}")
     return made
 
 

@@ -234,14 +234,19 @@ def test_where_all_are_damaged_nothing_is_touched(copy, trainer, train):
     assert [path.name for path in copy.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
-@pytest.mark.parametrize("flag", ["--target_modules q_proj", "--adam_beta2 0.5", "precision"])
+@pytest.mark.parametrize(
+    ("trainer", "flag"),
+    [
+        ("moe", "--target_modules q_proj"),
+        ("moe", "--dtype bfloat16"),
+        ("dense", "--target_modules q_proj"),
+        ("dense", "--bf16 True"),
+        ("dense", "--adam_beta2 0.5"),
+    ],
+)
 def test_a_run_with_other_layers_or_arithmetic_is_another_run(flag, trainer, copy, train):
     shutil.rmtree(copy / "checkpoint-4")
     before = tree(copy)
-    if flag == "precision":
-        flag = {"moe": "--dtype bfloat16", "dense": "--bf16 True"}[trainer]
-    if trainer == "moe" and "adam" in flag:
-        pytest.skip("train_moe.py has no such flag")
     line = ends(train, trainer, copy, "--resume", "True", *flag.split())
     assert line.startswith(f"error: --resume: {flag.split()[0][2:]} is ") and tree(copy) == before
 
