@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_adapter import PROMPT, TOLERANCE, log_probabilities, run_vllm
 from test_train_moe import (
+    DIES_IN_STEP_3,
     adapted_weights,
     arguments,
     build,
@@ -437,16 +438,7 @@ def test_a_run_on_widened_weights_has_the_same_losses(base, runs, bases, tmp_pat
 def test_two_processes_equal_one_and_resume(base, runs, tmp_path):
     """Rank 1 dies in step 3, after two checkpoints; one process goes on."""
     argv, expected = moved(runs[base][0], tmp_path / "run"), losses(runs[base][1])
-    patch = """
-clip, calls = train_moe.clip_gradients, []
-def dying(*args):
-    calls.append(1)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return clip(*args)
-train_moe.clip_gradients = dying
-"""
-    code, output = run_processes(2, argv, patch)
+    code, output = run_processes(2, argv, DIES_IN_STEP_3)
     assert code and losses(tmp_path / "run") == [pytest.approx(line, rel=1e-4) for line in expected[:2]], output
     without = [word for word in argv if word not in ("--base_dtype", "fp8")]
     with pytest.raises(SystemExit, match="--resume: base_dtype is None, but .* says fp8; that is another run"):

@@ -26,7 +26,7 @@ from test_fused_moe_lora import (
     run,
     stack_bytes,
 )
-from test_train_moe import arguments, losses, moved, run_processes
+from test_train_moe import DIES_IN_STEP_3, arguments, losses, moved, run_processes
 
 import train_moe
 from conftest import real_config, save_tiny_checkpoint, tiny_config
@@ -463,16 +463,7 @@ def test_a_run_computes_in_fp8_and_says_so(unbroken, tmp_path):
 
 def test_a_resumed_run_equals_an_unbroken_one(unbroken, tmp_path):
     argv, expected = moved(unbroken[0], tmp_path / "run"), losses(unbroken[1])
-    patch = """
-clip, calls = train_moe.clip_gradients, []
-def dying(*args):
-    calls.append(1)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return clip(*args)
-train_moe.clip_gradients = dying
-"""
-    code, output = run_processes(1, argv, patch)
+    code, output = run_processes(1, argv, DIES_IN_STEP_3)
     assert code and losses(tmp_path / "run") == expected[:2], output
     at = argv.index("--expert_arithmetic")
     with pytest.raises(SystemExit, match="--resume: expert_arithmetic is bf16, but .* says fp8; that is another run"):

@@ -94,6 +94,18 @@ def arguments(model, data, out, *more):
     return [*flags.split(), "--data_cache", str(Path(out).parent / "cache"), *map(str, more)]
 
 
+# a patch for run_processes: each process is killed in step 3, before the optimiser
+DIES_IN_STEP_3 = """
+clip, calls = train_moe.clip_gradients, []
+def dying(*args):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return clip(*args)
+train_moe.clip_gradients = dying
+"""
+
+
 def run_processes(count, argv, patch="", local_world_size=None):
     """train_moe.main in `count` processes, `patch` executed in each before it; returns the exit code and the output."""
     script = Path(argv[argv.index("--output_dir") + 1]).parent / "patched.py"
