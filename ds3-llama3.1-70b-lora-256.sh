@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Llama-3.1-70B-Instruct, LoRA rank 256 on every linear layer: one node of 8 GPUs of 80 GB, 32 packs x 16,384 = 524,288 token places a step.
 # Several nodes: run it on each with NNODES, NODE_RANK and MASTER_ADDR set. Any flag of train_dense.py may follow.
-# Planned for 8 x 80 GB: 72 GiB a GPU, 9.7 to 15.0 hours for 3 epochs. Measured: not yet.
+# Planned for 8 x 80 GB: 72 GiB a GPU, 9.7 to 14.9 hours for 3 epochs. Measured: not yet.
 set -euo pipefail
 cd "$(dirname "$0")"
 export NUM_GPUS=${NUM_GPUS:-8} NNODES=${NNODES:-1}

@@ -12,6 +12,7 @@ results/engine.json.
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -35,8 +36,8 @@ WARM_UP = 8  # requests before the clock starts
 def plain_vllm(job):
     """vLLM as a user would write it, on one merged checkpoint; run in a process of its own.
 
-    job: {"config": an engine's config, "samples"}. Prints a JSON line: {"seconds", "load_seconds", "tokens",
-    "logprobs": [{letter: log-probability}] for the first-token protocol}.
+    job: {"config": an engine's config, "samples", "result": a file}. Writes JSON to it: {"seconds", "load_seconds",
+    "tokens", "logprobs": [{letter: log-probability}] for the first-token protocol}.
     """
     config = job["config"]
     engine_environment([], config | {"engines": 1}) if config["device"] == "cpu" else None
@@ -68,7 +69,7 @@ def plain_vllm(job):
             }
             for question, result in zip(config["questions"], results, strict=True)
         ]
-    print(json.dumps(found))
+    Path(job["result"]).write_text(json.dumps(found))
 
 
 def run(command, cwd, **environment):
@@ -83,9 +84,11 @@ def run(command, cwd, **environment):
 
 def plain(config, samples, folder):
     """`plain_vllm` in a process of its own, for an engine's config with a merged model."""
-    job = folder / "job.json"
-    job.write_text(json.dumps({"config": config, "samples": samples}))
-    return json.loads(run([sys.executable, __file__, "--plain", job], ROOT).splitlines()[-1])
+    job, result = folder / "job.json", folder / "result.json"  # vLLM's engine says things on stdout when it ends
+    result.unlink(missing_ok=True)
+    job.write_text(json.dumps({"config": config, "samples": samples, "result": str(result)}))
+    run([sys.executable, __file__, "--plain", job], ROOT)
+    return json.loads(result.read_text())
 
 
 def evaluate(args, folder, name, *flags):
@@ -142,9 +145,15 @@ def merged_config(args, directory, folder, device):
 
 
 def check_letters(args, folder, device):
-    """The largest difference of a letter's log-probability between one engine that takes weights in place and plain
-    vLLM on each merged checkpoint. Raises SystemExit if it is more than --tolerance."""
+    """(the largest difference of a letter's log-probability between one engine that takes weights in place and plain
+    vLLM on each merged checkpoint, the largest between neighbouring checkpoints of one engine). Raises SystemExit if
+    the former is more than --tolerance, or the latter not above it: weights that stayed would not be noticed."""
     directories, _, _ = evaluate(args, folder, "first", "--protocol", "first_token")
+    letters_of = [[one["logprobs"] for one in records(d).values()] for d in directories.values()]
+    apart = [
+        max(abs(a[letter] - b[letter]) for a, b in zip(*pair, strict=True) for letter in a)
+        for pair in itertools.pairwise(letters_of)
+    ]
     worst = 0.0
     for name, directory in directories.items():
         expected = plain(merged_config(args, directory, folder, device), 1, folder)["logprobs"]
@@ -158,7 +167,9 @@ def check_letters(args, folder, device):
         )
     if worst > args.tolerance:
         sys.exit(f"error: they differ by {worst:.3g}, more than --tolerance {args.tolerance:g}")
-    return worst
+    if apart and min(apart) <= 2 * args.tolerance:
+        sys.exit(f"error: two checkpoints' letters differ by {min(apart):.3g} only; take checkpoints that differ more")
+    return worst, min(apart, default=None)
 
 
 def check_batches(args, folder, flags):
@@ -196,7 +207,7 @@ def main():
     flags = ["--samples", args.samples, "--max_tokens", args.max_tokens]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        worst = check_letters(args, folder, device)
+        worst, apart = check_letters(args, folder, device)
         repeatable = check_batches(args, folder, flags) if args.batch_invariant else None
         directories, ready, speeds = evaluate(args, folder, "timed", *flags)
         rows = []
@@ -225,6 +236,7 @@ def main():
         "samples": args.samples,
         "max_tokens": args.max_tokens,
         "largest_difference_of_a_logprob": worst,
+        "checkpoints_differ_by": apart,
         "batches_change_no_answer": repeatable,
         "rows": rows,
     }

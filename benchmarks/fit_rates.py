@@ -21,7 +21,17 @@ from malaysian_sft.base_model import load_config  # noqa: E402
 from malaysian_sft.measure_rates import append  # noqa: E402
 from malaysian_sft.plan_page import read_results  # noqa: E402
 from malaysian_sft.planning import plan_run  # noqa: E402
-from malaysian_sft.timing import Rates, data_sheet, fit, host_table, known_rates, step_time, work  # noqa: E402
+from malaysian_sft.timing import (  # noqa: E402
+    IN_FP8,
+    Rates,
+    data_sheet,
+    fit,
+    fp8_rate,
+    host_table,
+    known_rates,
+    step_time,
+    work,
+)
 
 NAMES = {"qwen3-30b-a3b": "Qwen3-30B-A3B-Instruct-2507", "qwen3-235b-a22b": "Qwen3-235B-A22B-Instruct-2507"}
 NAMES |= {"glm-4.5-air": "GLM-4.5-Air", "qwen3-32b": "Qwen3-32B", "llama-3.1-70b": "Llama-3.1-70B-Instruct"}
@@ -46,6 +56,7 @@ def work_of(record, squares_over_tokens):
         frugal_layers=record.get("frugal_layers", 0),
         gather_base=record.get("gather_base", False),
         base_dtype=record.get("base_dtype"),
+        expert_arithmetic=record.get("expert_arithmetic") or "bf16",
         document_length=squares_over_tokens,
     )
     return config, work(config, planned)
@@ -79,6 +90,8 @@ def rates_of(device, records):
     profiles = profiled(device, records)
     rates = fit((work_of(r, r["profiled_squares_over_tokens"])[1], r) for r in profiles)
     rates["links"] = 1e9 * data_sheet(device)[1]
+    for r in (r for r in here if r.get("expert_arithmetic") == "fp8" and r.get("components_ms")):
+        rates[IN_FP8] = fp8_rate(work_of(r, r["profiled_squares_over_tokens"])[1], r, rates)
     hosts = [r for r in here if r.get("host_ms_a_layer") and r.get("fused", True) and not r.get("base_dtype")]
     files = sorted({f"results/{r['source']}" for r in (*profiles, *hosts)})
     source = f"{', '.join(files)}, links by NVIDIA's data sheet"
@@ -107,7 +120,7 @@ def leave_one_out(device, records, which=None):
 def fp8_steps(rates, records):
     """[(record, measured ms, planned)] of whole steps with experts in FP8 on the device of `rates`."""
     found = []
-    stored = [r for r in records if r.get("base_dtype") and r.get("expert_arithmetic") != "fp8"]
+    stored = [r for r in records if r.get("base_dtype")]
     for record in (r for r in stored if r.get("step_ms") and r["device"] == rates.device):
         _, done = work_of(record, record["squares_over_tokens"])
         planned = TOKENS * step_time(done, rates, record["attention"])["ms"]
@@ -138,6 +151,7 @@ def main():
     for here in (rates, other):
         for r in dense_steps(here.device, records):
             rows.append((r, *dense_step(r, here), "by the mixtures' rates"))
+    rows += [(*row, "experts in FP8") for row in fp8_steps(rates, records)]
     rows += [(*row, "experts in FP8, by the other device's rates") for row in fp8_steps(other, records)]
     rows += [(r, m, p, "slice, by the other device's rates") for r, m, p in slices(other, records)]
     for r, measured, planned, how in rows:

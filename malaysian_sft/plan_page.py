@@ -256,12 +256,12 @@ def device_name(wanted, gpu_memory_gib):
 
 def run_time(config, plan, run, wanted):
     """The time of a plan: `timing.step_time`'s dict with "hours" of the run (a `schedule`) and of an epoch, their
-    "hours_low" and "hours_high", "tokens_per_second" of a GPU, "mfu", "source"; None for a device without its rates,
-    and for products in FP8, which have none yet."""
+    "hours_low" and "hours_high", "tokens_per_second" of a GPU, "mfu", "source"; None for a device without its
+    rates."""
     device = device_name(wanted, plan["gpu_memory_gib"])
     rates = known_rates(device, read_results(wanted.results))
     done = work(config, plan)
-    if rates is None or plan["expert_arithmetic"] == "fp8" or lacks(done, rates, wanted.attention):
+    if rates is None or lacks(done, rates, wanted.attention):
         return None
     time = step_time(done, rates, wanted.attention)
     gpus, hours = plan["gpus"] * plan["nodes"], run["steps"] / 3.6e6
@@ -307,11 +307,8 @@ def print_run(arguments, plan, config, epochs):
         f" {epochs:g} epochs = {run['steps']:,} steps, {plan['flops_per_token'] * run['tokens_per_epoch'] * epochs:.3g}"
         " useful FLOPs"
     )
-    if plan["expert_arithmetic"] == "fp8":
-        print("Time: not known; what experts take that compute in FP8 is not measured yet")
-    else:
-        device = device_name(arguments, plan["gpu_memory_gib"])
-        print_time(run_time(config, plan, run, arguments), arguments, device)
+    device = device_name(arguments, plan["gpu_memory_gib"])
+    print_time(run_time(config, plan, run, arguments), arguments, device)
     print_evaluation(plan_engine(config, arguments, plan["gpu_memory_gib"]))
 
 

@@ -37,6 +37,7 @@ FLOOR = 1050  # tokens; by packs of several lengths in results/step.json, for bo
 BANDWIDTH = (("H200", 4800, 450), ("H100", 3350, 450), ("B200", 8000, 900), ("A100", 2039, 300))
 NODE_LINK = 50.0  # GB/s a GPU between nodes: a 400 Gb/s port each
 IDLE = 0.02  # of a GPU's work: gaps while all of it is queued, 13 to 17 ms a pack in results/step.json
+DORA_LAUNCHES = 1.36  # kernels of a pack with DoRA over those with LoRA: 10,600 and 7,781 in results/step.json
 ALIKE = 6.0  # exponent of the norm that joins GPU and host
 SPREAD = 0.35  # standard deviation of what attention does for a pack, over its mean, in packs of log-normal documents
 UNMEASURED = {"more than two GPUs": 0.10, "several nodes": 0.20}  # added to the end of a range
@@ -44,6 +45,7 @@ UNMEASURED = {"more than two GPUs": 0.10, "several nodes": 0.20}  # added to the
 # What a step's components are called, and in what their work is counted.
 UNITS = {
     "experts: products": "FLOPs",
+    "experts: products in FP8": "FLOPs",
     "experts: passes": "bytes",
     "dense products": "FLOPs",
     "attention": "FLOPs",
@@ -61,7 +63,9 @@ MEASURED = {
     "attention": ("attention",),
     "element-wise passes": ("norms, rotary", "SwiGLU", "copies", "other", "router", "loss"),
 }
+IN_FP8 = "experts: products in FP8"  # of a profile what MEASURED has no row for: see `fp8_rate`
 SHORTER = {
+    IN_FP8: "fewer recomputed (--frugal_layers 0, more memory)",
     "experts: products": "products in FP8, or fewer recomputed (--frugal_layers 0, more memory)",
     "experts: passes": "a smaller --expert_r; the passes are bound by memory",
     "dense products": "--activations none, or GPUs with more memory for it: less is computed twice",
@@ -83,7 +87,7 @@ class Rates:
 
     device: str
     rates: dict  # component -> FLOP/s or byte/s; attention has one a kernel ("attention, flash-attn-4")
-    host_ms: dict  # "one GPU" or "several GPUs" -> ms a layer, forward and backward
+    host_ms: dict  # "one GPU" or "several GPUs" -> ms a layer with LoRA, forward and backward
     origin: str
     tolerance: float = 0.10  # of a step's time
 
@@ -92,26 +96,30 @@ class Rates:
 
 
 def experts_work(config, plan):
-    """(FLOPs, bytes) of the routed experts in one micro-batch: products, and the passes between them."""
-    tokens = plan["micro_batch"] * plan["max_seq_length"]
-    flops = passed = 0
+    """(FLOPs, FLOPs of those products that are in FP8, bytes) of the routed experts in one micro-batch: products, and
+    the passes between them."""
+    tokens, fp8 = plan["micro_batch"] * plan["max_seq_length"], plan["expert_arithmetic"] == "fp8"
+    flops = base = passed = 0
     for m in architecture(config).matrices:
         if m.kind != "expert":
             continue
         size, inner = m.out_features * m.in_features, plan["expert_r"] * (m.out_features + m.in_features)
         frugal = plan["memory_mode"] == "frugal" or m.layer < plan["frugal_layers"]
-        flops += tokens * m.active * (4 * size + 6 * inner)
-        if plan["activations"] == "full":
-            flops += tokens * m.active * 2 * (size + inner)
-        if frugal:  # gate and up again, and of down what A makes
-            down = m.name.endswith("down_proj")
-            flops += tokens * m.active * 2 * (plan["expert_r"] * m.in_features if down else size + inner)
+        down = m.name.endswith("down_proj")
+        # how often base and adapter are multiplied; frugal: gate and up again, and of down what A makes
+        again = (plan["activations"] == "full") + (frugal and not down)
+        flops += tokens * m.active * (6 + 2 * again) * inner
+        base += tokens * m.active * (4 + 2 * again) * size
+        if frugal and down:
+            flops += tokens * m.active * 2 * plan["expert_r"] * m.in_features
         if m.name.endswith("down_proj"):
             rows, hidden, width = tokens * m.active, m.out_features, m.in_features
             # combine writes and reads H twice, SwiGLU's backward passes I ten times; DoRA scales and reads what it kept
             elements = 4 * hidden + 10 * width + plan["use_dora"] * (2 * hidden + 4 * width)
             passed += 2 * rows * (elements + (plan["activations"] == "full") * 2 * hidden)
-    return flops, passed
+            # a byte each of a, and of the gradients of gate and up; x and dout by tokens: two bytes read, one written
+            passed += fp8 * (3 * rows * width + 6 * tokens * hidden)
+    return (flops, base, passed) if fp8 else (flops + base, 0, passed)
 
 
 def dense_flops(config, plan):
@@ -167,8 +175,9 @@ def passed_bytes(config, plan):
         elements += attention + mlp + backward + again
     head, wide = 4 * config.vocab_size, stored_in_fp8(config, plan)[0]
     copies = plan["gpus"] * plan["nodes"] if plan["kind"] == "dense" and plan["zero3"] else 1
-    # experts in FP8 are widened, a byte to two, once in the forward and once in the backward
-    widened = 2 * 3 * wide
+    # experts in FP8 are widened, a byte to two, once in the forward and once in the backward; those that compute so are
+    # transposed in the backward, a byte to one
+    widened = wide * (2 if plan["expert_arithmetic"] == "fp8" else 2 * 3)
     return 2 * tokens * (elements + head) + 18 * plan["parameters"]["trainable"] / copies + widened
 
 
@@ -201,18 +210,19 @@ def work(config, plan):
     """What one GPU does, by component: {"micro": {component: amount}, "step": the same for what happens once a step,
     "micro_batches": how many}. Units as in UNITS."""
     config = config.get_text_config()
-    products, passes = experts_work(config, plan)
+    products, in_fp8, passes = experts_work(config, plan)
     micro, once, between = link_bytes(config, plan)
     shard = plan["gpus"] * (plan["nodes"] if plan["kind"] == "dense" else plan["shard_nodes"])
     return {
         "micro": {
             "experts: products": products,
+            **({IN_FP8: in_fp8} if in_fp8 else {}),
             "experts: passes": passes,
             "dense products": dense_flops(config, plan),
             "attention": attention_flops(config, plan),
             "element-wise passes": passed_bytes(config, plan),
             "links": micro,
-            "host": config.num_hidden_layers,
+            "host": config.num_hidden_layers * (DORA_LAUNCHES if plan["use_dora"] else 1),
         },
         # AdamW reads four fp32 values of a parameter and writes three, clipping reads one and passes one
         "step": {"optimiser": 40 * plan["parameters"]["trainable"] / shard, "links": once, "node links": between},
@@ -241,6 +251,13 @@ def fit(profiles):
     return rates | {"optimiser": rates["element-wise passes"]}
 
 
+def fp8_rate(done, record, rates):
+    """FLOP/s of the experts' products in FP8, of a profiled micro-batch (as `fit`'s): what the adapters' products, by
+    `rates`, leave of the time."""
+    seconds = record["components_ms"]["experts: products"] / 1e3
+    return done["micro"][IN_FP8] / (seconds - done["micro"]["experts: products"] / rates["experts: products"])
+
+
 def host_key(gpus):
     """The key of `Rates.host_ms` for so many GPUs."""
     return "one GPU" if gpus == 1 else "several GPUs"
@@ -251,7 +268,8 @@ def host_table(records):
     found = {}
     for r in records:
         if r.get("fused", True):
-            found.setdefault(host_key(r["gpus"]), []).append(r["host_ms_a_layer"])
+            launches = DORA_LAUNCHES if r["adapter"] == "dora" else 1
+            found.setdefault(host_key(r["gpus"]), []).append(r["host_ms_a_layer"] / launches)
     return {key: sum(values) / len(values) for key, values in found.items()}
 
 
@@ -299,6 +317,7 @@ def lacks(done, rates, attention):
     wanted = (
         {*MEASURED, "optimiser"} - {"attention"}
         | {f"attention, {attention}"}
+        | ({IN_FP8} & done["micro"].keys())
         | ({"links"} if done["gpus"] > 1 else set())
     )
     return sorted(wanted - rates.rates.keys()) + sorted({host_key(done["gpus"])} - rates.host_ms.keys())
