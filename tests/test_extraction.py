@@ -247,6 +247,10 @@ BUILDERS = {
     "fractions": lambda n: r"\frac{" * (n // 6),
     "stars": lambda n: "*a" * (n // 2),
     "tabs": lambda n: "jawapan" + ", \t " * (n // 4),
+    "taken back": lambda n: "eh oh maaf saya " * (n // 16),
+    "one by one": lambda n: "A salah, B betul, " * (n // 18),
+    "waits": lambda n: "Jawapan: A. Tunggu, " * (n // 20),
+    "chinese": lambda n: "答案不是A,而是B" * (n // 10),
     "digits": lambda n: r"\boxed{" + "1" * n + "}",
 }
 
