@@ -91,7 +91,7 @@ UNIT_SIGNS = dict(
 SPELT_UNITS = re.compile(rf"(?<=\d)\s?({'|'.join(UNIT_SIGNS)})s?\b")
 PER = re.compile(r"(?<=\d)\s?(k?[a-z]{1,2})/(s|h|m|kg|min|jam)(?:\^?(\d))?(?![a-z])")  # "10 m/s" is "10 m s^-1"
 LEADING_DOT = re.compile(r"(?<![\d.])\.(?=\d)")
-NUMBER = re.compile(r"(rm|\$)?(-?\d{1,20}(?:\.\d{1,20})?(?:/\d{1,20})?)(\D.{0,40})?")
+NUMBER = re.compile(r"(rm|\$)?(-?\d{1,20}(?:\.\d{1,20})?(?:/\d{1,20})?)([^\d+×÷*=-][^+×÷*=]{0,40})?")  # no sum: "12+3"
 ONLY = re.compile(r"\s{1,4}(?:sahaja|saja|only)$")
 ROMANS = re.compile(r"[ivx]{1,5}(?:(?:,|&|dan|and|serta| )+[ivx]{1,5})*")
 # words that lead to an answer and name none, though an option may consist of them

@@ -35,6 +35,7 @@ OTHERS = re.compile(
     r"|\bother (?:options?|choices?|answers?)\b"
     r"|\b(?:soalan|pertanyaan) (?:yang )?(?:sebelum|lain|lepas|lalu|seterusnya|berikutnya)"
     r"|\b(?:previous|next|other) question"
+    r"|\b(?:kedua|ketiga|second)[ -](?:ter\w+|paling|best)|\b(?:terbaik|tepat) (?:kedua|ketiga)\b"
 )
 NEGATED = re.compile(
     r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|elak|jangan|"
@@ -47,7 +48,7 @@ NO_DENIAL = re.compile(
 )
 # a clause of such words and an option's name takes back what was said before: "Eh, sebenarnya B"
 TAKEN_BACK = re.compile(
-    r"\W*(?:(?:(?:eh|oh|ah|hmm|alamak|aduh|oops|maaf|sorry|silap|tersilap|tersalah|salah|ralat|tunggu|wait|sekejap|ya|yes|"
+    r"\W*(?:(?!saya\s*[,.:;])(?:(?:eh|oh|ah|hmm|alamak|aduh|oops|maaf|sorry|silap|tersilap|tersalah|salah|ralat|tunggu|wait|sekejap|ya|yes|"
     r"no|tidak|tak|bukan|pembetulan|pembetulannya|correction|koreksi|saya|semula)\b ?){1,4}[,.:;!…–-]+\s*"
     r"|(?:sebenarnya|sepatutnya|seharusnya|harusnya|mestinya|actually|i mean|i meant|maksud saya|"
     r"(?:it )?should be|it must be|"
@@ -77,6 +78,8 @@ RETRACTED = re.compile(
 )
 COORDINATE = re.compile(r"\W*(?:manakala|sedangkan|sementara|while|whereas)\b", re.I)
 MORE = re.compile(r"\b(?:lebih|paling|more|most|better|best)\b")
+SIGNS_OF_SUMS = ("+", "×", "÷")
+TERM = re.compile(r" ?[+×÷] ?\w")
 LABELS = re.compile(r"\b(?:soalan|nombor|no|question|langkah|step|ayat|perenggan|rajah|jadual|item|bahagian)\W{1,3}$")
 # "manakala jawapan yang betul ialah B" is no aside
 TOLD_ASIDE = re.compile(
@@ -142,14 +145,19 @@ FOLLOWERS = frozenset(
 )
 
 
+def is_part(lower, start, end):
+    """Whether a number is a label ("soalan 12") or a term of a sum ("12 + 3"), not a value by itself."""
+    before = lower[max(0, start - 20) : start]
+    return bool(LABELS.search(before) or before.rstrip()[-1:] in SIGNS_OF_SUMS or TERM.match(lower, end))
+
+
 def namings(clause, lower, options, boxes):
     """What the clause names: (start, end, letter or AMBIGUOUS, whether it is a box), in order."""
     found = [(*item, False) for item in options.occurrences(lower)]
-    # "soalan 12" is not the option "12"
     found = [
         item
         for item in found
-        if not (lower[item[0]].isdigit() and LABELS.search(lower[max(0, item[0] - 20) : item[0]]))
+        if not (lower[item[0] : item[1]].strip("rm. ")[:1].isdigit() and is_part(lower, *item[:2]))
     ]
     taken = [(start, end) for start, end, *_ in found]
     for match in LETTER.finditer(clause):
