@@ -11,7 +11,7 @@ from fractions import Fraction
 from functools import cached_property
 
 AMBIGUOUS = "ambiguous"
-NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer)"
+NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer|选项)"
 BOX = "\x02"  # stands for a box in plain text
 LONGEST_BOX = 2000  # characters; more than that is a text, not an answer
 RAISED = {char: "^" + digit for char, digit in zip("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789", strict=True)} | {"⁻": "^-", "−": "-"}
@@ -38,6 +38,7 @@ LATEX = (
     (re.compile(r"\^?\s{0,4}\{?\\(?:circ|degree)\b\}?"), "°", ("\\circ", "\\degree")),
     (re.compile(r"\\(?:times|cdot)\b"), "×", ("\\times", "\\cdot")),
     (re.compile(r"\\(?:to|rightarrow|Rightarrow|implies)\b"), "→", ("\\to", "arrow", "\\implies")),
+    (re.compile(r"\\approx\b"), "≈", ("\\approx",)),
     (re.compile(r"\\sqrt\b"), "√", ("\\sqrt",)),
     (re.compile(r"\\pi\b"), "π", ("\\pi",)),
     (re.compile(rf"\\(?:{FONTS})(?![a-zA-Z])"), "", ("\\",)),
@@ -50,6 +51,11 @@ TAGS = re.compile(r"<\|[\w ]{1,40}\|>|</?[a-zA-Z][^<>\n]{0,80}>")
 ANSWER_TAG = re.compile(r"<(?:answer|jawapan|jawaban)>\s{0,20}", re.I)
 MARKS = dict.fromkeys('`"“”„«»{}$', "") | {"~": " ", "\xa0": " "}
 QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
+# between a Chinese character and a letter: "答案是B"
+HAN = re.compile(
+    r"(?<=[\u4e00-\u9fff])(?=[A-F](?![A-Za-z0-9]))|(?<=是)(?=[A-F](?![A-Za-z0-9]))|(?<![A-Za-z0-9][A-F])(?<=[A-F])(?=[\u4e00-\u9fff])"
+)
+TICKED, CROSSED = (re.compile(rf"[{signs}]\ufe0f?(?=[ \t|]{{0,9}}(?:\n|\Z))") for signs in ("✓✔✅☑", "✗✘❌✖"))  # "B ✓"
 # the sign stands first, so that the search skips to it
 STARRED = re.compile(
     r"[*_](?:(?<=\*)(?<![\w*].)(\S[^*\n]{0,200}?)\*(?![\w*])|(?<=_)(?<![\w_].)(\S[^_\n]{0,200}?)_(?![\w_]))"
@@ -64,11 +70,28 @@ ZEROS = re.compile(r"(\d)\.0+(?!\d)|(\d\.\d{0,20}?[1-9])0+(?!\d)")
 UNITS = (
     (re.compile(r"\s?\b(?:darjah|degrees?|derajat)\b(?: celsius\b)?"), "°", ("darjah", "degree", "derajat")),
     (re.compile(r"\s?\b(?:peratus|persen|percent)\b"), "%", ("peratus", "persen", "percent")),
+    (re.compile(r"(?<![\d.,])(\d[\d.,]{0,20})\s?ringgit\b(?: malaysia\b)?"), r"rm\1", ("ringgit",) * 3),
     (re.compile(r"\bringgit malaysia\b|\bmyr\b"), "rm", ("ringgit", "myr", "myr")),
 )
+UNIT_SIGNS = dict(
+    kilometer="km",
+    sentimeter="cm",
+    milimeter="mm",
+    meter="m",
+    kilogram="kg",
+    gram="g",
+    mililiter="ml",
+    liter="l",
+    newton="n",
+    joule="j",
+    watt="w",
+    volt="v",
+    ampere="a",
+)
+SPELT_UNITS = re.compile(rf"(?<=\d)\s?({'|'.join(UNIT_SIGNS)})s?\b")
 PER = re.compile(r"(?<=\d)\s?(k?[a-z]{1,2})/(s|h|m|kg|min|jam)(?:\^?(\d))?(?![a-z])")  # "10 m/s" is "10 m s^-1"
 LEADING_DOT = re.compile(r"(?<![\d.])\.(?=\d)")
-NUMBER = re.compile(r"(rm|\$)?(-?\d{1,20}(?:\.\d{1,20})?(?:/\d{1,20})?)(\D.{0,40})?")
+NUMBER = re.compile(r"(rm|\$)?(-?\d{1,20}(?:\.\d{1,20})?(?:/\d{1,20})?)([^\d+×÷*=-][^+×÷*=]{0,40})?")  # no sum: "12+3"
 ONLY = re.compile(r"\s{1,4}(?:sahaja|saja|only)$")
 ROMANS = re.compile(r"[ivx]{1,5}(?:(?:,|&|dan|and|serta| )+[ivx]{1,5})*")
 # words that lead to an answer and name none, though an option may consist of them
@@ -161,6 +184,7 @@ def plain(text):
     """
     if not text.isascii():
         text = unicodedata.normalize("NFKC", replaced(text, RAISED)).replace("⁄", "/").replace("。", ". ")
+        text = CROSSED.sub(" salah", TICKED.sub(" betul", HAN.sub(" ", text)))
     if "<" in text:
         text = TAGS.sub("", ANSWER_TAG.sub("\nJawapan: ", text))
     if "\\" in text:
@@ -199,6 +223,8 @@ def key(text):
         text = text.replace("–", "-").replace("—", "-").replace("_", "")
     if "/" in text:
         text = PER.sub(lambda match: f"{match[1]}{match[2]}^-{match[3] or 1}", text)
+    if "er" in text or "gram" in text or "newton" in text or "joule" in text or "tt" in text or "lt" in text:
+        text = SPELT_UNITS.sub(lambda match: UNIT_SIGNS[match[1]], text)
     for pattern, new, signs in UNITS:
         if signs[0] in text or signs[1] in text or signs[2] in text:
             text = pattern.sub(new, text)
@@ -207,6 +233,8 @@ def key(text):
     if "." in text:
         text = ZEROS.sub(r"\1\2", text)
     bare = ONLY.sub("", text) if text.endswith(("sahaja", "saja", "only")) else text
+    if bare and bare[0] in "ivx" and ")" in bare:
+        bare = bare.replace("(", "").replace(")", "")
     if bare and bare[0] in "ivx" and ROMANS.fullmatch(bare.replace(" ", "")):
         return "roman:" + ",".join(sorted(re.findall(r"\b[ivx]+\b", bare)))
     return text.replace(" ", "")
@@ -311,8 +339,9 @@ class Options:
 
 # ---- a short piece that should be the answer itself --------------------------------------------------------
 
-LEAD = re.compile(rf"(?:{NAMED}\b\W*(?:akhir\b\W*)?)+(?:(?:ialah|adalah|is)\b\W*)?", re.I)
-ONE_LETTER = re.compile(r"[(\[\s]*([A-Fa-f])[)\]\s]*(?:[.:,;!]\s*\1?)?[.:,;!\s]*")
+APART = r"(?:[^\w-]|-(?!\d))*"  # not the sign of "-18"
+LEAD = re.compile(rf"(?:{NAMED}\b{APART}(?:akhir\b{APART})?)+(?:(?:ialah|adalah|is)\b{APART})?", re.I)
+ONE_LETTER = re.compile(r"[(\[\s]*([A-Fa-f])[)\]\s]*(?:[.:,;!]\s*\1?)?[.:,;!\s]*(?:\s\1\b[.:,;!\s]*)*")
 LETTER_AND_TEXT = re.compile(
     r"[(\[]?([A-F])([)\]]?\s*[.):,]\s*|[)\]]?(?:\s+[\-–—]\s*|[–—]\s*|-\s+)|\s+\(?|\)\s*)(\S.*)", re.S
 )

@@ -23,7 +23,7 @@ from malaysian_sft.answer_text import (
 from malaysian_sft.quick_reading import quick
 from malaysian_sft.sentences import ASIDE, CONTRAST, CONTRAST_START, LINK, THUS, Sentences, remember_silent
 
-FINAL, CONCLUSION, MENTION = range(3)  # the kinds, strongest first
+FINAL, CONCLUSION, MENTION, GUESS = range(4)  # the kinds, strongest first
 ASIDE_START = re.compile(rf"\W*(?:{ASIDE}|jika|if|kalau|sekiranya|unless)\b")
 CONDITION = re.compile(r"\b(?:jika|if|kalau|sekiranya|unless|andai)\b")
 # "pelajar memilih A", "ramai yang memilih D": what others choose
@@ -33,10 +33,58 @@ OTHERS = re.compile(
     r"|menyangka|choose|chose|pick|select|think|answer)|\b(?:pilihan|jawapan|jawaban|opsyen|options?|choices?|"
     r"answers?) (?:yang )?lain\b"
     r"|\bother (?:options?|choices?|answers?)\b"
+    r"|\b(?:soalan|pertanyaan) (?:yang )?(?:sebelum|lain|lepas|lalu|seterusnya|berikutnya)"
+    r"|\b(?:previous|next|other) question"
+    r"|\b(?:kedua|ketiga|second)[ -](?:ter\w+|paling|best)|\b(?:terbaik|tepat) (?:kedua|ketiga)\b"
 )
 NEGATED = re.compile(
     r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|elak|jangan|"
-    r"don't|avoid|kecuali|except|mengelirukan)\b"
+    r"don't|avoid|dielakkan|kecuali|except|mengelirukan)\b|不"
+)
+# "tidak syak lagi jawapannya ialah C" denies nothing
+NO_DENIAL = re.compile(
+    r"\b(?:tidak|tiada|tak|tanpa) (?:syak|ragu|keraguan)(?: lagi)?\b|\btidak (?:dapat|boleh) (?:dinafikan|disangkal)\b"
+    r"|\btidak (?:lain|diragui)(?: (?:dan|dan juga) tidak bukan)?\b"
+)
+# a clause of such words and an option's name takes back what was said before: "Eh, sebenarnya B"
+TAKEN_BACK = re.compile(
+    r"\W*(?:(?!saya\s*[,.:;])(?:(?:eh|oh|ah|hmm|alamak|aduh|oops|maaf|sorry|silap|tersilap|tersalah|salah|ralat|tunggu|wait|sekejap|ya|yes|"
+    r"no|tidak|tak|bukan|pembetulan|pembetulannya|correction|koreksi|saya|semula)\b ?){1,4}[,.:;!…–-]+\s*"
+    r"|(?:sebenarnya|sepatutnya|seharusnya|harusnya|mestinya|actually|i mean|i meant|maksud saya|"
+    r"(?:it )?should be|it must be|"
+    r"it's|it is|"
+    r"(?:(?:saya|i) )?(?:tukar|ubah|change)(?: (?:jawapan|my answer))?(?: saya)? (?:kepada|ke|to))\b[\s,:]*)+"
+    rf"(?:(?:saya (?:pilih|maksudkan)|i mean|yang (?:betul|benar|tepat)|ialah|adalah|{NAMED}(?:nya)?)\b[\s,:]*)*"
+)
+FEELS = re.compile(
+    r"\b(?:saya|kami|i) (?:lebih )?(?:rasa|fikir|kira|yakin|percaya|agak|think|believe|guess)\b\W*"
+    rf"(?:(?:it's|it is|bahawa|that|{NAMED})\W*)*$|\b(?:nampaknya|sepertinya|rasanya|agaknya)\W*(?:{NAMED}\W*)?$"
+)
+LEFT = re.compile(
+    r"\b(?:tinggal(?:lah|kan)?|yang tinggal|berbaki|leaving|leaves|remaining is|left with)\W*"
+    rf"(?:hanya(?:lah)?|only|{NAMED})?\W*$"
+)
+CONCEDED = re.compile(
+    rf"\W*(?:walaupun|meskipun|walau|although|even though|though|while)\b[^,]{{1,150}},\s*((?:{NAMED}\W*)?\(?[A-F]\b)",
+    re.I,
+)
+# the writer takes back what was said; what follows is concluded anew
+RETRACTED = re.compile(
+    r"(?:[.!?…\n,]\s{0,9}|^)(?:(?:tunggu|wait)(?: (?:dulu|sebentar|sekejap|a minute))?\s?[,.!…]|"
+    r"(?:maaf,? )?(?:saya|i) (?:ter)?"
+    r"(?:silap|salah|was wrong|made a mistake)\b|let me reconsider|"
+    r"(?:itu|that is|that's) (?:salah|silap|wrong)\s?[.!])",
+    re.I,
+)
+COORDINATE = re.compile(r"\W*(?:manakala|sedangkan|sementara|while|whereas)\b", re.I)
+MORE = re.compile(r"\b(?:lebih|paling|more|most|better|best)\b")
+SIGNS_OF_SUMS = ("+", "×", "÷")
+TERM = re.compile(r" ?[+×÷] ?\w")
+LABELS = re.compile(r"\b(?:soalan|nombor|no|question|langkah|step|ayat|perenggan|rajah|jadual|item|bahagian)\W{1,3}$")
+# "manakala jawapan yang betul ialah B" is no aside
+TOLD_ASIDE = re.compile(
+    rf"\W*(?:manakala|sedangkan|sementara|while|whereas)\b\W*(?:yang|the|{NAMED}|pilihan)\b[^,:]{{0,20}}?"
+    rf"\b(?:betul|benar|tepat|correct|right|best)\b[^,:]{{0,20}}?(?:{LINK})"
 )
 REJECTS = 4  # words: "yang tidak betul ialah \\boxed{A}"
 COMPARED = re.compile(r"\b(?:daripada|dari|berbanding|than|over|seperti|antara|between|unlike|mirip|compared)\b")
@@ -44,13 +92,13 @@ HEDGE = re.compile(r"\b(?:mungkin|barangkali|maybe|perhaps|possibly|pada mulanya
 WORKING = re.compile(r"\b(?:langkah|step|semak|semakan|check)\b")
 JOIN = re.compile(rf"(?:[\s,/&().:;–-]|\b(?:dan|atau|and|or|serta|iaitu|yaitu|yakni|either|{NAMED})\b)*")
 REJECTED = re.compile(
-    r"[)\]\s,*]*(?:\([^()\n]{0,80}\)\s*)?(?:(?:ialah|adalah|is|are|pula|juga|jelas|boleh|perlu|yang|kerana)\s+)*"
-    r"(?:salah|silap|tidak|tak|bukan|kurang|not|wrong|incorrect|di(?:tolak|singkirkan))\b"
+    r"[)\]\s,*:–-]*(?:\([^()\n]{0,80}\)\s*)?(?:(?:ialah|adalah|is|are|pula|juga|jelas|boleh|perlu|yang|kerana)\s+)*"
+    r"(?:salah|silap|tidak|tak|bukan|kurang|not|wrong|incorrect|di(?:tolak|singkirkan))\b|[)\]\s]*(?:不|是?错|\((?:salah|silap|wrong|incorrect)\b)"
 )
 VERDICT = re.compile(
-    r"[)\]\s.,*]*(?:\([^()\n]{0,80}\)\s*)?,?\s*(?:(?:ialah|adalah|merupakan|is|yang|lebih|paling|memang|sebagai|"
+    r"[)\]\s.,*:–-]*(?:\([^()\n]{0,80}\)\s*)?,?\s*\(?(?:(?:ialah|adalah|merupakan|is|yang|lebih|paling|memang|sebagai|seems|looks|nampak(?:nya)?|"
     r"as|the|most|pilihan|option)\s+)*"
-    r"(?P<word>betul|benar|tepat|sesuai|correct|right|best|dipilih|jawapan(?:nya)?|jawaban(?:nya)?|answer)\b"
+    r"(?P<word>betul|benar|tepat|sesuai|menepati|correct|right|best|dipilih|jawapan(?:nya)?|jawaban(?:nya)?|answer|正确|对)\b"
     r"(?!\s+(?:yang\s+)?(?:kurang|salah|silap|tidak|wrong|mengelirukan)\b)"
 )
 # "jawapan A ialah ibu negeri Johor" describes an option
@@ -60,27 +108,29 @@ ENDED = re.compile(r"[)\]\s.,*:]*")
 
 # ---- cues: what makes a naming a statement -----------------------------------------------------------------
 
-ANSWER = re.compile(r"\b(?:jawap(?:an)?(?:nya)?|jawab(?:an)?(?:nya)?|jwpn|answers?)\b|答案")
+ANSWER = re.compile(r"\b(?:jawap(?:an)?(?:nya)?|jawab(?:an)?(?:nya)?|(?:jwpn|jwb)(?:nya)?|answers?)\b|答案")
 CHOOSE = re.compile(
     r"\b(?:pilih|memilih|choose|select|pick|chose|go with|go for)\b\W*(?:\b(?:untuk|the|jawapan|pilihan|opsyen|"
-    r"option|huruf)\b\W*)*$"
+    r"option|huruf)\b\W*)*$|[选選]择?\W*$"
+    r"|\b(?:cenderung|lean(?:ing)?) (?:kepada|ke|memilih|towards?|to)\W*(?:pilihan\W*)?$"
 )
 TOLD = re.compile(
     r"\b(?:betul|benar|tepat|sesuai|hampir|correct|right|best|closest)\b[^:]{0,30}?"
-    rf"(?:\b(?:ialah|adalah|iaitu|is)\b|[:=→])\W*(?:{NAMED}\W*)?$"
+    rf"(?:\b(?:ialah|adalah|iaitu|yaitu|yakni|merupakan|is|be)\b|[:=→]|是)\W*(?:{NAMED}\W*)?$"
     rf"|\b(?:correct|right|best) {NAMED}\W*$"
 )
-CHOICE = re.compile(r"\b(?:pilihan|opsyen|opsi|options?|choice)(?:nya)?\b(?P<gap>.{{0,60}})$")
+CHOICE = re.compile(r"\b(?:pilihan|opsyen|opsi|options?|choice)(?:nya)?\b(?P<gap>.{0,60})$")
 CHOICE_INSIDE = re.compile(rf"\b{NAMED}\b")  # "Kuala Lumpur, iaitu pilihan B"
-CHOICE_LINKED = re.compile(rf"\b(?:betul|benar|tepat|sesuai|akhir|final|saya|my|correct|best)\b|{LINK}")
+CHOICE_LINKED = re.compile(r"\b(?:betul|benar|tepat|sesuai|akhir|final|saya|my|correct|best|terbaik)\b")
 CONCLUDED = re.compile(rf"(?:\b(?:{THUS})|\bkesimpulan(?:nya)?|\bin conclusion)\b\W*(?:{NAMED}\W*)?$")
 SUMMED = re.compile(r"\b(?:kesimpulan(?:nya)?|conclusion)\b")
 AFTER_LINK = re.compile(
     rf"(?:\b(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)"
+    r"|\b(?:jawap(?:an)?|jawab(?:an)?|answer)(?:nya)? (?P<value>\d.*)"
 )
 LETTER = re.compile(r"(?<![\w\\'’+.*^])(?<!\d-)([A-F])(?![\w'’+*^-]|\s?=)(?=(?P<gap>\s+)?(?P<word>[^\W\d_]+)?)")
 SMALL = re.compile(
-    rf"(?:{LINK}|\b(?:jawapan|jawaban)(?:nya)?|\bpilihan|\boption)\s*[(\[]*(?<![a-z0-9])([a-f])[)\]]*"
+    rf"(?:{LINK}|\b(?:jawapan|jawaban|jwpn|jwb)(?:nya)?|\bpilih(?:an)?|\boption)\s*[(\[]*(?<![a-z0-9])([a-f])[)\]]*"
     r"(?=\s*$|[.,]|\s+(?:kerana|karena|sebab|iaitu|because|since|lah)\b)"
 )
 FOLLOWERS = frozenset(
@@ -90,13 +140,25 @@ FOLLOWERS = frozenset(
     " berbanding daripada dengan sebagai memang hanya jika"
     " maka jadi is are was and or not because since as but while"
     " with for only if correct right wrong best seperti untuk dalam serta"
+    " la kot je sbb seems looks appears nampak kelihatan"
     " dipilih than over rather incorrect saya di pada ini itu".split()
 )
+
+
+def is_part(lower, start, end):
+    """Whether a number is a label ("soalan 12") or a term of a sum ("12 + 3"), not a value by itself."""
+    before = lower[max(0, start - 20) : start]
+    return bool(LABELS.search(before) or before.rstrip()[-1:] in SIGNS_OF_SUMS or TERM.match(lower, end))
 
 
 def namings(clause, lower, options, boxes):
     """What the clause names: (start, end, letter or AMBIGUOUS, whether it is a box), in order."""
     found = [(*item, False) for item in options.occurrences(lower)]
+    found = [
+        item
+        for item in found
+        if not (lower[item[0] : item[1]].strip("rm. ")[:1].isdigit() and is_part(lower, *item[:2]))
+    ]
     taken = [(start, end) for start, end, *_ in found]
     for match in LETTER.finditer(clause):
         at, word = match.start(1), match.group("word")
@@ -130,10 +192,17 @@ def grouped(lower, found):
     groups = []
     for start, end, letter, boxed in found:
         between = lower[groups[-1][1] : start] if groups else lower[max(0, start - 120) : start]
-        if groups and JOIN.fullmatch(between):
+        judged = boxed or VERDICT.match(lower, end)
+        # "antara B dan D, B lebih tepat", "berbanding A, B lebih tepat"
+        weighed = judged and groups and groups[-1][3] == "compared" and "," in between
+        weighed = weighed and (letter in groups[-1][2] or len(groups[-1][2]) == 1 and "," == between.strip())
+        if groups and JOIN.fullmatch(between) and not weighed:
             groups[-1][1], groups[-1][4] = end, groups[-1][4] or boxed
             groups[-1][2].add(letter)
             continue
+        if judged and groups:  # "A salah, B betul": the first one's "salah" does not deny the second
+            first = REJECTED.match(between)
+            between = between[between.find(",", first.end()) + 1 or 0 :] if first else between
         if boxed:  # a box is stated apart from the sentence before it: only what stands right before it rejects it
             between = " ".join(between.split()[-REJECTS:])
         compared, negated = COMPARED.search(between), NEGATED.search(between)
@@ -141,7 +210,10 @@ def grouped(lower, found):
             "negated"
             if negated
             else "compared"
-            if compared and (groups or not ANSWER.search(between, compared.end()))
+            if compared
+            and not weighed
+            and (groups or not ANSWER.search(between, compared.end()))
+            and not (judged and between.rstrip().endswith(","))
             else "affirmed"
         )
         groups.append([start, end, {letter}, polarity, boxed])
@@ -165,8 +237,10 @@ def kind_of(lower, group):
     if NAME_ONLY.search(before) and not verdict and DESCRIBED.match(after):
         return None
     if ANSWER.search(before) or CHOOSE.search(before) or TOLD.search(before):
-        return MENTION if HEDGE.search(before) else FINAL
+        return GUESS if HEDGE.search(before) else FINAL
     choice = CHOICE.search(before)
+    if end - start == 1 and LEFT.search(before) or FEELS.search(before) and (ended or verdict):
+        return GUESS if HEDGE.search(before) else CONCLUSION
     if choice and CHOICE_LINKED.search(choice.group("gap")):
         return FINAL
     if verdict and verdict.group("word")[:4] in ("jawa", "answ"):
@@ -187,12 +261,19 @@ def statement(clause, ended, options, boxes, following):
     lower = clause.lower()
     if len(lower) != len(clause):  # a few letters have a longer lower-case form
         lower = clause = lower
+    if NO_DENIAL.search(lower):
+        lower = NO_DENIAL.sub(lambda match: " " * len(match.group()), lower)
     found = namings(clause, lower, options, boxes)
     if not found:
         match = AFTER_LINK.search(lower)
-        same = options.named(match.group("rest")) if match else []
+        same = options.named(match.group("rest") or match.group("value")) if match else []
         return (FINAL, same[0]) if len(same) == 1 and not NEGATED.search(lower) else None
-    if "?" in ended or ASIDE_START.match(lower) or CONDITION.search(lower) or OTHERS.search(lower[: found[-1][0] + 1]):
+    if (
+        "?" in ended
+        or (ASIDE_START.match(lower) and not TOLD_ASIDE.match(lower))
+        or CONDITION.search(lower)
+        or OTHERS.search(lower[: found[-1][0] + 1])
+    ):
         return None
     groups = grouped(lower, found)
     start, end, letters, *_ = groups[-1]
@@ -201,6 +282,8 @@ def statement(clause, ended, options, boxes, following):
         for at, stop, letter in options.occurrences(text[: options.longest]):
             if at == 0 and (letter in letters or not text[stop:].strip(" .")):
                 letters.add(letter)
+            if at == 0 and text[stop:].strip(" ,").upper() == chr(ord(letter) + 1):  # "A. Ipoh B": the options repeated
+                letters.add(AMBIGUOUS)
     rejected = False
     for group in groups:
         rejected = rejected or group[3] == "negated"
@@ -246,13 +329,26 @@ def read_clauses(clauses, sentences, options, boxes):
             own = own[len(own) - clause.count(BOX) :]
         clause, said = clause.strip(), None
         following = partial(sentences.following, after)
-        contrast = CONTRAST_START.match(clause.lower()) if rejected else None
-        if contrast:
+        turned = CONTRAST_START.match(clause.lower())
+        contrast = turned if rejected else None
+        conceded = CONCEDED.match(clause)
+        if conceded and VERDICT.match(clause.lower(), conceded.end(1)):  # "walaupun A menarik, B lebih tepat"
+            clause = clause[conceded.start(1) :]
+            own = own[len(own) - clause.count(BOX) :]
+        if rejected and COORDINATE.match(clause):  # "A tidak betul, manakala B betul"
+            clause = COORDINATE.sub("", clause)
+        back = TAKEN_BACK.match(clause.lower())
+        if back and "?" not in ended:
+            said = read_piece(clause[back.end() :], options)
+            said = said and (FINAL, said)
+        if contrast and not said:
             rest = clause[contrast.end() :]
             said = read_piece(rest, options) or statement("jawapan: " + rest, ended, options, own, following)
             said = (FINAL, said) if isinstance(said, str) and said != "negated" else said
         if not said and sentences.names(start, end):
             said = statement(clause, ended, options, own, following)
+        if turned and said and said[0] == MENTION and MORE.search(clause.lower()):
+            said = CONCLUSION, said[1]  # "A betul, tetapi C lebih tepat"
         rejected = said == "negated"
         if said and not rejected:
             yield said
@@ -335,22 +431,30 @@ def outcome(said, unread):
 def letter_of(text, boxes, options, cut):
     """The letter, AMBIGUOUS or None that a text says in which `BOX` stands for the boxes."""
     text = plain(text)
-    letter = decide(statements_from_end(text, options, boxes))
+    letter = decide(statements_from_end(text, options, boxes), cut)
+    ends = [match.end() for match in RETRACTED.finditer(text)]
+    if ends:
+        rest = text[ends[-1] :]
+        later = [said for said in statements_from_end(rest, options, boxes[len(boxes) - rest.count(BOX) :])]
+        if later and later[0][0] == CONCLUSION and all(kind != FINAL for kind, _ in later):
+            letter = later[0][1]
     return read_lines(text, options) if letter is None and not cut else letter
 
 
-def decide(statements):
+def decide(statements, cut=False):
     """The last final statement; without one the last conclusion; without one what all affirming mentions agree on.
 
-    statements: the last one first. What stands before a final statement is not read.
+    statements: the last one first. What stands before a final statement is not read. cut: the response breaks off, so
+    "mungkin A" was not its last word.
     """
     conclusion, mentioned = None, set()
     for kind, letter in statements:
-        if kind == FINAL:
-            return letter
+        if kind == FINAL:  # "A, B dan C betul, jadi D": the conclusion says which
+            return conclusion if letter == AMBIGUOUS and conclusion else letter
         if kind == CONCLUSION:
             conclusion = conclusion or letter
-        mentioned.add(letter)
+        if not (cut and kind == GUESS):
+            mentioned.add(letter)
     return conclusion or (mentioned.pop() if len(mentioned) == 1 else AMBIGUOUS if mentioned else None)
 
 

@@ -43,6 +43,9 @@ def after_heading(text, start):
     When in doubt, True.
     """
     before = text[max(0, start - 80) : start].lower()
+    # a box left open takes the rest of its line away, and what stands before the box may be a heading
+    if text.find("box", text.rfind("\n", 0, max(0, start - 80)) + 1, start) >= 0:
+        return True
     return ":" in before or "jaw" in before or "answ" in before or "simpul" in before
 
 

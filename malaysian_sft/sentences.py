@@ -12,15 +12,29 @@ silent, MOST_SILENT = set(), 50_000
 LINK_WORDS = "ialah|adalah|iaitu|yaitu|yakni|merupakan|is|are|be|là|是"
 LINK = rf"(?:{LINK_WORDS}|[:：=→>–-])"
 
-SMALL_LEADS = (*LINK_WORDS.split("|"), *":：=→>–-", "jawapan", "jawaban", "nya", "pilihan", "option")
+SMALL_LEADS = (
+    *LINK_WORDS.split("|"),
+    *":：=→>–-",
+    "jawapan",
+    "jawaban",
+    "jwpn",
+    "jwb",
+    "nya",
+    "pilih",
+    "pilihan",
+    "option",
+)
 
-CONTRAST = r"tetapi|tapi|namun|sebaliknya|melainkan|but|rather"
+CONTRAST = r"tetapi|tapi|namun|sebaliknya|melainkan|but|rather|而是"
 ASIDE = (
     r"kerana|karena|sebab(?! itu)|because|since|manakala|sedangkan|sementara|while|whereas|walaupun|meskipun|"
     r"walau|although|even though|"
     r"selain|other than"
 )
-THUS = r"jadi|maka|justeru|oleh (?:itu|sebab itu|kerana itu|karena itu)|therefore|thus|hence|so"
+THUS = (
+    r"jadi|maka|justeru|(?:dengan|oleh) (?:itu|sebab itu|kerana itu|karena itu|demikian|yang demikian)|"
+    r"therefore|thus|hence|so"
+)
 # line ends, "?!;" and full stops before a space; a set of characters stands first, so that the search skips to them
 HARD_BREAK = re.compile(r"[\n?!;.](?<!\.(?!\s|$))(?:(?<=[?!;])[?!;]+)?\s{0,9}")
 SOFT_BREAK = re.compile(
@@ -29,10 +43,15 @@ SOFT_BREAK = re.compile(
     re.I,
 )
 # a sentence without one of these states nothing
-STEMS = (
-    *"jawap jawab jwpn answer 答案 pilih milih opsyen opti opsi choice choose chose select pick simpul conclu".split(),
-    *"correct betul benar tepat right best closest hampir sesuai oleh jadi maka justeru therefore thus hence".split(),
-    *("go with", "go for", "so ", "tetapi", "tapi", "sebaliknya", "melainkan", "but ", BOX),
+STEMS = tuple(
+    "jawap jawab jwpn answer 答案 pilih milih opsyen opti opsi choice choose chose select pick simpul conclu "
+    "correct betul benar tepat right best closest hampir sesuai oleh jadi maka justeru therefore thus hence "
+    "tetapi tapi sebaliknya melainkan 选 選 正确 demikian cenderung lean tinggal leav left saya kami think believe "
+    "guess jwb sebenar sepatut harus mesti actually it's maaf silap sorry eh, oh, oops wait tukar ubah change nampak "
+    "sepertinya rasanya agaknya menepati ralat correction koreksi".split()
+) + (
+    *("go with", "go for", "so ", "but ", "dengan itu", "ya, ", "yes, ", "no, ", "tidak, ", "bukan, ", "salah, "),
+    *("it is ", "should be ", BOX),
 )
 CONTRASTS = CONTRAST.split("|")
 CONTRAST_START = re.compile(rf"\W*(?:{CONTRAST})\b\W*(?:yang\b\W*)?(?:{NAMED}\W*)?")
@@ -132,7 +151,7 @@ def all_places(text, word, start, end):
 
 
 def value_places(lower, start, end):
-    """Where a word such as "jawapannya" stands with a link after it on its line, and perhaps an option's value."""
+    """Where a word such as "jawapannya" stands with a link or number after it: perhaps an option's value."""
     found = []
     for word in ("jawa", "answer", "betul", "tepat"):
         at = lower.find(word, start, end)
@@ -143,7 +162,11 @@ def value_places(lower, start, end):
                 stop = after + MOST_BETWEEN + LONGEST_LINK
                 line = lower.find("\n", after, stop)
                 link = LINK_START.search(lower, after, stop if line < 0 else line)
-                if link and link.start() <= after + MOST_BETWEEN:
+                if (
+                    link
+                    and link.start() <= after + MOST_BETWEEN
+                    or (lower[after : after + 1] == " " and lower[after + 1 : after + 2].isdecimal())
+                ):
                     found.append(at)
             at = lower.find(word, at + len(word), end)
     return found

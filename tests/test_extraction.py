@@ -1,4 +1,4 @@
-"""extraction.py: three hand-labelled tables, templates filled with shuffled options, one answer for quick and slow,
+"""extraction.py: four hand-labelled tables, templates filled with shuffled options, one answer for quick and slow,
 linear time.
 """
 
@@ -34,6 +34,7 @@ def load(name):
 
 COMMITTED = load("extraction_cases.jsonl")
 HOSTILE = load("extraction_hostile.jsonl")
+READER = load("extraction_reader.jsonl")  # labelled by hand before anything was run
 VALUES = load("extraction_values.jsonl")
 # {L} and {T} are the right letter and its text, {W} and {V} a wrong one, {X} another wrong letter
 TEMPLATES = load("extraction_templates.jsonl")
@@ -85,6 +86,45 @@ def test_the_hostile_table_is_read_as_a_malay_reader_does():
     assert len(HOSTILE) == 204 and not wrong
 
 
+def test_the_readers_table_has_no_wrong_letter_and_little_unread():
+    read = [extract(*given(case)) for case in READER]
+    missed = [(case["text"], said) for case, said in zip(READER, read, strict=True) if said[1] != case["expected"]]
+    assert len(READER) > 400 and len(missed) <= 0.03 * len(READER), missed
+    assert not [case for case in missed if case[1][1]]
+
+
+@pytest.mark.parametrize(
+    "text, options, letter",
+    [
+        ("Jawapannya A. Eh, sebenarnya B.", "wxyz", "B"),  # taken back
+        ("Jawapan: C. Sebenarnya A ialah ibu negeri Johor.", "wxyz", "C"),  # not taken back
+        ("Jawapan saya ialah A. Tidak, tunggu dulu. Soalan tanya ibu negara. Maka B.", "wxyz", "B"),
+        ("Jawapan: A. Soalan ini mudah. Maka B.", "wxyz", "A"),  # nothing was withdrawn
+        ("Pilihan A salah, pilihan B betul.", "wxyz", "B"),
+        ("Jawapan A tidak betul dan B juga.", "wxyz", None),
+        ("Antara B dan D, B lebih tepat.", "wxyz", "B"),
+        ("Tidak syak lagi jawapannya ialah C.", "wxyz", "C"),
+        ("Jawapan soalan 12 ialah 18.", ("12", "15", "18"), "C"),
+        ("Jawapannya 12 + 3 = 15", ("12", "15", "18"), "B"),
+        ("Jawapannya 12 + 3", ("12", "15", "18"), None),
+        (r"\boxed{12 + 3}", ("12", "15", "18"), None),
+        (r"\boxed{2x + 3}", ("2", "3", "5"), None),
+        ("Jawapan: C. Pilihan terbaik kedua: A", "wxyz", "C"),
+        ("Jawapan: C. Saya, A.", "wxyz", "C"),
+        ("Jawapan: -18", ("12", "15", "18"), None),
+        ("Pilihan jawapan: A. Ipoh B. Muar C. Kota", ("Ipoh", "Muar", "Kota"), None),
+        ("答案不是A，而是B。", "wxyz", "B"),
+    ],
+)
+def test_rules_that_the_readers_table_asked_for(text, options, letter):
+    assert extract(text, question([*options]))[1] == letter
+
+
+def test_a_guess_before_a_cut_is_no_answer():
+    assert extract("Jawapan mungkin B. Mari semak", question(), "length") == ("truncated", None)
+    assert extract("Jawapan mungkin B.", question(), "stop") == ("answered", "B")
+
+
 def test_templates_with_shuffled_options():
     wrong = [
         (text, expected, said) for text, asked, expected in filled() if (said := extract(text, asked))[1] != expected
@@ -109,7 +149,7 @@ def test_values_in_latex_and_units_whatever_the_order_of_the_options(seed):
 
 def test_the_quick_way_gives_the_answer_of_the_rules():
     taken = 0
-    cases = [given(case) for case in COMMITTED + HOSTILE + VALUES] + [
+    cases = [given(case) for case in COMMITTED + HOSTILE + VALUES + READER] + [
         (text, asked, "stop", False) for text, asked, _ in filled()
     ]
     leads = (
@@ -147,7 +187,7 @@ def test_the_quick_way_gives_the_answer_of_the_rules():
 
 
 def test_sentences_that_are_remembered_change_no_answer():
-    cases = [given(case) for case in COMMITTED + HOSTILE] + [(*pair, "stop", False) for *pair, _ in filled()]
+    cases = [given(case) for case in COMMITTED + HOSTILE + READER] + [(*pair, "stop", False) for *pair, _ in filled()]
     draw = random.Random(5)
     mixed = [
         (draw.choice(("\n", ". ", "? ")).join((draw.choice(cases)[0], text)), *rest)
@@ -213,6 +253,10 @@ BUILDERS = {
     "fractions": lambda n: r"\frac{" * (n // 6),
     "stars": lambda n: "*a" * (n // 2),
     "tabs": lambda n: "jawapan" + ", \t " * (n // 4),
+    "taken back": lambda n: "eh oh maaf saya " * (n // 16),
+    "one by one": lambda n: "A salah, B betul, " * (n // 18),
+    "waits": lambda n: "Jawapan: A. Tunggu, " * (n // 20),
+    "chinese": lambda n: "答案不是A,而是B" * (n // 10),
     "digits": lambda n: r"\boxed{" + "1" * n + "}",
 }
 
@@ -282,7 +326,7 @@ ENDS = ("Jadi, jawapannya ialah $\\boxed{C}$.", "**Jawapan akhir:** A", "\\boxed
 def mutated(seed, count):
     """Committed cases cut, joined and with pieces of them and of BITS put in -> (text, question, reason, thinking)."""
     draw = random.Random(seed)
-    cases = [given(case) for case in COMMITTED + HOSTILE + VALUES]
+    cases = [given(case) for case in COMMITTED + HOSTILE + VALUES + READER]
     cases += [(text, asked, "stop", False) for text, asked, _ in filled()]
     for _ in range(count):
         text, asked, reason, thinking = draw.choice(cases)
@@ -315,6 +359,10 @@ def slow_plain(text):
     raised = str.maketrans(answer_text.RAISED)
     text = unicodedata.normalize("NFKC", text.translate(raised)) if not text.isascii() else text
     text = text.replace("⁄", "/").replace("。", ". ")
+    text = re.sub("([是\u4e00-\u9fff])([A-F])(?![A-Za-z0-9])", r"\1 \2", text)
+    text = re.sub("(?<![A-Za-z0-9])([A-F])([\u4e00-\u9fff])", r"\1 \2", text)
+    text = re.sub("[✓✔✅☑]\ufe0f?(?=[ \t|]{0,9}(\n|\\Z))", " betul", text)
+    text = re.sub("[✗✘❌✖]\ufe0f?(?=[ \t|]{0,9}(\n|\\Z))", " salah", text)
     text = answer_text.TAGS.sub("", answer_text.ANSWER_TAG.sub("\nJawapan: ", text))
     for pattern, new, _ in answer_text.LATEX if "\\" in text else ():
         text = pattern.sub(new, text)
@@ -332,6 +380,7 @@ def test_plain_text_is_that_of_all_patterns_on_mutations():
 
 def test_places_are_those_of_patterns_on_mutations():
     link = rf"(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b.{{0,40}}?{sentences.LINK}"
+    numbered = r"(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)? \d"
     for text, asked, *_ in mutated(3, 6000):
         text = plain(text)
         lower = text.lower()
@@ -344,7 +393,7 @@ def test_places_are_those_of_patterns_on_mutations():
         needed |= {match.start(1) for match in SMALL.finditer(lower)} & alone
         assert needed <= {*letters} <= alone | boxes, text
         words = [at for word in ("jawa", "answer", "betul", "tepat") for at in all_places(lower, word, 0, len(lower))]
-        linked = {at for at in words if re.match(link, lower[at : at + 70])}
+        linked = {at for at in words if re.match(link, lower[at : at + 70]) or re.match(numbered, lower[at : at + 70])}
         texts = {at for own, _ in options_of(asked).texts for at in all_places(lower, own, 0, len(lower))}
         assert values == sorted(values) and {*values} == linked | texts, text
 
