@@ -11,6 +11,7 @@ from functools import partial
 
 from malaysian_sft.answer_text import (
     AMBIGUOUS,
+    ANSWER_WORD,
     BOX,
     NAMED,
     ONE_LETTER,
@@ -75,9 +76,7 @@ CHOICE_INSIDE = re.compile(rf"\b{NAMED}\b")  # "Kuala Lumpur, iaitu pilihan B"
 CHOICE_LINKED = re.compile(rf"\b(?:betul|benar|tepat|sesuai|akhir|final|saya|my|correct|best)\b|{LINK}")
 CONCLUDED = re.compile(rf"(?:\b(?:{THUS})|\bkesimpulan(?:nya)?|\bin conclusion)\b\W*(?:{NAMED}\W*)?$")
 SUMMED = re.compile(r"\b(?:kesimpulan(?:nya)?|conclusion)\b")
-AFTER_LINK = re.compile(
-    rf"(?:\b(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)"
-)
+AFTER_LINK = re.compile(rf"(?:\b(?:{ANSWER_WORD}|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)")
 LETTER = re.compile(r"(?<![\w\\'’+.*^])(?<!\d-)([A-F])(?![\w'’+*^-]|\s?=)(?=(?P<gap>\s+)?(?P<word>[^\W\d_]+)?)")
 SMALL = re.compile(
     rf"(?:{LINK}|\b(?:jawapan|jawaban)(?:nya)?|\bpilihan|\boption)\s*[(\[]*(?<![a-z0-9])([a-f])[)\]]*"
