@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 
 from malaysian_sft.disk_names import attach
 from malaysian_sft.fp8 import FP8, SCALE, Fp8Linear, Quantised, check_arithmetic, quantise, scale_shape
-from malaysian_sft.lora import start_lora
+from malaysian_sft.lora import lora_scaling, start_lora
 from malaysian_sft.moe_autograd import Projection, moe_lora
 from malaysian_sft.moe_widen import ReferenceAgain, WideRoom
 
@@ -146,7 +146,7 @@ class FusedMoELoRA(nn.Module):
         if r < 1:
             raise ValueError(f"r is {r}; the rank of an expert must be at least 1")
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
+        self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_scaling(lora_alpha, r)
         self.use_dora, self.mode, self.cache_norms = use_dora, mode, cache_norms
         self.dtype, self.wide_room, self.arithmetic = dtype or torch.get_default_dtype(), wide_room, arithmetic
 

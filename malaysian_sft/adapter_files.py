@@ -18,7 +18,17 @@ from safetensors import SafetensorError
 
 from malaysian_sft.base_model import base_faults
 from malaysian_sft.disk_names import common_name
-from malaysian_sft.lora import CONFIG, DISK_NAME, EXPERT, MANIFEST, PREFIX, PROJECTIONS, WEIGHTS, disk_name
+from malaysian_sft.lora import (
+    CONFIG,
+    DISK_NAME,
+    EXPERT,
+    MANIFEST,
+    PREFIX,
+    PROJECTIONS,
+    WEIGHTS,
+    disk_name,
+    lora_scaling,
+)
 from malaysian_sft.safetensors_files import DTYPES, read_header, tensor_checksum
 
 
@@ -151,7 +161,7 @@ class Adapter:
             return self.config[default]
 
         rank, alpha = lookup("rank_pattern", "r"), lookup("alpha_pattern", "lora_alpha")
-        return rank, alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+        return rank, lora_scaling(alpha, rank, self.config.get("use_rslora"))
 
     def stored(self, key: str) -> torch.Tensor:
         """One tensor as it is on disk."""

@@ -1,6 +1,7 @@
 """An adapter from a model to disk and back: gathered whole from any sharding, written, verified; loaded by name."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from malaysian_sft.lora import (
     gathered,
     local_part,
     local_tensor,
+    lora_scaling,
     parameter_names,
     plain_number,
     short_names,
@@ -272,6 +274,21 @@ def _write_generation_config(model, base_model, directory):
         model.generation_config.save_pretrained(directory)
 
 
+def _check_scalings(modules):
+    """Raises ValueError where a layer trains with another factor than the alpha / r that its configuration will say,
+    such as rsLoRA's."""
+    for name, module in modules.items():
+        r, alpha, scaling = (
+            value["default"] if isinstance(value, dict) else value
+            for value in (module.r, module.lora_alpha, module.scaling)
+        )
+        if not math.isclose(scaling, lora_scaling(alpha, r), rel_tol=1e-6):
+            raise ValueError(
+                f"{name} trains with scaling {scaling:g}, its alpha / r is {lora_scaling(alpha, r):g}: rsLoRA and other"
+                " scalings are not saved; wrap the model with use_rslora=False"
+            )
+
+
 def _adapter_config(model, base_model) -> dict:
     """PEFT's LoraConfig for what `model` holds, such that PEFT, too, finds every tensor of the directory.
 
@@ -299,6 +316,7 @@ def _adapter_config(model, base_model) -> dict:
             " expected"
         )
     r, alpha, dora = next(iter(linear_shapes or expert_shapes))
+    _check_scalings(linears | experts)
     present = {place[0] for place in adaptable(model) if len(place) == 1}
     if len(present) == len(adaptable(model)):  # no routed experts
         settings = {"target_modules": short_names(linears, present)}
@@ -312,7 +330,7 @@ def _adapter_config(model, base_model) -> dict:
         if expert_dora != dora:
             raise ValueError("experts and the other layers must agree on use_dora")
         settings["target_parameters"] += ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        shapes = {projection: (expert_r, expert_alpha / expert_r) for projection in PROJECTIONS}
+        shapes = {projection: (expert_r, lora_scaling(expert_alpha, expert_r)) for projection in PROJECTIONS}
         settings |= expert_patterns(shapes, names=_expert_patterns_on_disk(model, next(iter(experts))))
     dropout = (
         0.0

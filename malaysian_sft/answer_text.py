@@ -11,6 +11,7 @@ from fractions import Fraction
 from functools import cached_property
 
 AMBIGUOUS = "ambiguous"
+ANSWER_WORD = r"jawap(?:an)?|jawab(?:an)?|answer"  # "jawapannya" is one of these and "nya"
 NAMED = r"(?:pilihan|opsyen|opsi|option|choice|huruf|letter|jawapan|jawaban|answer|选项)"
 BOX = "\x02"  # stands for a box in plain text
 LONGEST_BOX = 2000  # characters; more than that is a text, not an answer

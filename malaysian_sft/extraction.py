@@ -11,6 +11,7 @@ from functools import partial
 
 from malaysian_sft.answer_text import (
     AMBIGUOUS,
+    ANSWER_WORD,
     BOX,
     NAMED,
     ONE_LETTER,
@@ -125,8 +126,8 @@ CHOICE_LINKED = re.compile(r"\b(?:betul|benar|tepat|sesuai|akhir|final|saya|my|c
 CONCLUDED = re.compile(rf"(?:\b(?:{THUS})|\bkesimpulan(?:nya)?|\bin conclusion)\b\W*(?:{NAMED}\W*)?$")
 SUMMED = re.compile(r"\b(?:kesimpulan(?:nya)?|conclusion)\b")
 AFTER_LINK = re.compile(
-    rf"(?:\b(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)"
-    r"|\b(?:jawap(?:an)?|jawab(?:an)?|answer)(?:nya)? (?P<value>\d.*)"
+    rf"(?:\b(?:{ANSWER_WORD}|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)"
+    rf"|\b(?:{ANSWER_WORD})(?:nya)? (?P<value>\d.*)"
 )
 LETTER = re.compile(r"(?<![\w\\'’+.*^])(?<!\d-)([A-F])(?![\w'’+*^-]|\s?=)(?=(?P<gap>\s+)?(?P<word>[^\W\d_]+)?)")
 SMALL = re.compile(

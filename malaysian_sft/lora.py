@@ -243,6 +243,16 @@ def disk_name(module: str, part: str) -> str:
     return f"{PREFIX}{module}.{part}" + ("" if part == "lora_magnitude_vector" else ".weight")
 
 
+def scaling_divisor(r, use_rslora=False):
+    """What alpha is divided by: the rank, or its square root for rsLoRA, as in PEFT."""
+    return math.sqrt(r) if use_rslora else r
+
+
+def lora_scaling(alpha, r, use_rslora=False) -> float:
+    """The factor s of s B A. Every scaling of this repository that is not PEFT's own comes from here."""
+    return alpha / scaling_divisor(r, use_rslora)
+
+
 def expert_patterns(shapes: dict, rslora=False, names=None) -> dict:
     """rank_pattern and alpha_pattern for experts of {projection: (rank, scaling)}: for the names on disk, which vLLM
     takes too, and for PEFT's stacks. names: {projection: pattern of the names on disk}, by default the common ones."""
@@ -251,7 +261,7 @@ def expert_patterns(shapes: dict, rslora=False, names=None) -> dict:
         fused = 1 if projection == "down_proj" else 2  # PEFT puts gate and up together
         on_disk = names[projection] if names else rf"mlp\.experts\.\d+\.{projection}"
         for pattern, r in ((on_disk, rank), (rf"mlp\.experts\.{STACK_OF[projection][0]}", fused * rank)):
-            ranks[pattern], alphas[pattern] = r, plain_number(scaling * (r**0.5 if rslora else r))
+            ranks[pattern], alphas[pattern] = r, plain_number(scaling * scaling_divisor(r, rslora))
     return {"rank_pattern": ranks, "alpha_pattern": alphas}
 
 

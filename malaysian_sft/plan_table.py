@@ -37,12 +37,21 @@ def launched_run(launcher):
         return json.loads(record.read_text())
 
 
+def told(what, launchers, results):
+    """The list of `results`, one a launcher; a line on stderr as each comes, because all of them take minutes."""
+    found = []
+    for count, (launcher, result) in enumerate(zip(launchers, results, strict=True), 1):
+        found.append(result)
+        print(f"{what} {count} of {len(launchers)}: {Path(launcher).name}", file=sys.stderr, flush=True)
+    return found
+
+
 def launched_runs(launchers):
     """`launched_run` of each, two at a time: a trainer's imports take seconds."""
     for launcher in launchers:
         check_launcher(launcher)
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(launched_run, launchers))
+        return told("read", launchers, pool.map(launched_run, launchers))
 
 
 def read_config(model, revision, configs):
@@ -152,9 +161,8 @@ def print_all(launchers, wanted, configs=None, write=False):
     asked = (wanted.nodes or 1, wanted.gpus or 8, wanted.gpu_memory)
     hardware = list(dict.fromkeys([asked, *HARDWARE]))
     runs = launched_runs(launchers)
-    plans = [
-        plan_launcher(launcher, run, hardware, wanted, configs) for launcher, run in zip(launchers, runs, strict=True)
-    ]
+    each = (plan_launcher(*launched, hardware, wanted, configs) for launched in zip(launchers, runs, strict=True))
+    plans = told("planned", launchers, each)
     print(f"On {machine_name(asked)}; attention by {wanted.attention}; hours are planned\n")
     print(table([rows[0] for rows in plans]), end="\n\n")
     for row in (rows[0] for rows in plans):

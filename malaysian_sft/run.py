@@ -228,7 +228,10 @@ def count_steps(packs, global_batch_size, num_train_epochs, max_steps=None):
 
 
 def batch_arithmetic(packs, max_seq_length, global_batch_size, world_size, micro_batch, steps_an_epoch, total_steps):
-    """(micro-batches of a rank and step, a line that says how packs become optimiser steps). Asserts that they do."""
+    """(micro-batches of a rank and step, a line that says how packs become optimiser steps). Asserts that they do.
+
+    A second line warns where a step takes more packs than an epoch has.
+    """
     if global_batch_size % (world_size * micro_batch):
         raise ValueError(
             f"--global_batch_size {global_batch_size} is no multiple of {world_size} ranks x {micro_batch} packs"
@@ -236,10 +239,18 @@ def batch_arithmetic(packs, max_seq_length, global_batch_size, world_size, micro
     accumulation = global_batch_size // (world_size * micro_batch)
     assert world_size * micro_batch * accumulation == global_batch_size
     assert steps_an_epoch * global_batch_size >= packs
+    short = (
+        ""
+        if global_batch_size <= packs
+        else (
+            f"\nwarning: --global_batch_size {global_batch_size:,} is more than the {packs:,} packs of an epoch: a step"
+            f" has {packs:,}, an epoch is one step; give {packs:,} or fewer, or more data"
+        )
+    )
     return accumulation, (
         f"{world_size} ranks x {micro_batch} packs x {accumulation} micro-batches = {global_batch_size} packs a step ="
         f" {global_batch_size * max_seq_length:,} tokens at most; {packs:,} packs = {steps_an_epoch:,} steps an epoch,"
-        f" {total_steps / steps_an_epoch:.4g} epochs = {total_steps:,} steps"
+        f" {total_steps / steps_an_epoch:.4g} epochs = {total_steps:,} steps{short}"
     )
 
 

@@ -3,7 +3,7 @@
 import re
 from bisect import bisect_left
 
-from malaysian_sft.answer_text import BOX, NAMED
+from malaysian_sft.answer_text import ANSWER_WORD, BOX, NAMED
 
 # clauses that are read from the end; what a longer response said before is not its answer
 MOST_CLAUSES = 200
@@ -59,7 +59,7 @@ BLOCK = 500  # characters at the end that are searched first
 FARTHEST = 1000
 LONGEST_HEADING = 60
 HEADING = re.compile(
-    r"(?:.*[ ,])?(?:jawap(?:an)?|jawab(?:an)?|answer|kesimpulan)(?:nya)?\b[^:.\n]{0,40}:?|.{0,40}\b(?:ialah|"
+    rf"(?:.*[ ,])?(?:{ANSWER_WORD}|kesimpulan)(?:nya)?\b[^:.\n]{{0,40}}:?|.{{0,40}}\b(?:ialah|"
     r"adalah|is)\s*:"
 )
 # a byte a character, for a search many times as fast as a pattern's: L a letter A to F in either case, w another letter
@@ -68,7 +68,7 @@ SIGNS = bytes(
     ord("L" if chr(code) in "ABCDEFabcdef" else "w" if code < 128 and chr(code).isalnum() else " ")
     for code in range(256)
 )
-VALUE = re.compile(r"(?:jawap(?:an)?|jawab(?:an)?|answer|betul|tepat)(?:nya)?\b")
+VALUE = re.compile(rf"(?:{ANSWER_WORD}|betul|tepat)(?:nya)?\b")
 MOST_BETWEEN = 40  # characters between such a word and the link
 LINK_START = re.compile(LINK_WORDS + "|:|：|=|→|>|–|-")  # LINK; a search skips to the first letters of words alone
 LONGEST_LINK = len("merupakan")

@@ -731,6 +731,56 @@ def test_pefts_stacked_adapters_are_read_merged_and_converted(trained, tmp_path,
     assert torch.allclose(log_probabilities(merged), truth, atol=TOLERANCE, rtol=0)
 
 
+SCALINGS = [
+    {},
+    {"use_rslora": True},
+    {"rank_pattern": {"q_proj": 4, r"layers\.1\.mlp\.up_proj": 2}, "alpha_pattern": {"up_proj": 20}},
+    {"use_rslora": True, "rank_pattern": {"mlp.*": 3}, "alpha_pattern": {r"layers\.0\..*": 5, "v_proj": 7}},
+]
+
+
+@pytest.mark.parametrize("settings", SCALINGS)
+def test_the_scaling_read_is_that_of_peft_and_of_vllm(tmp_path, settings):
+    from peft import LoraConfig, get_peft_model
+    from vllm.lora.peft_helper import PEFTHelper
+
+    targets = ["q_proj", "v_proj", "up_proj"]
+    config = LoraConfig(r=6, lora_alpha=9, target_modules=targets, task_type="CAUSAL_LM", **settings)
+    model = get_peft_model(tiny_model("llama", head_dim=HEAD_DIM), config)
+    model.save_pretrained(tmp_path)
+    truth = {
+        name.removeprefix("base_model.model."): (module.r["default"], module.scaling["default"])
+        for name, module in model.named_modules()
+        if "default" in getattr(module, "lora_A", {})
+    }
+    read = {name: (slot.rank, slot.scaling) for name, slot in Adapter(tmp_path).slots.items()}
+    assert read.keys() == truth.keys()
+    served = PEFTHelper.from_dict(json.loads((tmp_path / CONFIG).read_text()))
+    for name, expected in truth.items():
+        assert read[name] == pytest.approx(expected) and served.get_rank_and_scaling(name) == pytest.approx(expected)
+    assert len({scaling for _, scaling in truth.values()}) > 1 or "alpha_pattern" not in settings
+
+
+def test_a_model_with_rslora_is_not_saved_as_one_without(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM", use_rslora=True)
+    model = get_peft_model(tiny_model("llama", head_dim=HEAD_DIM), config)
+    with pytest.raises(ValueError, match="q_proj trains with scaling 4, its alpha / r is 2: rsLoRA and other"):
+        save_adapter(model, tmp_path / "a", "tiny", allow_zero=True)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"up_proj": 40}}])
+def test_an_adapter_of_another_scaling_is_not_trained_on(trained, tmp_path, change):
+    directory = trained("llama", "lora").copy(tmp_path)
+    (directory / MANIFEST).unlink()
+    edit_config(directory, **change)
+    model, _ = adapted("llama", "lora")
+    with pytest.raises(ValueError, match="has scaling .*, the model has 2"):
+        load_adapter(model, directory)
+
+
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
 def test_a_stack_on_its_own_is_told_apart_by_the_configuration(trained, tmp_path, name):
     truth = log_probabilities(peft_stacked("qwen3_moe", tmp_path / "one", names=[f"mlp.experts.{name}"]))

@@ -138,6 +138,33 @@ def test_rates_are_the_repositorys_from_any_directory(runs, tmp_path, monkeypatc
     assert before == ((ROOT / "README.md").read_bytes(), path.read_bytes())
 
 
+def test_progress_is_on_stderr_alone(runs, monkeypatch, capsys):
+    path = ROOT / "ds3-qwen3-32b-lora-256.sh"
+    came = []
+
+    def run_of(launcher):
+        came.append(capsys.readouterr().err)
+        return runs[path]
+
+    monkeypatch.setattr(plan_table, "launched_run", run_of)
+    plan_table.print_all([path], PlanArguments(), CONFIGS["Qwen3-32B"].parent)
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [f"read 1 of 1: {path.name}", f"planned 1 of 1: {path.name}"]
+    assert out.startswith("On 8 x 80 GB") and " of 1: " not in out and came == [""]
+
+
+def test_progress_comes_with_each_result(capsys):
+    shown = []
+
+    def results():
+        for n in (1, 2):
+            shown.append(capsys.readouterr().err)
+            yield n
+
+    assert plan_table.told("read", ["x/a.sh", "x/b.sh"], results()) == [1, 2]
+    assert shown == ["", "read 1 of 2: a.sh\n"] and capsys.readouterr().err == "read 2 of 2: b.sh\n"
+
+
 def test_bad_input_is_named(tmp_path, monkeypatch):
     broken = tmp_path / "ds3-mine.sh"
     broken.write_text("echo nothing starts >&2; exit 3\n")

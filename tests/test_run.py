@@ -105,6 +105,15 @@ def test_batch_arithmetic():
         batch_arithmetic(100, 16384, 12, 8, 1, 4, 12)
 
 
+@pytest.mark.parametrize("packs", [32, 31, 3])
+def test_a_step_larger_than_an_epoch_is_said(packs):
+    _, said = batch_arithmetic(packs, 1024, 32, 8, 1, *count_steps(packs, 32, 3))
+    first, *warning = said.splitlines()
+    assert f"; {packs} packs = 1 steps an epoch, 3 epochs = 3 steps" in first
+    wanted = f"warning: --global_batch_size 32 is more than the {packs} packs of an epoch: a step has {packs}, an epoch"
+    assert [line.startswith(wanted) for line in warning] == ([] if packs == 32 else [True])
+
+
 def test_facts_are_what_a_resumed_run_must_share():
     arguments = {"seed": 42, "r": 8, "lora_alpha": None, "report_to": "none"}
     facts = run_facts(arguments, "abc", 12)
