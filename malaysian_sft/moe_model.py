@@ -133,6 +133,20 @@ class ModelWithLoss(nn.Module):
         self.document_numbers = takes_document_numbers(causal_lm)
         self.with_norms = [module for module in causal_lm.modules() if isinstance(module, (FusedMoELoRA, LoraLinear))]
 
+    def train(self, mode=True):
+        """As torch's, but blocks of experts and their routers stay as they are when served: noise on what they see or
+        choose (Mixtral's router_jitter_noise, Phi-MoE's sparsemixer) would train experts for tokens that are not
+        theirs."""
+        super().train(mode)
+        for block in self.causal_lm.modules():
+            children = list(block.children())
+            if any(isinstance(child, FusedMoELoRA) for child in children):
+                block.training = False
+                for child in children:  # a shared expert may have dropout before its LoRA
+                    if not any(isinstance(module, (FusedMoELoRA, LoraLinear)) for module in child.modules()):
+                        child.eval()
+        return self
+
     def forget_norms(self):
         """To be called after every optimiser step: DoRA's row norms, and what is gathered, are of the adapter as it
         was."""

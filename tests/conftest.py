@@ -65,6 +65,7 @@ FAMILIES = {
         {**MOE, "num_experts": 8, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
     ),
     "mixtral": ("MixtralConfig", {"num_experts_per_tok": 2, "num_local_experts": 4}),
+    "phimoe": ("PhimoeConfig", {"num_experts_per_tok": 2, "num_local_experts": 4}),
     "minimax_m2": ("MiniMaxM2Config", {"num_experts_per_tok": 2, "num_local_experts": 4}),
     "olmoe": ("OlmoeConfig", {"num_experts_per_tok": 2, "num_experts": 4}),
     "ernie4_5_moe": ("Ernie4_5_MoeConfig", {"moe_k": 2, "moe_num_experts": 4, "moe_intermediate_size": 32}),

@@ -4,11 +4,13 @@ equal to transformers with the weights worked out by hand from the files.
 A family is one line in conftest.FAMILIES. What a checkpoint calls its experts is transformers' to say.
 """
 
+import copy
 import json
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GraniteMoeConfig, Qwen3_5MoeConfig
 
@@ -20,7 +22,7 @@ from malaysian_sft.disk_names import DiskNames
 from malaysian_sft.load_base import load_weights, reset_adapter
 from malaysian_sft.lora import PREFIX, WEIGHTS, LoraArguments, apply_lora, base_shapes
 from malaysian_sft.merge import merge_adapter
-from malaysian_sft.moe_model import build_model
+from malaysian_sft.moe_model import ModelWithLoss, build_model
 from malaysian_sft.run import setup_distributed
 from malaysian_sft.verify import verify_adapter
 
@@ -151,3 +153,28 @@ def test_experts_that_cannot_be_named_are_refused_before_training():
     wrap_experts(model, 2, 4)
     with pytest.raises(ValueError, match="input_linear.weight: experts that a checkpoint keeps whole under this name"):
         apply_lora(model, LoraArguments(r=4))
+
+
+@pytest.mark.parametrize(
+    "class_name, noise",
+    [
+        ("MixtralConfig", {"router_jitter_noise": 0.5}),
+        ("PhimoeConfig", {"router_jitter_noise": 0.5, "input_jitter_noise": 0.5}),
+    ],
+)
+def test_routers_are_trained_with_as_they_are_served(class_name, noise):
+    """transformers' own model in training draws noise; ours in training is what transformers' gives in evaluation."""
+    config = getattr(transformers, class_name)(
+        **COMMON, num_experts_per_tok=2, num_local_experts=4, attn_implementation="eager", **noise
+    )
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config)
+    ids = torch.randint(0, config.vocab_size, (1, 50))
+    with torch.no_grad():
+        noisy, expected = theirs.train()(ids).logits, theirs.eval()(ids).logits
+        assert (noisy - expected).abs().max() > 1e-3
+        ours = copy.deepcopy(theirs)
+        wrap_experts(ours, 8, 16)
+        model = ModelWithLoss(ours).train()
+        assert ours.model.layers[0].mlp.experts.training and model.training
+        torch.testing.assert_close(ours(ids).logits, expected, rtol=1e-4, atol=1e-5)

@@ -208,7 +208,7 @@ def reference_loss(reference, weights, pack):
 def plain_model(checkpoint):
     return AutoModelForCausalLM.from_pretrained(
         checkpoint, attn_implementation="eager", experts_implementation="eager"
-    ).train()
+    ).eval()  # what is trained is what is served
 
 
 def random_pack(*lengths):
