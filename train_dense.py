@@ -154,7 +154,7 @@ class DenseTrainingArguments(TrainingArguments):
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False  # it would log the mean of earlier losses in place of one that is not finite
     save_strategy: str = "epoch"
-    save_steps: int | None = field(default=None, metadata={"help": "save every so many steps, in place of epochs"})
+    save_steps: int | None = field(default=None, metadata={"help": "save every so many steps as well as every epoch"})
     report_to: str = field(default="wandb", metadata={"help": "wandb, trackio, none, ..."})
     remove_unused_columns: bool = False
     dataloader_num_workers: int = 0

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import SaveStrategy
 
 import multipack
 from malaysian_sft.documents_apart import takes_document_numbers, with_document_numbers
@@ -64,6 +65,9 @@ class StopWhenTold(TrainerCallback):
             control.should_log = control.should_evaluate = False
             saved = Path(args.output_dir, f"checkpoint-{state.global_step}", "resume")
             control.should_save = state.global_step > 0 and not saved.exists()
+        elif args.save_strategy == SaveStrategy.STEPS and state.global_step < state.max_steps:
+            # --save_steps saves as well as every epoch, as train_moe.py's; the last step is saved anyway
+            control.should_save = control.should_save or state.global_step % state.save_steps != 0
 
 
 def collator(model):

@@ -1,7 +1,10 @@
 """Command lines that no program can follow: one line that names the flag, before anything is read or written."""
 
+import dataclasses
 import importlib
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +69,33 @@ def test_what_is_right_is_taken(monkeypatch):
     (args,) = parse_flags(Arguments, words.split())
     check_arguments(args)
     assert (args.top_p, args.top_k, args.temperature, args.serve_lora) == (1.0, -1, 0.0, True)
+
+
+def fields_of(*groups):
+    """{flag: its default} of dataclasses."""
+    return {
+        field.name: None if field.default is dataclasses.MISSING else field.default
+        for group in groups
+        for field in dataclasses.fields(group)
+    }
+
+
+def test_the_page_of_flags_is_that_of_the_trainers():
+    import train_dense
+    import train_moe
+
+    moe = fields_of(train_moe.TrainingArguments, train_moe.DataArguments, train_moe.LoraArguments)
+    ours = train_dense.DenseTrainingArguments
+    dense = fields_of(train_dense.ModelArguments, train_dense.DataArguments, train_dense.LoraArguments, ours)
+    text = (Path(__file__).parents[1] / "docs" / "flags.md").read_text(encoding="utf-8")
+    parts = re.split(r"^(?:## |Refused)", text, flags=re.MULTILINE)[1:]
+    found = [
+        set(re.findall(r"`--(\w+)[^`]*`(?=[^|]*\|)", re.sub(r"^\| ([^|]*\|).*", r"\1", part, flags=re.M)))
+        for part in parts
+    ]
+    only_moe, only_dense, refused, other = found
+    assert only_moe == moe.keys() - dense.keys()
+    assert only_dense == ours.__annotations__.keys() - moe.keys()
+    assert refused == train_dense.NOT_HERE.keys()
+    differ = {name for name in moe.keys() & dense.keys() if moe[name] != dense[name]}
+    assert other >= differ and other <= moe.keys() & dense.keys()

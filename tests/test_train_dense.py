@@ -467,6 +467,13 @@ def test_validation_loss_is_that_of_the_held_out_documents(workspace, processes,
     assert found == pytest.approx(total / count, rel=1e-5), done.stderr[-3000:]
 
 
+def test_every_so_many_steps_are_saved_and_every_epoch(workspace, main):
+    main("often", "--save_steps", "5", "--max_steps", str(STEPS_AN_EPOCH + 1))
+    saved = {int(path.name.split("-")[1]) for path in (workspace / "outputs" / "often").glob("checkpoint-*")}
+    wanted = {step for step in range(1, STEPS_AN_EPOCH + 2) if step % 5 == 0}
+    assert saved == wanted | {STEPS_AN_EPOCH, STEPS_AN_EPOCH + 1}
+
+
 def test_validation_and_saving_are_no_part_of_a_step_s_speed(workspace, main, monkeypatch):
     late = [0.0]
 
