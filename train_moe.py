@@ -23,6 +23,7 @@ is all that a resumed run must know of either.
 
 import contextlib
 import dataclasses
+import gc
 import math
 import sys
 import time
@@ -53,6 +54,7 @@ from malaysian_sft.run import (
     NotFinite,
     batch_arithmetic,
     claim,
+    collector_at_rest,
     count_steps,
     is_main,
     learning_rate_factor,
@@ -259,6 +261,7 @@ def micro_batches(dataset, indices, micro_batches_a_rank):
     return batches
 
 
+COLLECT_EVERY = 100  # steps; see collector_at_rest
 EMPTY_PACK = [{"input_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.full((2,), multipack.IGNORE)}]
 
 
@@ -319,6 +322,7 @@ def forward_backward(model, batches, supervised, args, device, packs=None, stop=
         if ring is not None:
             ring.adapters.finish()
         totals += torch.stack([loss.detach(), auxiliary.detach()])
+        gc.collect(1)  # see collector_at_rest
     return totals
 
 
@@ -484,12 +488,15 @@ def train_steps(run, step, checkpoints, log, planned):
     gemm_flops = measure_gemm() if cuda else None
     quiet = not (is_main() and sys.stderr.isatty())
     run.stop.begin_training()
-    with tqdm(total=run.total_steps, initial=step, desc=args.run_name, unit="step", disable=quiet) as bar:
+    bar = tqdm(total=run.total_steps, initial=step, desc=args.run_name, unit="step", disable=quiet)
+    with collector_at_rest(), bar:
         while step < run.total_steps and not run.stop.agreed():
             record = optimizer_step(run, step, checkpoints)
             if record is None:
                 break
             step += 1
+            if step % COLLECT_EVERY == 0:
+                gc.collect()
             skipped = record.pop("documents", None)
             end_of_epoch, last = step % run.steps_an_epoch == 0, step == run.total_steps
             if run.dataset.validation is not None and (end_of_epoch or last):

@@ -271,12 +271,15 @@ def child(job):
     """One process of a configuration; rank 0 writes the record, or what went wrong."""
     import torch
 
+    from malaysian_sft.run import collector_at_rest
+
     record = {}
     try:
         run = Run(job)
-        record |= run.measure()
-        record |= run.profile()
-        record["host_ms_a_layer"] = run.host_ms()
+        with collector_at_rest():
+            record |= run.measure()
+            record |= run.profile()
+            record["host_ms_a_layer"] = run.host_ms()
         if run.dist.get_rank() == 0:
             Path(job["result"]).write_text(json.dumps(record))
         run.dist.barrier()

@@ -1,6 +1,7 @@
 """train_moe.py against transformers, PEFT's definitions of LoRA and DoRA, and a plain single-process loop; runs that
 are killed."""
 
+import gc
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1019,3 +1021,25 @@ def test_another_run_is_not_resumed(one_process, tmp_path):
         SystemExit, match="error: --resume: base .*other: .* is not that of .*: this is another base model's adapter"
     ):
         train_moe.main(moved(one_process[0], tmp_path / "run", "--resume", "True", "--model_name_or_path", other))
+
+
+def test_the_collector_runs_once_a_micro_batch_and_no_more(checkpoints, conversations, tmp_path, monkeypatch):
+    """What refers to itself is gone when a micro-batch is over; nothing else starts the collector in training, and
+    afterwards all is as before."""
+    seen, forward = [], train_moe.optimizer_step
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+    def watched(*args):
+        cycle = Cycle()
+        alive = weakref.ref(cycle)
+        del cycle
+        record = forward(*args)
+        seen.append((gc.isenabled(), alive() is None))
+        return record
+
+    monkeypatch.setattr(train_moe, "optimizer_step", watched)
+    train_moe.main(arguments(checkpoints["qwen3_moe"], conversations, tmp_path / "run", "--max_steps", 2))
+    assert seen == [(False, True)] * 2 and gc.isenabled() and gc.get_freeze_count() == 0
