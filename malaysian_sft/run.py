@@ -145,8 +145,8 @@ def setup_distributed(seconds=1800):
 def collector_at_rest():
     """Within: Python's garbage collector runs only where it is told to, young objects once a micro-batch.
 
-    By itself it takes 0.28 ms a layer of the thread that launches kernels (forward and backward, measured on a CPU), and
-    each rank at another time. It finds nothing that holds a tensor.
+    By itself it takes 0.28 ms a layer of the thread that launches kernels (forward and backward, on a CPU), and each
+    rank at another time. It finds nothing that holds a tensor.
     """
     gc.collect()
     gc.freeze()  # the model and all modules: a later collection need not look at them
