@@ -182,7 +182,8 @@ def look(browser, made):
         page.on("request", lambda asked: None if asked.url.startswith(("file:", "data:", "blob:"))
                 else faults.append(asked.url))  # fmt: skip
         page.goto(Path(path or made["path"]).as_uri())
-        page.wait_for_function("document.querySelector('#list details') !== null")
+        # not wait_for_function: the page's policy forbids what it evaluates, unless it is true at once
+        page.locator("#list details").first.wait_for(state="attached")
         return page
 
     opened.faults = faults
@@ -202,7 +203,8 @@ def test_the_page_never_scrolls_sideways(look, width):
     page = look(width)
     for place in (0, 3, 7):  # 3 is hostile, 7 long
         page.locator("#list summary").nth(place).click()
-    page.wait_for_function("document.querySelectorAll('#list h3').length === 12")
+    page.locator("#list h3").nth(11).wait_for(state="attached")
+    assert page.locator("#list h3").count() == 12
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     outside = """width => [...document.querySelectorAll('body *')].filter(e => !e.closest('.wide') &&
         e.getBoundingClientRect().right > width + 0.5).map(e => e.tagName + ' ' + e.id)"""
