@@ -72,11 +72,12 @@ CONCEDED = re.compile(
 # the writer takes back what was said; what follows is concluded anew
 RETRACTED = re.compile(
     r"(?:[.!?…\n,]\s{0,9}|^)(?:(?:tunggu|wait)(?: (?:dulu|sebentar|sekejap|a minute))?\s?[,.!…]|"
-    r"(?:maaf,? )?(?:saya|i) (?:ter)?"
-    r"(?:silap|salah|was wrong|made a mistake)\b|let me reconsider|"
+    r"(?P<mine>(?:maaf,? )?(?:saya|i) (?:ter)?"
+    r"(?:silap|salah|was wrong|made a mistake))\b|let me reconsider|"
     r"(?:itu|that is|that's) (?:salah|silap|wrong)\s?[.!])",
     re.I,
 )
+NOTHING_MORE = re.compile(r"\W{0,20}(?:(?:tadi|di (?:situ|sini)|there|here|lah)\W{0,20}){0,3}", re.I)
 COORDINATE = re.compile(r"\W*(?:manakala|sedangkan|sementara|while|whereas)\b", re.I)
 MORE = re.compile(r"\b(?:lebih|paling|more|most|better|best)\b")
 SIGNS_OF_SUMS = ("+", "×", "÷")
@@ -433,12 +434,16 @@ def letter_of(text, boxes, options, cut):
     """The letter, AMBIGUOUS or None that a text says in which `BOX` stands for the boxes."""
     text = plain(text)
     letter = decide(statements_from_end(text, options, boxes), cut)
-    ends = [match.end() for match in RETRACTED.finditer(text)]
-    if ends:
-        rest = text[ends[-1] :]
+    retracted = [*RETRACTED.finditer(text)]
+    if retracted:
+        rest = text[retracted[-1].end() :]
         later = [said for said in statements_from_end(rest, options, boxes[len(boxes) - rest.count(BOX) :])]
         if later and later[0][0] == CONCLUSION and all(kind != FINAL for kind, _ in later):
             letter = later[0][1]
+        elif retracted[-1]["mine"] and not later:  # taken back: what stands in its place, if anything does
+            letter = read_piece(rest.strip(" .,:;!\n"), options) or (
+                AMBIGUOUS if NOTHING_MORE.fullmatch(rest) else letter
+            )
     return read_lines(text, options) if letter is None and not cut else letter
 
 
