@@ -299,6 +299,8 @@ def child(job):
 
 def start(job, seconds):
     """Run a configuration; returns its record."""
+    from malaysian_sft.launch import set_defaults
+
     with tempfile.TemporaryDirectory() as folder:
         job["result"] = str(Path(folder, "record.json"))
         command = [sys.executable]
@@ -306,7 +308,8 @@ def start(job, seconds):
             command += "-m torch.distributed.run --rdzv_backend c10d --rdzv_endpoint localhost:0".split()
             command += ["--nproc_per_node", str(job["gpus"]), "--"]
         command += [str(Path(__file__).resolve()), "--child", json.dumps(job)]
-        environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
+        environment = dict(os.environ)
+        set_defaults(environment)  # as the launchers do
         try:
             done = subprocess.run(command, env=environment, timeout=seconds)
             outcome = {"outcome": f"exit code {done.returncode}"}

@@ -33,6 +33,8 @@ DEFAULTS = {
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # torchrun's own 30 s are less than a step and a save
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",  # torchrun's own default, without its notice
+    # packs differ in length: what one leaves free in fixed segments does not fit the next, and more is held than planned
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 LOOPBACK = "127.0.0.1"
 # what gloo and NCCL take to find each other on; NCCL's data goes over NVLink or shared memory all the same
@@ -110,9 +112,16 @@ def failure_line(error):
     return None
 
 
-def main(argv=None):
+def set_defaults(environment):
+    """Put `DEFAULTS` into a dict of environment variables, where the user has said nothing else."""
+    asked = "PYTORCH_ALLOC_CONF" in environment  # the newer name
     for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
+        if not (asked and name == "PYTORCH_CUDA_ALLOC_CONF"):
+            environment.setdefault(name, value)
+
+
+def main(argv=None):
+    set_defaults(os.environ)
     logging.disable(logging.CRITICAL)  # torchrun's own reports of what ranks have said
     args = parse_args(argv)
     try:

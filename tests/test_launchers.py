@@ -108,6 +108,24 @@ def test_a_launcher_runs_on_two_cpu_processes(tmp_path):
     assert all((t.bfloat16().float() != t).any() for t in saved.values()), "fp32 is trained and saved, not a bf16 copy"
 
 
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({}, ["expandable_segments:True", ""]),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, ["backend:native", ""]),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, ["", "backend:native"]),
+    ],
+)
+def test_ranks_get_the_allocator_that_peaks_were_measured_with(tmp_path, given, expected):
+    names = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    script = tmp_path / "rank.py"
+    script.write_text(f"import os\nprint('here:', [os.environ.get(name, '') for name in {names!r}])\n")
+    env = {name: value for name, value in os.environ.items() if name not in names} | given | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "malaysian_sft.launch", "--nproc_per_node", "1", "--standalone", "--", script]
+    done = subprocess.run(map(str, command), env=env, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert f"here: {expected!r}" in done.stdout, done.stderr[-2000:]
+
+
 def quickstart_calls(workspace, *flags):
     """What quickstart.sh would start in `workspace`: {script: its flags}, and every call in order."""
     calls = calls_of(workspace / "quickstart.sh", workspace, *flags)
