@@ -33,7 +33,7 @@ DEFAULTS = {
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # torchrun's own 30 s are less than a step and a save
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "OMP_NUM_THREADS": "1",  # torchrun's own default, without its notice
-    # packs differ in length: what one leaves free in fixed segments does not fit the next, and more is held than planned
+    # packs differ in length: what one leaves free in fixed segments does not fit the next, and more is held
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
 }
 LOOPBACK = "127.0.0.1"
