@@ -76,7 +76,9 @@ def make_model(config, dtype):
     from malaysian_sft.attention import register_attention
 
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register_attention())
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=register_attention(masks=False)
+        )
 
 
 def our_trainer(job, config, packs, steps):

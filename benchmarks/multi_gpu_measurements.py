@@ -303,7 +303,7 @@ def dense(job):
     config = tiny_dense_config() if name == "tiny" else published_config(name)
     planned = train_dense.check_memory(config, data_args, lora_args, training_args)
     dtype = torch.bfloat16 if cuda else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register_attention())
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=register_attention(masks=False))
     trainer = train_dense.DenseTrainer(
         model=dense_model.adapt(model, lora_args, training_args),
         args=training_args,

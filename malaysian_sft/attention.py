@@ -182,11 +182,18 @@ def _no_mask(*args, attention_mask=None, **kwargs):
     return attention_mask
 
 
-def register_attention() -> str:
-    """Register packed_attention with transformers under the name it returns, for `attn_implementation=`."""
+def register_attention(masks: bool = True) -> str:
+    """Register packed_attention with transformers under the name it returns, for `attn_implementation=`.
+
+    masks: whether a model may be given an attention_mask, so that it is refused. Without, as in training, transformers
+    makes no mask, and drops one it is given; and it does not look for documents in position_ids, which waits for the
+    GPU at the start of every forward.
+    """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", _no_mask)
-    return "packed"
+    name = "packed" if masks else "packed_without_masks"
+    AttentionInterface.register(name, packed_attention)
+    if masks:
+        AttentionMaskInterface.register(name, _no_mask)
+    return name

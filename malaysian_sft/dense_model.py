@@ -25,7 +25,7 @@ def build_model(model_args, lora_args, training_args):
         revision=revision,
         config=load_config(name, revision).get_text_config(),
         dtype=torch.bfloat16 if training_args.bf16 else torch.float32,
-        attn_implementation=register_attention(),
+        attn_implementation=register_attention(masks=False),
         output_loading_info=True,
         use_safetensors=True,
     )

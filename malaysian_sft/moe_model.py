@@ -184,7 +184,9 @@ def build_model(config, args, lora_args):
     activations = "full" if args.activations == "auto" else args.activations
     with torch.device("meta"):
         causal_lm = AutoModelForCausalLM.from_config(
-            config.get_text_config(), dtype=getattr(torch, args.dtype), attn_implementation=register_attention()
+            config.get_text_config(),
+            dtype=getattr(torch, args.dtype),
+            attn_implementation=register_attention(masks=False),
         )
         wrap_experts(
             causal_lm,
