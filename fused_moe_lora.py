@@ -108,6 +108,13 @@ def dora_norm(weight, weight_norms_squared, lora_A, lora_B, scaling):
     return (weight_norms_squared + 2 * scaling * cross + scaling**2 * square).clamp_min_(0).sqrt_()
 
 
+def in_place(held, fresh):
+    """The tensors `fresh`, in the places of those in `held` where there are any."""
+    if held is None or any(tensor is None for tensor in held):
+        return fresh
+    return [tensor.copy_(value) for tensor, value in zip(held, fresh, strict=True)]
+
+
 class FusedMoELoRA(nn.Module):
     """Routed experts with a frozen base and trainable LoRA (or DoRA) on gate, up and down of every expert.
 
@@ -231,20 +238,32 @@ class FusedMoELoRA(nn.Module):
         cache_norms=True."""
         self._norms = None
 
+    def renew_norms(self):
+        """||W + s B A|| of the adapter as it is now, where it is cached, if it is."""
+        self._norms = in_place(self._norms, self._row_norms())
+
+    @property
+    def has_norms(self):
+        return self.use_dora
+
+    def _row_norms(self):
+        """||W + s B A|| of gate, up and down."""
+        if self._weight_norms is None:
+            self._weight_norms = [squared_row_norms(weight) for weight in self.base_weights()]
+        gate_up, down = self.base_weights()
+        gate, up = gate_up.chunk(2, dim=1)
+        (gate_squares, up_squares), down_squares = self._weight_norms[0].chunk(2, dim=1), self._weight_norms[1]
+        frozen = (gate, gate_squares), (up, up_squares), (down, down_squares)
+        return [
+            dora_norm(*pair, getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B"), self.scaling)
+            for pair, (name, *_) in zip(frozen, self.projections(), strict=True)
+        ]
+
     def _dora_scales(self):
         if not self.use_dora:
             return None, None, None
-        if self._weight_norms is None:
-            self._weight_norms = [squared_row_norms(weight) for weight in self.base_weights()]
         if self._norms is None or not self.cache_norms:
-            gate_up, down = self.base_weights()
-            gate, up = gate_up.chunk(2, dim=1)
-            (gate_squares, up_squares), down_squares = self._weight_norms[0].chunk(2, dim=1), self._weight_norms[1]
-            frozen = (gate, gate_squares), (up, up_squares), (down, down_squares)
-            self._norms = [
-                dora_norm(*pair, getattr(self, f"{name}_lora_A"), getattr(self, f"{name}_lora_B"), self.scaling)
-                for pair, (name, *_) in zip(frozen, self.projections(), strict=True)
-            ]
+            self._norms = self._row_norms()
         magnitudes = [getattr(self, f"{name}_lora_magnitude") for name, *_ in self.projections()]
         return tuple(magnitude.float() / norm for magnitude, norm in zip(magnitudes, self._norms, strict=True))
 

@@ -45,7 +45,9 @@ from malaysian_sft.flags import check_values, parse_flags
 from malaysian_sft.load_base import load_weights, reset_adapter
 from malaysian_sft.lora import LoraArguments
 from malaysian_sft.memory import compare_peak, need
+from malaysian_sft.micro_batches import micro_batches, packs_of_step, to_batch, to_device
 from malaysian_sft.moe_model import build_model, make_mesh, shard
+from malaysian_sft.pack_graphs import PackGraphs, refuse_graphs
 from malaysian_sft.plan_page import dry_run
 from malaysian_sft.planning import default_mode, settle, this_machine, trainer_flags
 from malaysian_sft.ranks import Stop, on_the_first, one_last_line
@@ -164,6 +166,15 @@ class TrainingArguments:
             )
         },
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": (
+                "pad every pack to --max_seq_length and launch its forward and backward as two CUDA graphs, where the"
+                " host is slower than the GPU (pack_graphs.py)"
+            )
+        },
+    )
     save_steps: int | None = field(
         default=None, metadata={"help": "checkpoint every so many steps as well as every epoch"}
     )
@@ -238,51 +249,7 @@ def settle_memory(config, args, data_args, lora_args):
     return dataclasses.replace(settled, memory_mode=mode), planned
 
 
-def packs_of_step(dataset, step, steps_an_epoch, global_batch_size):
-    """Indices of the packs of optimiser step `step` (0-based, over the whole run), in order; sets the dataset's
-    epoch."""
-    epoch, step = divmod(step, steps_an_epoch)
-    if dataset.epoch != epoch:
-        dataset.set_epoch(epoch)
-    return range(step * global_batch_size, min((step + 1) * global_batch_size, len(dataset)))
-
-
-def micro_batches(dataset, indices, micro_batches_a_rank):
-    """This rank's share of the step's packs, as batches on the CPU: every world_size-th pack.
-
-    The last step of an epoch may have fewer packs than there are places. A place without a pack gets one without
-    targets, because every rank has to take part in every forward and backward.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    batches = []
-    for i in range(micro_batches_a_rank):
-        place = i * world + rank
-        batches.append(to_batch(dataset[indices[place]] if place < len(indices) else EMPTY_PACK))
-    return batches
-
-
 COLLECT_EVERY = 100  # steps; see collector_at_rest
-EMPTY_PACK = [{"input_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.full((2,), multipack.IGNORE)}]
-
-
-def to_batch(pack):
-    """multipack.collate's batch of one pack, its labels replaced by `predicting` (n,), the positions whose next token
-    is supervised, and `targets` (n,), those tokens. Found here, on the CPU, so that only these reach the head and
-    nothing waits."""
-    batch = multipack.collate([pack])
-    # (T,); a document's first label is always ignored, so none is predicted across a border
-    labels = batch.pop("labels")[0]
-    predicting = (labels[1:] != multipack.IGNORE).nonzero()[:, 0]
-    batch["predicting"], batch["targets"] = predicting, labels[predicting + 1]
-    return batch
-
-
-def to_device(batch, device):
-    """The batch's tensors on the device, copied without waiting."""
-    pinned = {
-        k: v.pin_memory() if device.type == "cuda" and isinstance(v, torch.Tensor) else v for k, v in batch.items()
-    }
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in pinned.items()}
 
 
 def make_optimizer(model, args):
@@ -318,10 +285,13 @@ def forward_backward(model, batches, supervised, args, device, packs=None, stop=
         if ring is not None:  # across copies of the model, gradients are reduced once a step
             ring.adapters.begin(reduces=last or args.reduce_every_micro_batch, last=last)
         loss, auxiliary = model(to_device(batch, device))
-        (loss / supervised + auxiliary * (args.router_aux_loss_coef / packs)).backward()
+        # in this thread: one that autograd starts for the GPU has to ask this one for Python's lock, kernel by kernel
+        with torch.autograd.set_multithreading_enabled(False):
+            (loss / supervised + auxiliary * (args.router_aux_loss_coef / packs)).backward()
         if ring is not None:
             ring.adapters.finish()
         totals += torch.stack([loss.detach(), auxiliary.detach()])
+        del loss, auxiliary  # and with them what autograd kept, before the next is computed or recorded
         gc.collect(1)  # see collector_at_rest
     return totals
 
@@ -399,9 +369,10 @@ class Run:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
-def load_model(config, args, lora_args, directory, mesh, device):
+def load_model(config, args, data_args, lora_args, directory, mesh, device):
     """(PeftModel, ModelWithLoss) with the base's weights and the adapter's start values, sharded. Collective."""
     peft_model, model = build_model(config, args, lora_args)
+    refuse_graphs(model, args, lora_args, device)
     ring = shard(model, mesh, args, lora_args.use_dora)
     load_weights(model.causal_lm, directory, device, ring)
     for module in model.modules():
@@ -409,6 +380,7 @@ def load_model(config, args, lora_args, directory, mesh, device):
             setattr(module, name, buffer.to(device))
     reset_adapter(model.causal_lm, args.seed, ring)
     refuse_leaks(model, device)
+    model.graphs = PackGraphs(model, data_args.max_seq_length) if args.cuda_graphs else None
     return peft_model, model
 
 
@@ -554,7 +526,7 @@ def train_claimed(args, data_args, lora_args, stop, device, mesh):
         refuse_another_run(facts, *recorded_facts(resume_from))
         refuse_another_base(resume_from, args.model_name_or_path, args.model_revision)
 
-    peft_model, model = load_model(config, args, lora_args, directory, mesh, device)
+    peft_model, model = load_model(config, args, data_args, lora_args, directory, mesh, device)
     optimizer = make_optimizer(model, args)
     checkpoints = Checkpointer(peft_model, model, optimizer, args, lora_args, tokenizer, facts)
     step = checkpoints.load(resume_from) if resume_from else 0

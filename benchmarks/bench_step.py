@@ -63,6 +63,7 @@ def parse():
     parser.add_argument("--base_dtype", default=None, help="fp8: frozen experts stored in FP8")
     parser.add_argument("--expert_arithmetic", default=None, help="fp8: experts stored in FP8 compute in FP8")
     parser.add_argument("--frugal_layers", default=None, help="default: as the trainer chooses")
+    parser.add_argument("--cuda_graphs", default=None, help="True or False; default: as the trainer has it")
     parser.add_argument("--seconds", type=float, default=280, help="limit of one configuration")
     parser.add_argument("--out", default=str(ROOT / "results" / "step.json"))
     parser.add_argument("--plot", default=None, help="draw the records of --out to this PNG, and stop")
@@ -84,6 +85,7 @@ class Run:
         import torch.distributed as dist
 
         import train_moe
+        from malaysian_sft import pack_graphs
         from malaysian_sft.moe_model import make_mesh
         from malaysian_sft.run import setup_distributed
 
@@ -96,11 +98,14 @@ class Run:
         flags += f" --use_dora {job['adapter'] == 'dora'} --max_seq_length {job['tokens']}"
         flags += " --report_to none --ignore_plan True"
         flags += f" --global_batch_size {job['packs'] * self.world}"
-        for name in ("memory_mode", "gather_base", "frugal_layers", "base_dtype", "expert_arithmetic"):
+        for name in ("memory_mode", "gather_base", "frugal_layers", "base_dtype", "expert_arithmetic", "cuda_graphs"):
             flags += f" --{name} {job[name]}" if job[name] is not None else ""
         self.args, self.data_args, self.lora_args = train_moe.parse(flags.split())
         self.args, self.planned = train_moe.settle_memory(self.config, self.args, self.data_args, self.lora_args)
         self.model = slices.build_run(self.config, self.args, self.lora_args, self.device, self.mesh)
+        pack_graphs.refuse_graphs(self.model, self.args, self.lora_args, self.device)
+        self.graphs = self.args.cuda_graphs
+        self.model.graphs = pack_graphs.PackGraphs(self.model, job["tokens"]) if self.graphs else None
         self.optimizer = train_moe.make_optimizer(self.model, self.args)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.generator = torch.Generator().manual_seed(2 + dist.get_rank())
@@ -139,7 +144,7 @@ class Run:
         self.step([self.draw()[0] for _ in range(job["packs"])])
         first = time.perf_counter() - first
         self.step([self.draw()[0] for _ in range(job["packs"])])
-        if self.cuda:
+        if self.cuda and not self.graphs:  # what graphs use was taken when they were recorded
             torch.cuda.reset_peak_memory_stats()
         seconds, lengths = [], []
         with Power(self.cuda) as power:
@@ -163,6 +168,7 @@ class Run:
             "mode": self.args.memory_mode,
             "frugal_layers": self.args.frugal_layers,
             "gather_base": self.args.gather_base if self.world > 1 else False,
+            "cuda_graphs": self.graphs,
             "attention": attention_backend(self.device),
             "tokens_per_second_per_gpu": round(tokens / sum(seconds), 1),
             "mfu": share and round(share, 4),
@@ -180,14 +186,16 @@ class Run:
         self.t.forward_backward(self.model, [batch], supervised, self.args, self.device)
 
     def host_ms(self):
-        """Wall ms a layer, forward + backward, of packs of 256 tokens, where the host is what takes the time."""
+        """Wall ms a layer, forward + backward, of packs of 256 tokens, where the host is what takes the time. CUDA
+        graphs pad them, so of those until all is launched."""
         times = []
         for _ in range(6):
             batch = self.draw(256)[0]
             self.synchronize()
             started = time.perf_counter()
             self.micro_batch(batch)
-            self.synchronize()
+            if not self.graphs:
+                self.synchronize()
             times.append(time.perf_counter() - started)
         self.optimizer.zero_grad()
         return round(1e3 * statistics.median(times[2:]) / self.job["layers"], 3)
@@ -346,6 +354,7 @@ def main():
                     frugal_layers=args.frugal_layers,
                     base_dtype=args.base_dtype,
                     expert_arithmetic=args.expert_arithmetic,
+                    cuda_graphs=args.cuda_graphs,
                 )
                 record = start(job, args.seconds)
                 record["versions"] = {n: slices.version(n) for n in ("torch", "triton", "transformers", "flash-attn-4")}
@@ -381,6 +390,7 @@ def bar_label(r):
     frugal = f", {r['frugal_layers']} layers frugal" if r["frugal_layers"] else ""
     frugal += ", experts in FP8" if r.get("base_dtype") else ""
     frugal += " products" if r.get("expert_arithmetic") == "fp8" else ""
+    frugal += ", CUDA graphs" if r.get("cuda_graphs") else ""
     first = f"{r['model']}, {r['adapter']}, {r['gpus']} x {r['device'].removeprefix('NVIDIA ')}{base}"
     return f"{first}\n{r['activations']}, {r['mode']}{frugal}; {r['attention']}"
 

@@ -371,8 +371,8 @@ def rotated_again(q, k, v, cos, sin, facts):
 
 
 def recomputed_half(*inputs):
-    """attention_half, computed again in the backward."""
-    return torch.utils.checkpoint.checkpoint(attention_half, *inputs, use_reentrant=False)
+    """attention_half, computed again in the backward. It draws no random numbers whose state would have to be kept."""
+    return torch.utils.checkpoint.checkpoint(attention_half, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def fuse_attention_half(layer):

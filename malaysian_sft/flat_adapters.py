@@ -118,6 +118,7 @@ class FlatAdapters:
                 kinds["magnitude" in name].append((module, name.rpartition(".")[2], p))
             self.layers.append([Flat(places, self.group, writes) for places in kinds if places])
         self.reduces = self.last = True
+        self.late = False  # gradients are reduced when the step's last backward is over, not behind it
         self.collected = set()  # layers, in this backward
         self.flying, self.stream = deque(), None
 
@@ -136,7 +137,7 @@ class FlatAdapters:
             gradients = flat.take_gradients()
             flat.sum = gradients.float() if flat.sum is None else flat.sum.add_(gradients)
             del gradients
-            if self.reduces:
+            if self.reduces and not self.late:
                 self.reduce(flat)
         self.collected.add(i)
 
@@ -168,14 +169,24 @@ class FlatAdapters:
         event, *_ = self.flying.popleft()
         torch.cuda.current_stream().wait_event(event)
 
-    def finish(self):
-        """The backward is over: collect what no later layer's backward did, and wait for all reductions, on the
-        device. Raises RuntimeError if a gradient came after its layer was collected."""
+    def collect_rest(self):
+        """Collect what no later layer's backward did. Raises RuntimeError if a gradient came after its layer was
+        collected."""
         for i, flats in enumerate(self.layers):
             if i not in self.collected:
                 self.collect(i)
             elif any(p.grad is not None for flat in flats for p in flat.parameters):
                 raise RuntimeError(f"layer {i}: a gradient came after its layer's backward")
+
+    def finish(self):
+        """The backward is over: collect the rest, and wait for all reductions, on the device."""
+        self.collect_rest()
+        if self.reduces and self.late:
+            for flats in self.layers:
+                while len(self.flying) > len(flats):
+                    self.land()
+                for flat in flats:
+                    self.reduce(flat)
         self.collected.clear()
         while self.flying:
             self.land()

@@ -144,7 +144,7 @@ class FrozenRing:
 
     def forget(self):
         """The adapters changed: what the buffers hold of them is old."""
-        self.holds = [None, None]
+        self.holds, self.ready = [None, None], [None, None]
 
     def gather(self, piece):
         whole, shard = (tensor.flatten().view(torch.uint8) for tensor in (piece.whole, piece.shard))

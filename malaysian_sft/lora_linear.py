@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
-from fused_moe_lora import dora_norm, squared_row_norms
+from fused_moe_lora import dora_norm, in_place, squared_row_norms
 from malaysian_sft.norm_rope import ScaleColumns
 
 TINY = 2.0**-60  # the least size of a scale that something is divided by; bf16 and fp32 lose nothing there
@@ -65,9 +65,17 @@ class LoraLinear(PeftLinear):
         y = ScaleColumns.apply(y.view(-1, y.shape[-1]), dora_scale(self)).view(y.shape)
         return y if bias is None else y + bias
 
+    @property
+    def has_norms(self):
+        return self.use_dora["default"]
+
     def forget_norms(self):
         """Drop the cached ||W + s B A||."""
         self.norm = None
+
+    def renew_norms(self):
+        """||W + s B A|| of the adapter as it is now, where it is cached, if it is."""
+        self.norm = in_place([self.norm], [row_norms(self)])[0]
 
 
 def use_lora_linear(model):
@@ -78,14 +86,19 @@ def use_lora_linear(model):
     return layers
 
 
+def row_norms(layer):
+    """||W + s B A|| of the rows, (out,) fp32, of a LoraLinear with DoRA."""
+    weight, lora_A, lora_B = (
+        part.weight.detach().unsqueeze(0)
+        for part in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
+    )
+    return dora_norm(weight, squared_row_norms(weight), lora_A, lora_B, layer.scaling["default"])[0]
+
+
 def dora_scale(layer):
     """(out,) fp32, magnitude / ||W + s B A||, of a LoraLinear with DoRA; the norm is detached, as in the DoRA paper
     (arXiv 2402.09353, section 4.3), and kept until `forget_norms`. Not zero, since gradients are divided by it."""
     if layer.norm is None:
-        weight, lora_A, lora_B = (
-            part.weight.detach().unsqueeze(0)
-            for part in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"])
-        )
-        layer.norm = dora_norm(weight, squared_row_norms(weight), lora_A, lora_B, layer.scaling["default"])[0]
+        layer.norm = row_norms(layer)
     scale = layer.lora_magnitude_vector["default"].weight.float() / layer.norm
     return torch.where(scale.abs() < TINY, TINY, scale)

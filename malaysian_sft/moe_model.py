@@ -79,6 +79,7 @@ class RouterLoad:
 
     def __init__(self, experts):
         self.enabled, self.counts = False, None
+        self.counted = None  # (T,) bool: the tokens that are counted; None: all
         self.experts = list(experts)
         for layer, module in enumerate(self.experts):
             module.register_forward_pre_hook(lambda _, inputs, layer=layer: self._count(layer, inputs[1]))
@@ -90,8 +91,10 @@ class RouterLoad:
             )
         if not self.enabled:  # a recomputation in the backward, validation, a place without a pack
             return
-        index = top_k_index.reshape(-1)
-        self.counts[layer].scatter_add_(0, index, torch.ones_like(index))  # bincount would wait for the GPU
+        counted = torch.ones_like(top_k_index)
+        if self.counted is not None:
+            counted *= self.counted[:, None]
+        self.counts[layer].scatter_add_(0, top_k_index.flatten(), counted.flatten())  # bincount would wait for the GPU
 
     def take(self):
         """(layers, E) counts over all ranks, on the CPU; starts again from zero. Collective."""
@@ -123,6 +126,7 @@ class ModelWithLoss(nn.Module):
     """A causal LM and its loss as one module."""
 
     ring = None  # the FrozenRing of a sharded model
+    graphs = None  # the PackGraphs of a model that is trained with them
 
     def __init__(self, causal_lm, router_aux_loss_coef=0.0, compiled=False):
         super().__init__()
@@ -152,6 +156,8 @@ class ModelWithLoss(nn.Module):
         was."""
         if self.ring is not None:
             self.ring.forget()
+        if self.graphs is not None and self.graphs.pairs:
+            return self.graphs.renew_norms()
         for module in self.with_norms:
             module.forget_norms()
 
@@ -162,12 +168,15 @@ class ModelWithLoss(nn.Module):
         predicting, targets = batch.pop("predicting"), batch.pop("targets")
         batch = with_document_numbers(batch) if self.document_numbers else batch
         empty = len(targets) == 0
-        self.router_load.enabled = self.training and not empty
-        outputs = self.causal_lm.base_model(
-            **batch, use_cache=False, output_router_logits=self.router_aux_loss_coef > 0
-        )
-        self.router_load.enabled = False
-        hidden = outputs.last_hidden_state[0].index_select(0, predicting)  # (n, H)
+        if self.graphs is not None and self.training and torch.is_grad_enabled():
+            hidden = self.graphs(batch, counts=not empty)
+        else:
+            self.router_load.enabled = self.training and not empty
+            outputs = self.causal_lm.base_model(
+                **batch, use_cache=False, output_router_logits=self.router_aux_loss_coef > 0
+            )
+            self.router_load.enabled, hidden = False, outputs.last_hidden_state
+        hidden = hidden[0].index_select(0, predicting)  # (n, H)
         loss = SummedCrossEntropy.apply(hidden, self.causal_lm.get_output_embeddings().weight, targets, self.chunk_loss)
         if self.router_aux_loss_coef == 0 or empty:
             return loss, torch.zeros_like(loss)

@@ -444,7 +444,9 @@ def test_two_processes_equal_one_and_resume(base, runs, tmp_path):
     with pytest.raises(SystemExit, match="--resume: base_dtype is None, but .* says fp8; that is another run"):
         train_moe.main([*without, "--resume", "True"])
     train_moe.main([*argv, "--resume", "True"])
-    assert losses(tmp_path / "run") == [pytest.approx(line, rel=1e-4) for line in expected]
+    assert losses(tmp_path / "run") == [
+        pytest.approx(line, rel=5e-4) for line in expected
+    ]  # sums by other numbers of threads, then Adam
 
 
 @pytest.mark.parametrize("base", RUNS)

@@ -32,6 +32,7 @@ from malaysian_sft import planning
 from malaysian_sft.adapter_state import adapter_state_dict
 from malaysian_sft.load_base import frozen_tensors, load_weights, reset_adapter
 from malaysian_sft.lora import PREFIX, WEIGHTS
+from malaysian_sft.micro_batches import EMPTY_PACK
 from malaysian_sft.moe_model import (
     LoraLinear,
     SummedCrossEntropy,
@@ -367,7 +368,7 @@ def test_a_place_without_a_pack_counts_in_nothing(checkpoints, process_group):
     )[0]
     randomise_adapter(model)
     shard(model, make_mesh(torch.device("cpu"), 1), args, use_dora=False)
-    pack, empty = train_moe.to_batch(random_pack(40, 12)), train_moe.to_batch(train_moe.EMPTY_PACK)
+    pack, empty = train_moe.to_batch(random_pack(40, 12)), train_moe.to_batch(EMPTY_PACK)
 
     def step(*batches):
         model.zero_grad()
