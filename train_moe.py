@@ -346,6 +346,17 @@ def prepare_only(args, data_args):
 
 
 @dataclass
+class StepData:
+    """What an optimiser step reads: this rank's batches; packs, documents and their lengths of all ranks."""
+
+    step: int
+    batches: list
+    packs: int
+    documents: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass
 class Run:
     """What an optimiser step works with."""
 
@@ -362,6 +373,7 @@ class Run:
     micro_batches: int  # of a rank in a step
     stop: Stop
     not_finite: NotFinite
+    prepared: StepData | None = None  # of the step to come
 
     @property
     def parameters(self):
@@ -384,26 +396,35 @@ def load_model(config, args, data_args, lora_args, directory, mesh, device):
     return peft_model, model
 
 
+def prepare_step(run, step):
+    """StepData of step `step` (0-based)."""
+    dataset = run.dataset
+    indices = packs_of_step(dataset, step, run.steps_an_epoch, run.args.global_batch_size)
+    documents = np.concatenate([dataset.packs[i] for i in indices])
+    batches = micro_batches(dataset, indices, run.micro_batches)
+    return StepData(step, batches, len(indices), documents, dataset.lengths[documents])
+
+
 def optimizer_step(run, step, checkpoints):
     """Optimiser step `step` (0-based): its record, None if the run was told to stop in the middle of it. Collective."""
-    args, dataset, world = run.args, run.dataset, dist.get_world_size()
+    args, world = run.args, dist.get_world_size()
     started = time.perf_counter()  # a step's speed is without the validation and the saving that follow it
-    # data: this rank's packs, and the sizes of the whole step
-    indices = packs_of_step(dataset, step, run.steps_an_epoch, args.global_batch_size)
-    documents = np.concatenate([dataset.packs[i] for i in indices])
-    lengths = dataset.lengths[documents]
-    batches = micro_batches(dataset, indices, run.micro_batches)
-    supervised = torch.tensor(float(sum(len(batch["targets"]) for batch in batches)), dtype=torch.float64)
-    supervised = supervised.to(run.device)
+    if run.prepared is None or run.prepared.step != step:
+        run.prepared = prepare_step(run, step)
+    data, run.prepared = run.prepared, None
+    supervised = sum(len(batch["targets"]) for batch in data.batches)
+    supervised = torch.full((), supervised, dtype=torch.float64, device=run.device)
     dist.all_reduce(supervised)
     data_wait = time.perf_counter() - started
 
     # random numbers depend on the position alone
     torch.manual_seed(args.seed * 10**9 + step * world + dist.get_rank())
-    totals = forward_backward(run.model, batches, supervised.clamp(min=1), args, run.device, len(indices), run.stop)
+    totals = forward_backward(run.model, data.batches, supervised.clamp(min=1), args, run.device, data.packs, run.stop)
     if totals is None:
         return None
     grad_norm = clip_gradients(run.parameters, args.max_grad_norm, run.mesh)
+    if step + 1 < run.total_steps:  # while the GPU works
+        run.prepared = prepare_step(run, step + 1)
 
     # what happened: the step's only wait for the GPU
     totals = torch.cat([totals, (~grad_norm.isfinite()).to(totals)[None], totals.new_tensor([checkpoints.failed()])])
@@ -427,14 +448,14 @@ def optimizer_step(run, step, checkpoints):
         "loss": loss,
         "grad_norm": grad_norm.item(),
         "learning_rate": learning_rate,
-        **speed(run, lengths, int(supervised), time.perf_counter() - started),
+        **speed(run, data.lengths, int(supervised), time.perf_counter() - started),
         "data_wait": round(data_wait, 4),
         **router_record(run.model.router_load.take()),
     }
     if args.router_aux_loss_coef > 0:
-        record["router_aux_loss"] = auxiliary / len(indices)
+        record["router_aux_loss"] = auxiliary / data.packs
     if not finite:
-        record |= {"skipped_steps": run.not_finite.skipped, "documents": documents}
+        record |= {"skipped_steps": run.not_finite.skipped, "documents": data.documents}
     return record
 
 
