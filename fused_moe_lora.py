@@ -39,6 +39,7 @@ from malaysian_sft.disk_names import attach
 from malaysian_sft.fp8 import FP8, SCALE, Fp8Linear, Quantised, check_arithmetic, quantise, scale_shape
 from malaysian_sft.lora import lora_scaling, start_lora
 from malaysian_sft.moe_autograd import Projection, moe_lora
+from malaysian_sft.moe_fp8 import transpose_weights
 from malaysian_sft.moe_widen import ReferenceAgain, WideRoom
 
 
@@ -175,7 +176,7 @@ class FusedMoELoRA(nn.Module):
             if use_dora:
                 self.register_parameter(f"{name}_lora_magnitude", trainable(out_features))
         self.forget_norms()
-        self._weight_norms = None
+        self.keep_transposed, self._weight_norms, self._transposed = False, None, None
         self.register_load_state_dict_post_hook(FusedMoELoRA._after_load)
 
     def projections(self):
@@ -212,8 +213,13 @@ class FusedMoELoRA(nn.Module):
         return tuple(Quantised(values.detach(), scales.detach()) for values, scales, _ in self._stacks())
 
     def stored_and_transposed(self):
-        """`stored_weights`, and their transposes, good until another layer asks for its own."""
-        return *self.stored_weights(), *self.wide_room.transposed(self, self._stacks())
+        """`stored_weights`, and their transposes, good until another layer asks for its own, or if `keep_transposed`
+        made once and kept."""
+        if not self.keep_transposed:
+            return *self.stored_weights(), *self.wide_room.transposed(self, self._stacks())
+        if self._transposed is None:
+            self._transposed = tuple(map(transpose_weights, self.stored_weights()))
+        return *self.stored_weights(), *self._transposed
 
     @torch.no_grad()
     def reset_lora_parameters(self):
@@ -231,7 +237,7 @@ class FusedMoELoRA(nn.Module):
         if self.wide_room is not None:
             self.wide_room.forget(self)
         self.forget_norms()
-        self._weight_norms = None
+        self._weight_norms = self._transposed = None
 
     def forget_norms(self):
         """Drop the cached ||W + s B A||: to be called after an optimiser step when the module was made with

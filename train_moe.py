@@ -147,6 +147,10 @@ class TrainingArguments:
         default=None,
         metadata={"help": "layers whose experts are frugal whatever memory_mode says. Default: as few as fit"},
     )
+    transposed_layers: int | None = field(
+        default=None,
+        metadata={"help": "layers that keep experts computing in FP8 transposed too. Default: as many as fit"},
+    )
     gather_base: bool | None = field(
         default=None,
         metadata={
@@ -216,6 +220,7 @@ def plan_arguments(args, data_args, lora_args):
         memory_mode=args.memory_mode,
         reduce_every_micro_batch=args.reduce_every_micro_batch,
         frugal_layers=args.frugal_layers,
+        transposed_layers=args.transposed_layers,
         gather_base=args.gather_base,
         shard_nodes=args.shard_nodes,
         base_dtype=args.base_dtype,
@@ -225,6 +230,7 @@ def plan_arguments(args, data_args, lora_args):
 
 # Without a GPU, or in fp32, which plan.py does not know.
 UNPLANNED = {"activations": "full", "reduce_every_micro_batch": False, "frugal_layers": 0, "gather_base": True}
+UNPLANNED["transposed_layers"] = 0
 
 
 def settle_memory(config, args, data_args, lora_args):

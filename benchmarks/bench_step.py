@@ -63,6 +63,7 @@ def parse():
     parser.add_argument("--base_dtype", default=None, help="fp8: frozen experts stored in FP8")
     parser.add_argument("--expert_arithmetic", default=None, help="fp8: experts stored in FP8 compute in FP8")
     parser.add_argument("--frugal_layers", default=None, help="default: as the trainer chooses")
+    parser.add_argument("--transposed_layers", default=None, help="default: as the trainer chooses")
     parser.add_argument("--cuda_graphs", default=None, help="True or False; default: as the trainer has it")
     parser.add_argument("--seconds", type=float, default=280, help="limit of one configuration")
     parser.add_argument("--out", default=str(ROOT / "results" / "step.json"))
@@ -98,7 +99,15 @@ class Run:
         flags += f" --use_dora {job['adapter'] == 'dora'} --max_seq_length {job['tokens']}"
         flags += " --report_to none --ignore_plan True"
         flags += f" --global_batch_size {job['packs'] * self.world}"
-        for name in ("memory_mode", "gather_base", "frugal_layers", "base_dtype", "expert_arithmetic", "cuda_graphs"):
+        for name in (
+            "memory_mode",
+            "gather_base",
+            "frugal_layers",
+            "transposed_layers",
+            "base_dtype",
+            "expert_arithmetic",
+            "cuda_graphs",
+        ):
             flags += f" --{name} {job[name]}" if job[name] is not None else ""
         self.args, self.data_args, self.lora_args = train_moe.parse(flags.split())
         self.args, self.planned = train_moe.settle_memory(self.config, self.args, self.data_args, self.lora_args)
@@ -167,6 +176,7 @@ class Run:
             "activations": self.args.activations,
             "mode": self.args.memory_mode,
             "frugal_layers": self.args.frugal_layers,
+            "transposed_layers": self.args.transposed_layers,
             "gather_base": self.args.gather_base if self.world > 1 else False,
             "cuda_graphs": self.graphs,
             "attention": attention_backend(self.device),
@@ -352,6 +362,7 @@ def main():
                     memory_mode=args.memory_mode,
                     gather_base=args.gather_base,
                     frugal_layers=args.frugal_layers,
+                    transposed_layers=args.transposed_layers,
                     base_dtype=args.base_dtype,
                     expert_arithmetic=args.expert_arithmetic,
                     cuda_graphs=args.cuda_graphs,

@@ -54,6 +54,7 @@ def work_of(record, squares_over_tokens):
         activations=record["activations"],
         memory_mode=record.get("mode"),
         frugal_layers=record.get("frugal_layers", 0),
+        transposed_layers=record.get("transposed_layers", 0),
         gather_base=record.get("gather_base", False),
         base_dtype=record.get("base_dtype"),
         expert_arithmetic=record.get("expert_arithmetic") or "bf16",

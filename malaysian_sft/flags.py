@@ -49,7 +49,9 @@ VALUES = {
     **dict.fromkeys("save_steps logging_steps shard_nodes max_skipped_steps".split(), POSITIVE),
     **dict.fromkeys("lora_alpha per_device_train_batch_size".split(), POSITIVE),
     **dict.fromkeys("r expert_r".split(), ("a positive number, at most 16,384", lambda value: 0 < value <= 16_384)),
-    **dict.fromkeys("warmup_steps weight_decay router_aux_loss_coef frugal_layers".split(), NOT_NEGATIVE),
+    **dict.fromkeys(
+        "warmup_steps weight_decay router_aux_loss_coef frugal_layers transposed_layers".split(), NOT_NEGATIVE
+    ),
     "seed": ("a number of at least 0 and less than 2^32", lambda value: 0 <= value < 2**32),
     "lora_dropout": SHARE,
     # malaymmlu.py and calculate_malaymmlu.py

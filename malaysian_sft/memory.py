@@ -183,7 +183,7 @@ def moe_terms(config, plan, layer_base, layer_adapter):
     several micro-batches the adapter's fp32 gradient stays whole until the last one, unless every micro-batch reduces
     it. On a single GPU nothing is gathered. Routed experts in FP8 (base_dtype) are sharded and gathered as such, and
     one layer's are widened to bf16; if they compute in FP8 they are transposed instead, but with DoRA also widened at
-    times, in the same room, for the norms.
+    times, in the same room, for the norms. transposed_layers of them are kept so.
     """
     counts, dora = plan["parameters"], plan["use_dora"]
     base, adapter = counts["total"], counts["trainable"]
@@ -199,13 +199,15 @@ def moe_terms(config, plan, layer_base, layer_adapter):
         return fp8_bytes(chosen), sum(map(weights, chosen))
 
     stored, wide = in_fp8(experts)
-    layer_stored, layer_wide = max(map(in_fp8, architecture(config).layers()))
+    by_layer = [in_fp8(layer) for layer in architecture(config).layers()]
+    layer_stored, layer_wide = max(by_layer)
     transposed = plan["expert_arithmetic"] == "fp8" and not dora
     return {
         "frozen base, bf16": 2 * (base - outside - wide) / (shard if gathers else 1),
         "frozen experts, FP8": stored / (shard if gathers else 1),
         "a layer's experts widened, bf16": 0 if transposed else 2 * layer_wide,
         "a layer's experts transposed, FP8": layer_wide * transposed,
+        "experts kept transposed, FP8": sum(wide for _, wide in by_layer[: plan["transposed_layers"]]),
         "embedding and head": 2 * outside,
         "adapter, fp32": 4 * adapter / shard,
         "Adam moments, fp32": 8 * adapter / shard,

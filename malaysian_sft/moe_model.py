@@ -208,10 +208,11 @@ def build_model(config, args, lora_args):
             arithmetic=args.expert_arithmetic,
         )
         peft_model = apply_lora(causal_lm, lora_args)
-    for layer in causal_lm.base_model.layers[: args.frugal_layers or 0]:
+    for number, layer in enumerate(causal_lm.base_model.layers):
         for module in layer.modules():
             if isinstance(module, FusedMoELoRA):
-                module.mode = "frugal"
+                module.mode = "frugal" if number < (args.frugal_layers or 0) else module.mode
+                module.keep_transposed = number < (args.transposed_layers or 0)
     use_lora_linear(causal_lm)
     if args.fast_parts:
         say(use_fast_parts(causal_lm))

@@ -129,8 +129,8 @@ def dry_run(model, revision, epochs, **arguments):
 
 
 # What a trainer's flags may decide and print_options varies.
-FREE = ("activations", "memory_mode", "micro_batch", "reduce_every_micro_batch", "shard_nodes", "frugal_layers")
-FREE += ("gather_base",)
+FREE = "activations memory_mode micro_batch reduce_every_micro_batch shard_nodes frugal_layers transposed_layers"
+FREE = *FREE.split(), "gather_base"
 
 
 def _table(title, rows, columns=("",)):

@@ -62,6 +62,7 @@ def plan_run(
     frugal_layers=0,
     base_dtype=None,
     expert_arithmetic="bf16",
+    transposed_layers=0,
     document_length=1900.0,
 ):
     """The bytes and FLOPs of one way to run, as a dict that `print_plan` prints and `check_fits` judges.
@@ -73,7 +74,8 @@ def plan_run(
     gather_base: layers' frozen weights are sharded and gathered as they are needed, instead of whole on every GPU;
     frugal_layers: the first so many layers have frugal experts whatever memory_mode says; in a dense model they
     recompute what the next policy would. base_dtype: "fp8" (moe) for routed experts stored in FP8,
-    expert_arithmetic: "fp8" for those that compute so too.
+    expert_arithmetic: "fp8" for those that compute so too; transposed_layers: the first so many layers, whole on every
+    GPU, keep those transposed too, which the backward multiplies with.
     reserve_gib of every GPU are left to the CUDA context, NCCL and fragmentation. document_length: mean length
     of the document that a token is in (sum of squared lengths / sum of lengths), for attention. The rest as
     train_moe.py's flags of that name.
@@ -89,12 +91,16 @@ def plan_run(
     _check_choice("memory_mode", memory_mode, (None, *MODES[kind]))
     check_trainer(config, kind)
     check_experts(config, expert_arithmetic, base_dtype)
-    plan = {name: value for name, value in locals().items() if name != "config"}
+    gathers = gather_base and gpus * shard_nodes > 1
+    if transposed_layers and (expert_arithmetic != "fp8" or gathers):
+        what = "a base that is gathered layer by layer" if gathers else "--expert_arithmetic bf16"
+        raise ValueError(f"--transposed_layers {transposed_layers}: {what} has no use for them; expected 0")
+    plan = {name: value for name, value in locals().items() if name not in ("config", "gathers")}
     plan |= {
         "model_type": config.model_type,
         "expert_r": expert_rank(config, r, expert_r) if kind == "moe" else None,
         "memory_mode": memory_mode or default_mode(kind, activations),
-        "gather_base": gather_base and gpus * shard_nodes > 1,
+        "gather_base": gathers,
         "parameters": count_parameters(config, r, expert_r, use_dora),
         "stateful": architecture(config).stateful,
     }
@@ -149,16 +155,20 @@ def options(config, *, kind, gpus, nodes=1, global_batch_size=32, activations=No
         "shard_nodes": [n for n in range(1, nodes + 1) if nodes % n == 0] if kind == "moe" else [1],
         "gather_base": [False, True] if kind == "moe" and gpus * nodes > 1 else [False],
     }
-    frugal_layers = arguments.pop("frugal_layers", None)
+    frugal_layers, transposed_layers = arguments.pop("frugal_layers", None), arguments.pop("transposed_layers", None)
+    if transposed_layers and arguments.get("gather_base") is None:
+        ways["gather_base"] = [False]
     ways |= {name: [arguments.pop(name)] for name in ways.keys() & arguments.keys()}
     fixed = dict(kind=kind, gpus=gpus, nodes=nodes, global_batch_size=global_batch_size, **arguments)
-    fixed["frugal_layers"] = frugal_layers or 0
+    fixed |= dict(frugal_layers=frugal_layers or 0, transposed_layers=transposed_layers or 0)
     plans = [
         plan_run(config, **fixed, activations=policy, memory_mode=mode, **dict(zip(ways, values, strict=True)))
         for (policy, mode), *values in itertools.product(pairs or [("full", None)], *ways.values())
     ]
     if frugal_layers is None:
         plans += [better for plan in plans if (better := with_frugal_layers(config, plan)) is not None]
+    if transposed_layers is None:
+        plans += [better for plan in plans if (better := with_transposed_layers(config, plan)) is not None]
 
     def order(p):
         if not p["fits"]:
@@ -174,6 +184,7 @@ def options(config, *, kind, gpus, nodes=1, global_batch_size=32, activations=No
             p["recompute_per_token"] / p["flops_per_token"] + GATHERING * p["gather_base"],
             p["reduce_every_micro_batch"],
             p["micro_batch"],
+            -p["transposed_layers"],
         )
 
     return sorted(plans, key=order)
@@ -185,16 +196,33 @@ def with_frugal_layers(config, plan):
     limit = (1 - SPARE) * plan["limit_bytes"]
     if plan["memory_mode"] != "fast" or plan["activations"] == "full" or plan["peak_bytes"] <= limit:
         return None
-    names = inspect.signature(plan_run).parameters.keys() - {"config", "frugal_layers"}
-    same = {name: plan[name] for name in names}
-
-    def planned(count):
-        return plan_run(config, **same, frugal_layers=count)
-
     # the peak falls with every layer
     counts = range(1, config.num_hidden_layers)
-    found = bisect.bisect_left(counts, True, key=lambda count: planned(count)["peak_bytes"] <= limit)
-    return planned(counts[found]) if found < len(counts) else None
+    found = bisect.bisect_left(
+        counts, True, key=lambda count: replanned(config, plan, frugal_layers=count)["peak_bytes"] <= limit
+    )
+    return replanned(config, plan, frugal_layers=counts[found]) if found < len(counts) else None
+
+
+def with_transposed_layers(config, plan):
+    """`plan`, whose experts compute in FP8 and lie whole on every GPU, with as many layers' experts kept transposed too
+    as leave SPARE of the memory, or None."""
+    config = config.get_text_config()
+    limit = (1 - SPARE) * plan["limit_bytes"]
+    if plan["expert_arithmetic"] != "fp8" or plan["gather_base"] or plan["peak_bytes"] > limit:
+        return None
+    # the peak grows with every layer
+    counts = range(1, config.num_hidden_layers + 1)
+    count = bisect.bisect_left(
+        counts, True, key=lambda count: replanned(config, plan, transposed_layers=count)["peak_bytes"] > limit
+    )
+    return replanned(config, plan, transposed_layers=count) if count else None
+
+
+def replanned(config, plan, **other):
+    """The plan of `plan`'s arguments, but for those given."""
+    names = inspect.signature(plan_run).parameters.keys() - {"config", *other}
+    return plan_run(config, **{name: plan[name] for name in names}, **other)
 
 
 def trainer_flags(plan):
@@ -208,6 +236,7 @@ def trainer_flags(plan):
     mode = f"--activations {plan['activations']} --memory_mode {plan['memory_mode']}"
     stored = f" --base_dtype {plan['base_dtype']}" if plan["base_dtype"] else ""
     stored += " --expert_arithmetic fp8" if plan["expert_arithmetic"] == "fp8" else ""
+    stored += f" --transposed_layers {plan['transposed_layers']}" if plan["transposed_layers"] else ""
     return f"{mode}{frugal}{gather}{reduce}{share}{stored}"
 
 

@@ -33,7 +33,7 @@ PANELS = (
 # Flags that a plan is made from, where a trainer has them.
 PLANNED_FLAGS = (
     "max_seq_length global_batch_size r expert_r use_dora activations memory_mode reduce_every_micro_batch"
-    " frugal_layers gather_base shard_nodes base_dtype expert_arithmetic"
+    " frugal_layers transposed_layers gather_base shard_nodes base_dtype expert_arithmetic"
 ).split()
 
 

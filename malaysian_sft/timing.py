@@ -174,6 +174,8 @@ def passed_bytes(config, plan):
         again = {"none": 0, "selective": 0 if dense else attention, "full": attention + mlp}[policy]
         elements += attention + mlp + backward + again
     head, wide = 4 * config.vocab_size, stored_in_fp8(config, plan)[0]
+    if plan["transposed_layers"]:  # those are transposed once
+        wide *= 1 - plan["transposed_layers"] / config.num_hidden_layers
     copies = plan["gpus"] * plan["nodes"] if plan["kind"] == "dense" and plan["zero3"] else 1
     # experts in FP8 are widened, a byte to two, once in the forward and once in the backward; those that compute so are
     # transposed in the backward, a byte to one

@@ -37,7 +37,7 @@ from malaysian_sft.moe_autograd import moe_lora
 from malaysian_sft.moe_fp8 import grouped_gemm_fp8, quantise_activations, transpose_weights
 from malaysian_sft.moe_routing import AMPERE, INTERPRETER, route
 from malaysian_sft.moe_widen import WideRoom
-from malaysian_sft.planning import plan_run, trainer_flags
+from malaysian_sft.planning import best_policy, plan_run, trainer_flags
 
 # name of the edge -> rows of each expert, H, I, r, DoRA, mode
 BLOCKS = {
@@ -160,6 +160,16 @@ def check_products():
     held = room.transposed(room, [(*weight, 1), (*weight, 2)])
     assert all(torch.equal(widened(turned), widened(weight).transpose(1, 2)) for turned in held)
     assert room.transposed(room, []) is held and room.room.numel() == 2 * weight.values.numel()
+    experts = FusedMoELoRA(5, K, N, 8, 16, wide_room=room)
+    for stack, parts in (("gate_up_proj", 2), ("down_proj", 1)):
+        shape = getattr(experts, stack).shape
+        values, scales = quantised_stack(torch.randn(shape), parts)
+        getattr(experts, stack).data, getattr(experts, stack + "_scale_inv").data = values, scales
+    given = [widened(w).clone() for w in experts.stored_and_transposed()]
+    experts.keep_transposed, room.holder = True, None
+    kept = experts.stored_and_transposed()
+    assert all(torch.equal(widened(w), other) for w, other in zip(kept, given, strict=True)) and room.holder is None
+    assert all(a.values is b.values for a, b in zip(kept[2:], experts.stored_and_transposed()[2:], strict=True))
     back = transpose_weights(transpose_weights(weight))
     assert torch.equal(widened(back), widened(weight))
     assert torch.equal(widened(transpose_weights(weight)), widened(weight).transpose(1, 2))
@@ -507,6 +517,27 @@ def test_what_the_plan_says():
         plan_run(config, kind="moe", gpus=1, expert_arithmetic="fp8")
     with pytest.raises(ValueError, match="multiples of 128"):
         plan_run(tiny_config("qwen3_moe"), **common, expert_arithmetic="fp8")
+
+
+def test_transposes_are_kept_where_memory_is_left():
+    config = real_config("Qwen3-30B-A3B-Instruct-2507")
+    common = dict(kind="moe", base_dtype="fp8", expert_arithmetic="fp8")
+    layer, without = 128 * 3 * 2048 * 768, plan_run(config, gpus=1, **common, activations="none")
+    one = best_policy(config, gpus=1, gpu_memory_gib=139.8, **common)
+    count = one["transposed_layers"]
+    assert one["gpu_bytes"]["experts kept transposed, FP8"] == count * layer
+    assert one["peak_bytes"] == without["peak_bytes"] + count * layer <= 0.96 * one["limit_bytes"]
+    assert count == 48 or one["peak_bytes"] + layer > 0.96 * one["limit_bytes"]
+    assert one["frugal_layers"] == 0 and f"--transposed_layers {count}" in trainer_flags(one)
+    assert best_policy(config, gpus=1, gpu_memory_gib=139.8, **common, transposed_layers=3)["transposed_layers"] == 3
+    # none where something is recomputed to fit, where they would have to be gathered, and in bf16
+    small = best_policy(config, gpus=1, gpu_memory_gib=80.0, **common)
+    assert small["transposed_layers"] == 0 and (small["frugal_layers"] or small["activations"] != "none")
+    assert best_policy(config, gpus=8, gpu_memory_gib=80.0, gather_base=True, **common)["transposed_layers"] == 0
+    assert best_policy(config, gpus=1, gpu_memory_gib=139.8, kind="moe")["transposed_layers"] == 0
+    for given, said in ((dict(expert_arithmetic="bf16"), "--expert_arithmetic bf16"), (dict(gpus=2), "gathered")):
+        with pytest.raises(ValueError, match=f"--transposed_layers 3: .*{said}.* expected 0"):
+            plan_run(config, **(dict(gpus=1) | common | given), transposed_layers=3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

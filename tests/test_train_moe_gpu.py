@@ -49,7 +49,8 @@ def runs(tmp_path_factory):
         "graphs-dora": "--activations none --use_dora True --cuda_graphs True --validation_share 0.1",
     }
     if torch.cuda.get_device_capability() >= (9, 0):
-        flags["fp8"] = "--activations none --base_dtype fp8 --expert_arithmetic fp8"
+        flags["fp8"] = "--activations none --base_dtype fp8 --expert_arithmetic fp8 --transposed_layers 0"
+        flags["fp8-kept"] = flags["fp8"].replace("--transposed_layers 0", "--transposed_layers 2")
         flags["graphs-fp8"] = flags["fp8"] + " --cuda_graphs True"
         flags["fp8-cpu"] = "--dtype float32 --base_dtype fp8 --expert_arithmetic fp8"
     started = {
@@ -125,6 +126,11 @@ def test_products_in_fp8_follow_the_cpu_s(runs):
 def test_what_is_recomputed_changes_nothing(runs):
     for name in ("selective", "full"):
         assert losses(runs[name]) == pytest.approx(losses(runs["none"]), rel=2e-2), name
+
+
+def test_transposes_that_are_kept_change_nothing(runs):
+    if "fp8" in runs:
+        assert losses(runs["fp8-kept"]) == pytest.approx(losses(runs["fp8"]), rel=1e-3)
 
 
 def test_graphs_change_nothing(runs):
