@@ -180,7 +180,7 @@ def served_lora(directory, options):
     allowed = next((size for size in (1, 8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), None)
     if allowed is None:
         raise ValueError(f"vLLM serves LoRA up to rank 512, this has {rank}; leave --serve_lora off")
-    if mixed := mixed_ranks(directory):
+    if config.get("rank_pattern") and (mixed := mixed_ranks(directory)):
         raise ValueError(f"vLLM serves experts of one rank, {mixed}; leave --serve_lora off")
     options |= {"enable_lora": True, "max_lora_rank": allowed, "max_loras": 1}
     path = str(Path(directory).resolve())
