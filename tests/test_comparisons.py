@@ -282,6 +282,28 @@ def test_equal_checkpoints_differ_in_five_percent_also_where_one_is_unfinished(s
     assert stats.binomtest(rejected, trials, 0.05, alternative="greater").pvalue > 0.005, rejected / trials
 
 
+def test_one_sample_against_eight_is_no_difference():
+    """Where most are right, one sample less an average of eight is skew: 10 % of equal checkpoints differ by it."""
+    generator, rejected, trials = np.random.default_rng(6), 0, 600
+    for _ in range(trials):
+        rows = rows_of(a=generator.random((60, 8)) < 0.95, b=generator.random((60, 8)) < 0.95)
+        rows[1].answers[:, 1:] = -4
+        (item,) = compare(rows, keys(60))
+        rejected += item["differs"]
+    assert stats.binomtest(rejected, trials, 0.05, alternative="greater").pvalue > 0.005, rejected / trials
+    assert "as many samples as both have" in item["verdict"] and not item["same_samples"]
+
+
+def test_samples_that_only_one_has_are_not_compared():
+    answers = {"a": [[1, 1, 1], [0, 1, 1], [1, 0, 0]], "b": [[1, 0, 0], [0, 1, 0], [1, 1, 1]]}
+    rows = rows_of(**{name: np.array(right) == 1 for name, right in answers.items()})
+    rows[1].answers[:] = np.where([[0, 1, 1], [1, 0, 0], [0, 0, 0]], -4, rows[1].answers)
+    (item,) = compare(rows, keys(3))
+    # a: 1 of 1, 1 of 2, 1 of 3; b: 1 of 1, 1 of 2 (its second and third), 3 of 3
+    assert item["difference"]["value"] == pytest.approx((0 + 0 - 2 / 3) / 3)
+    assert item["only_first_right"] == item["only_second_right"] == 0  # the first samples that both have
+
+
 def test_single_questions_are_pooled_and_their_spread_is_seen():
     generator = np.random.default_rng(1)
     right = generator.random((30, 3)) < 0.5
