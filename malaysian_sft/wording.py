@@ -6,7 +6,7 @@ jawapan lain selain B": `direct`. Every line is looked at once and every pattern
 
 import re
 
-from malaysian_sft.answer_text import LINE_MARK, LONE_LETTERS, NAMED, TURNED, plain, read_piece
+from malaysian_sft.answer_text import LONE_LETTERS, NAMED, TURNED, plain, read_piece
 
 STRUCK = re.compile(
     # as in markdown the signs stand close to the words, so that "Okay~~ B~~" strikes nothing out
@@ -17,6 +17,7 @@ TICKS, CROSSES, EMPTY = "✓✔✅☑◉👉➡", "✗✘❌✖", "☐⬜◻○"
 SIGN = re.compile(
     rf"[(\[]?(?:(?P<tick>[{TICKS}])|(?P<cross>[{CROSSES}])|[{EMPTY}])\ufe0f?[)\]]?|\[(?:(?P<box>[xX])| ?)\]"
 )
+START = re.compile(r"[ \t>#•|*_-]{0,12}(?:\d{1,2}[.)] {1,4})?[*_]{0,2}")
 MOST_SIGNS = 12  # on a line; a line with more lists no options
 CHECK_LIST = re.compile(r"(?:\A|\n)[ \t]{0,9}[-*+] {1,4}\[[xX ]\]|\[ \]")
 MORE = re.compile(r"\w{2}[.;!?] \w|\b(?:jawa|jadi|maka|tetapi|tapi|but|so)\b")  # another sentence or clause
@@ -40,16 +41,17 @@ WRONG = re.compile(
 )
 GOOD = r"(?:betul|benar|tepat|sesuai|correct|right)"
 BAD = rf"(?:salah|silap|wrong|incorrect|(?:tidak|tak|kurang|not) {GOOD})"
-BUT = r"(?:selain(?: daripada| dari)?|melainkan|kecuali|but|except(?: for)?|other than)"
+# "no other option is correct, but B is popular" goes on with something else
+BUT = r"(?:,? (?:selain(?: daripada| dari)?|melainkan|kecuali|except(?: for)?|other than)| but)"
 # only such words may stand between "tiada" and "selain": "tiada yang salah selain B" says something else
 NONE_BUT = re.compile(
     rf"\b(?:tiada|tidak ada|tak ada|takde|no(?:ne)?|there is no)\b(?: (?:{NAMED}|{GOOD}|lain|yang|satu|pun|other|of|"
-    rf"them|the|is|are|that|options?|choices?|answers?|lebih|paling)){{1,7}},? {BUT} (?=\S)",
+    rf"them|the|is|are|that|options?|choices?|answers?|lebih|paling)){{1,7}}{BUT} (?=\S)",
     re.I,
 )
 ALL_WRONG_BUT = re.compile(
     rf"\b(?:semua(?:nya)?|all|every)(?: (?:{NAMED}s?|lain|other|others|the|of|them|itu|yang|adalah|is|are)){{0,5}} "
-    rf"{BAD},? {BUT} (?=\S)",
+    rf"{BAD}{BUT} (?=\S)",
     re.I,
 )
 BESIDES = re.compile(
@@ -112,8 +114,7 @@ def with_signs(line, options, turned):
     signs = [*SIGN.finditer(line)]
     if not signs or len(signs) > MOST_SIGNS:
         return line
-    mark = LINE_MARK.match(line)
-    first = mark.end() if mark else 0
+    first = START.match(line).end()
     ends = [sign.end() for sign in signs]
     starts = [sign.start() for sign in signs]
     if starts[0] == first:  # before the options
@@ -142,7 +143,7 @@ def read_option(piece, options):
     if letter in options.options:
         others = {own for *_, own in options.occurrences(plain(piece).lower())} - {letter}
         lone = set() if options.lettered else {*LONE_LETTERS.findall(piece)} - {letter}
-        return None if others or lone or MORE.search(piece) else letter
+        return None if others or lone or MORE.search(piece) or TURNED.search(piece) else letter
     return letter
 
 

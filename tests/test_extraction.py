@@ -114,6 +114,10 @@ def test_the_readers_table_has_no_wrong_letter_and_little_unread():
         ("Jawapan: -18", ("12", "15", "18"), None),
         ("Pilihan jawapan: A. Ipoh B. Muar C. Kota", ("Ipoh", "Muar", "Kota"), None),
         ("答案不是A，而是B。", "wxyz", "B"),
+        ("No other option is correct, but B is popular.", "wxyz", None),  # nothing is left over
+        ("✅ A (salah)", "wxyz", None),
+        ("**✅ B**", "wxyz", "B"),
+        ("1. ✅ B", "wxyz", "B"),
     ],
 )
 def test_rules_that_the_readers_table_asked_for(text, options, letter):
