@@ -688,8 +688,6 @@ def test_without_a_manifest_structure_is_still_checked(trained, tmp_path):
     directory = trained("qwen3_moe", "lora").copy(tmp_path)
     (directory / MANIFEST).unlink()
     assert verify_adapter(directory) == []
-    edit_config(directory, lora_alpha=8)
-    assert "alpha / r differs from layer to layer: [1.0, 2.0]" in verify_adapter(directory)[0]
     zero_a_shard(directory)
     assert any("experts.5.up_proj.lora_A.weight has rows of zeros" in fault for fault in verify_adapter(directory))
 
