@@ -410,6 +410,15 @@ def expert_faults(adapter) -> list[str]:
     return [f"{adapter.path}: {names} is missing" for names in in_groups(lost)]
 
 
+def mixed_ranks(directory) -> str:
+    """What a layer's experts that differ in rank within a projection are called, with their ranks; "" without any."""
+    ranks = defaultdict(set)
+    for name, slot in Adapter(directory).slots.items():
+        if match := EXPERT.match(name):
+            ranks[f"{match['stack']}.*.{match['projection']}"].add(slot.rank)
+    return next((f"{name} have {sorted(found)}" for name, found in ranks.items() if len(found) > 1), "")
+
+
 def in_groups(names) -> list[str]:
     """Names of modules; of a layer's experts that lack the same, one: "...experts.{0, 3, 7 and 5 more}.up_proj"."""
     found, groups = [], defaultdict(list)

@@ -52,9 +52,10 @@ TAGS = re.compile(r"<\|[\w ]{1,40}\|>|</?[a-zA-Z][^<>\n]{0,80}>")
 ANSWER_TAG = re.compile(r"<(?:answer|jawapan|jawaban)>\s{0,20}", re.I)
 MARKS = dict.fromkeys('`"“”„«»{}$', "") | {"~": " ", "\xa0": " "}
 QUOTES = re.compile(r"(?<![\w’'])['‘’]|['‘’](?!\w)")
-# between a Chinese character and a letter: "答案是B"
+# between a letter and a script without spaces or capitals, Jawi, Tamil, Chinese: "答案是B", "Jawapannya是B"
+SCRIPT = "\u0600-\u06ff\u0900-\u0dff\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af"
 HAN = re.compile(
-    r"(?<=[\u4e00-\u9fff])(?=[A-F](?![A-Za-z0-9]))|(?<=是)(?=[A-F](?![A-Za-z0-9]))|(?<![A-Za-z0-9][A-F])(?<=[A-F])(?=[\u4e00-\u9fff])"
+    rf"(?<=[{SCRIPT}])(?=[A-F](?![A-Za-z0-9]))|(?<![A-Za-z0-9][A-F])(?<=[A-F])(?=[{SCRIPT}])|(?<=[a-z])(?=[{SCRIPT}])"
 )
 TICKED, CROSSED = (re.compile(rf"[{signs}]\ufe0f?(?=[ \t|]{{0,9}}(?:\n|\Z))") for signs in ("✓✔✅☑", "✗✘❌✖"))  # "B ✓"
 # the sign stands first, so that the search skips to it
@@ -350,6 +351,14 @@ TEXT_AND_LETTER = re.compile(rf"(\S.*?)\s*\((?:{NAMED}\s+)?([A-F])\)[.\s]*", re.
 JOINED = re.compile(r"[A-F](?:\s?(?:,|/|&|dan|atau|and|or)\s?[A-F])+")
 LONE = re.compile(r"(?<![A-Za-z0-9])[A-Fa-f](?![A-Za-z0-9])")
 LONE_LETTERS = re.compile(r"(?<![\w\\'’-])([A-F])(?![\w-]|['’]\w)")
+# "A: bukan. B: ya.", "A salah, C betul"
+ONE_BY_ONE = re.compile(
+    rf"(?:{NAMED}\s)?\b(?-i:([A-F]))\)?\s?[:?–—-]?\s?(?:(ya|yes|betul|benar|tepat|correct|right)|bukan|no|salah|silap|"
+    r"wrong|incorrect|(?:tidak|tak|not)(?: (?:betul|benar|tepat|correct|right))?)\b(?=\s?(?:[,.;]|dan\b|and\b|\Z))",
+    re.I,
+)
+TURNED = re.compile(r"\b(?:salah|silap|tidak|tak|bukan|not|wrong|incorrect|kecuali|except|false)\b", re.I)
+MOST_BEFORE = 4  # words beside the verdicts: "Let me check"
 
 
 def read_piece(piece, options):
@@ -385,11 +394,11 @@ def piece_letter(piece, options):
         if same:
             return letter if letter in same else AMBIGUOUS
         text = dict((own, text) for text, own in options.texts).get(letter)
-        several = set(LONE_LETTERS.findall(rest)) & set(options.letters) - {letter}
+        several = set(LONE_LETTERS.findall(bare)) & set(options.letters)
         if text and rest.lower().startswith(text):
             return letter
-        if several:
-            return AMBIGUOUS
+        if len(several) > 1:
+            return one_by_one(bare, several) or AMBIGUOUS
         if between.strip() and not rest.startswith("="):
             return letter
     match = "(" in bare and TEXT_AND_LETTER.fullmatch(bare)
@@ -399,4 +408,15 @@ def piece_letter(piece, options):
     if "=" in bare or "≈" in bare:
         same = options.named(re.split("[=≈]", bare)[-1])
         return same[0] if len(same) == 1 else None
-    return AMBIGUOUS if len(set(LONE_LETTERS.findall(bare)) & set(options.letters)) > 1 else None
+    named = set(LONE_LETTERS.findall(bare)) & set(options.letters)
+    return one_by_one(bare, named) or AMBIGUOUS if len(named) > 1 else None
+
+
+def one_by_one(piece, named):
+    """The one letter that is right where every letter that the piece names has its verdict, else None."""
+    said = {match[1]: bool(match[2]) for match in ONE_BY_ONE.finditer(piece)}
+    rest = ONE_BY_ONE.sub("", piece)
+    right = [letter for letter in said if said[letter]]
+    if {*said} != named or len(right) != 1 or len(re.findall(r"\w+", rest)) > MOST_BEFORE or TURNED.search(rest):
+        return None
+    return right[0]

@@ -192,28 +192,42 @@ def matches(row, glob):
     return row.name == glob or fnmatch.fnmatchcase(row.name, glob)
 
 
-def shares_right(answers, keys, missing):
-    """Of each question the share of its made samples that are right -> (float64 (Q,), samples made int (Q,))."""
-    made = (answers != missing).sum(1)
-    return (answers == keys[:, None]).sum(1) / np.maximum(made, 1), made
+def shares_right(answers, keys, missing, most=None):
+    """Of each question the share of its made samples that are right -> (float64 (Q,), samples used int (Q,)).
+
+    most: int (Q,), how many of a question's samples are used at most, the first ones.
+    """
+    made = answers != missing
+    if most is not None:
+        made &= made.cumsum(1) <= most[:, None]
+    used = made.sum(1)
+    return ((answers == keys[:, None]) & made).sum(1) / np.maximum(used, 1), used
 
 
 def compare(rows, keys, pairs="all", missing=-4, seed=0):
     """Paired comparisons of the average of the samples -> list of dicts.
 
     rows: with name, protocol and answers int8 (Q, samples); keys: int8 (Q,). A pair is compared on the questions of
-    which both made a sample, and on the samples made: what an unfinished run lacks is not wrong.
+    which both made a sample, and on as many samples of each as both made: what an unfinished run lacks is not wrong,
+    and the difference of one sample from an average of eight is skew where most are right, which no flip of signs is.
     """
     chosen, found, intervals = chosen_pairs(pairs, rows), [], []
     shares = {i: shares_right(rows[i].answers, keys, missing) for i in {i for pair in chosen for i in pair}}
     draws = max(9_999, 400 * len(chosen) - 1)  # so that Holm's correction of the smallest p-value stays below 0.05
     for i, j in chosen:
         (first, first_made), (second, second_made) = shares[i], shares[j]
-        both = (first_made > 0) & (second_made > 0)
+        fewest = np.minimum(first_made, second_made)
+        uneven = bool((first_made != second_made)[fewest > 0].any())
+        if uneven:
+            (first, first_made), (second, second_made) = (
+                shares_right(rows[k].answers, keys, missing, fewest) for k in (i, j)
+            )
+        both = fewest > 0
         denominator = min(math.lcm(*map(int, np.unique([first_made[both], second_made[both]])), 1), 10**9)
         differences = (first - second)[both]
         p, bound, interval = paired_test(differences, denominator, draws, seed)
-        right = [(rows[k].answers[both, 0] == keys[both]) for k in (i, j)]
+        begun = (rows[i].answers[:, 0] != missing) & (rows[j].answers[:, 0] != missing)
+        right = [(rows[k].answers[begun, 0] == keys[begun]) for k in (i, j)]
         only_first, only_second, p_mcnemar = mcnemar(*right)
         found.append(
             {
@@ -221,6 +235,7 @@ def compare(rows, keys, pairs="all", missing=-4, seed=0):
                 "second": rows[j].name,
                 "protocols": [rows[i].protocol, rows[j].protocol],
                 "questions": int(both.sum()),
+                "same_samples": not uneven,
                 "difference": {"value": float(differences.mean()) if both.any() else 0.0},
                 "p_sign_flip": p,
                 "p_is_bound": bound,
@@ -262,6 +277,8 @@ def verdict(item, questions, comparisons):
     numbers += " by sign flips" + (f", both Holm-corrected for {comparisons} comparisons" if comparisons > 1 else "")
     if item["questions"] < questions:
         numbers += f"; on the {item['questions']:,} questions that both answered"
+    if not item["same_samples"]:
+        numbers += "; of each question as many samples as both have"
     if len(set(item["protocols"])) > 1:
         numbers += f"; the same questions by different protocols, {item['protocols'][0]} and {item['protocols'][1]}"
     return f"{said} ({numbers})"

@@ -168,8 +168,10 @@ def llm_options(config):
 
 def served_lora(directory, options):
     """Add to `options` what serving a LoRA needs -> LoRARequest. Raises ValueError for DoRA and ranks that vLLM does
-    not serve."""
+    not serve. vLLM takes each module's own alpha / r, and one rank for a projection of a layer's experts."""
     from vllm.lora.request import LoRARequest
+
+    from malaysian_sft.adapter_files import mixed_ranks
 
     config = json.loads((Path(directory) / "adapter_config.json").read_text(encoding="utf-8"))
     if config.get("use_dora"):
@@ -178,6 +180,8 @@ def served_lora(directory, options):
     allowed = next((size for size in (1, 8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), None)
     if allowed is None:
         raise ValueError(f"vLLM serves LoRA up to rank 512, this has {rank}; leave --serve_lora off")
+    if config.get("rank_pattern") and (mixed := mixed_ranks(directory)):
+        raise ValueError(f"vLLM serves experts of one rank, {mixed}; leave --serve_lora off")
     options |= {"enable_lora": True, "max_lora_rank": allowed, "max_loras": 1}
     path = str(Path(directory).resolve())
     # of one engine's life: vLLM keeps an adapter by its number, and the prefix cache by its name

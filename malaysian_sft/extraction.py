@@ -23,6 +23,7 @@ from malaysian_sft.answer_text import (
 )
 from malaysian_sft.quick_reading import quick
 from malaysian_sft.sentences import ASIDE, CONTRAST, CONTRAST_START, LINK, THUS, Sentences, remember_silent
+from malaysian_sft.wording import direct, in_words
 
 FINAL, CONCLUSION, MENTION, GUESS = range(4)  # the kinds, strongest first
 ASIDE_START = re.compile(rf"\W*(?:{ASIDE}|jika|if|kalau|sekiranya|unless)\b")
@@ -40,7 +41,7 @@ OTHERS = re.compile(
 )
 NEGATED = re.compile(
     r"\b(?:bukan(?:nya|lah)?|tidak|tak|salah|silap|kurang|not|isn't|wrong|incorrect|never|elakkan|elak|jangan|"
-    r"don't|avoid|dielakkan|kecuali|except|mengelirukan)\b|不"
+    r"don't|avoid|dielakkan|kecuali|except|mengelirukan|بوکن|بوكن|تيدق)\b|[不非没沒别別除错錯]"
 )
 # "tidak syak lagi jawapannya ialah C" denies nothing
 NO_DENIAL = re.compile(
@@ -92,10 +93,12 @@ REJECTS = 4  # words: "yang tidak betul ialah \\boxed{A}"
 COMPARED = re.compile(r"\b(?:daripada|dari|berbanding|than|over|seperti|antara|between|unlike|mirip|compared)\b")
 HEDGE = re.compile(r"\b(?:mungkin|barangkali|maybe|perhaps|possibly|pada mulanya|mula-mula|initially|at first)\b")
 WORKING = re.compile(r"\b(?:langkah|step|semak|semakan|check)\b")
-JOIN = re.compile(rf"(?:[\s,/&().:;–-]|\b(?:dan|atau|and|or|serta|iaitu|yaitu|yakni|either|{NAMED})\b)*")
+JOIN = re.compile(
+    rf"(?:[\s,/&().:;–-]|\b(?:dan|atau|and|or|serta|iaitu|yaitu|yakni|either|{NAMED})\b|[或和与與及]\w{{0,2}}|[还還]是)*"
+)
 REJECTED = re.compile(
     r"[)\]\s,*:–-]*(?:\([^()\n]{0,80}\)\s*)?(?:(?:ialah|adalah|is|are|pula|juga|jelas|boleh|perlu|yang|kerana)\s+)*"
-    r"(?:salah|silap|tidak|tak|bukan|kurang|not|wrong|incorrect|di(?:tolak|singkirkan))\b|[)\]\s]*(?:不|是?错|\((?:salah|silap|wrong|incorrect)\b)"
+    r"(?:salah|silap|tidak|tak|bukan|kurang|not|wrong|incorrect|di(?:tolak|singkirkan)|ساله)\b|[)\]\s]*(?:不|அல்ல|இல்லை|தவற|是?错|\((?:salah|silap|wrong|incorrect)\b)"
 )
 VERDICT = re.compile(
     r"[)\]\s.,*:–-]*(?:\([^()\n]{0,80}\)\s*)?,?\s*\(?(?:(?:ialah|adalah|merupakan|is|yang|lebih|paling|memang|sebagai|seems|looks|nampak(?:nya)?|"
@@ -110,7 +113,9 @@ ENDED = re.compile(r"[)\]\s.,*:]*")
 
 # ---- cues: what makes a naming a statement -----------------------------------------------------------------
 
-ANSWER = re.compile(r"\b(?:jawap(?:an)?(?:nya)?|jawab(?:an)?(?:nya)?|(?:jwpn|jwb)(?:nya)?|answers?)\b|答案")
+ANSWER = re.compile(
+    r"\b(?:jawap(?:an)?(?:nya)?|jawab(?:an)?(?:nya)?|(?:jwpn|jwb)(?:nya)?|answers?)\b|答案|جواڤن|பதில்|விடை"
+)
 CHOOSE = re.compile(
     r"\b(?:pilih|memilih|choose|select|pick|chose|go with|go for)\b\W*(?:\b(?:untuk|the|jawapan|pilihan|opsyen|"
     r"option|huruf)\b\W*)*$|[选選]择?\W*$"
@@ -125,6 +130,12 @@ CHOICE = re.compile(r"\b(?:pilihan|opsyen|opsi|options?|choice)(?:nya)?\b(?P<gap
 CHOICE_INSIDE = re.compile(rf"\b{NAMED}\b")  # "Kuala Lumpur, iaitu pilihan B"
 CHOICE_LINKED = re.compile(r"\b(?:betul|benar|tepat|sesuai|akhir|final|saya|my|correct|best|terbaik)\b")
 CONCLUDED = re.compile(rf"(?:\b(?:{THUS})|\bkesimpulan(?:nya)?|\bin conclusion)\b\W*(?:{NAMED}\W*)?$")
+# "Confirm C.", and nothing else: "sila confirm A dengan guru" asks
+CONFIRMED = re.compile(
+    rf"\W*(?:(?:saya|i|ya|yes|ok(?:ay)?|memang|so|jadi|dah|sudah|yang)\W+){{0,4}}"
+    rf"(?:confirm(?:ed)?|disahkan|sahih|muktamad|kunci|lock(?:ed)?(?: in)?|final)\W*(?:{NAMED}\W*)?"
+)
+PARTICLE = re.compile(r"\s*(?:lah|la|je|jer|sahaja|saja)?\W*")
 SUMMED = re.compile(r"\b(?:kesimpulan(?:nya)?|conclusion)\b")
 AFTER_LINK = re.compile(
     rf"(?:\b(?:{ANSWER_WORD}|betul|tepat)(?:nya)?\b).{{0,40}}?{LINK}\s*(?P<rest>.+)"
@@ -145,6 +156,8 @@ FOLLOWERS = frozenset(
     " la kot je sbb seems looks appears nampak kelihatan"
     " dipilih than over rather incorrect saya di pada ini itu".split()
 )
+
+HAN_FOLLOWERS = tuple("正 错 錯 误 誤 对 對 不 是 因 或 和 与 與 及 还 還".split())
 
 
 def is_part(lower, start, end):
@@ -172,6 +185,7 @@ def namings(clause, lower, options, boxes):
             and word
             and not beside
             and word.lower() not in FOLLOWERS
+            and not word.startswith(HAN_FOLLOWERS)
             and not word.lower().startswith("jawa")
         ):
             continue
@@ -248,6 +262,8 @@ def kind_of(lower, group):
     if verdict and verdict.group("word")[:4] in ("jawa", "answ"):
         return FINAL
     if CONCLUDED.search(before) and (ended or verdict):
+        return CONCLUSION
+    if start < 80 and CONFIRMED.fullmatch(lower, 0, start) and PARTICLE.fullmatch(after):
         return CONCLUSION
     if SUMMED.search(before):
         return CONCLUSION
@@ -419,9 +435,11 @@ def both_by_rules(text, question, finish_reason, thinking):
     text = answer_of(text, thinking)
     if text is None:
         return unread, unread
-    text, boxes = find_boxes(text.replace(BOX, ""))
-    options = options_of(question)
-    letter = letter_of(text, boxes, options, finish_reason == "length")
+    text, options = text.replace(BOX, ""), options_of(question)
+    worded = in_words(text, options)
+    read, boxes = find_boxes(worded)
+    letter = letter_of(read, boxes, options, finish_reason == "length")
+    boxes = boxes if worded == text else find_boxes(text)[1]  # of a table too
     in_box = read_piece(boxes[-1], options) if boxes else None
     return outcome(letter, unread), outcome(in_box, unread)
 
@@ -432,7 +450,7 @@ def outcome(said, unread):
 
 def letter_of(text, boxes, options, cut):
     """The letter, AMBIGUOUS or None that a text says in which `BOX` stands for the boxes."""
-    text = plain(text)
+    text = direct(plain(text))
     letter = decide(statements_from_end(text, options, boxes), cut)
     retracted = [*RETRACTED.finditer(text)]
     if retracted:

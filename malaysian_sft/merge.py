@@ -115,7 +115,7 @@ def merge_adapter(base, adapter, out, workers: int | None = None, any_base: bool
         raise ValueError(f"{directory / 'config.json'}: not JSON ({error}); download the base again") from None
     # complete, finite, trained, for this base: what is merged cannot be looked at any more
     shapes, known = shapes_of_base(directory), None if any_base else str(directory)
-    if faults := adapter_faults(Path(adapter), shapes, known, allow_zero=False, one_scaling=False):
+    if faults := adapter_faults(Path(adapter), shapes, known, allow_zero=False):
         raise ValueError(f"{adapter} is not sound ({len(faults)} faults): {'; '.join(faults[:5])}")
     adapter = Adapter(adapter)
     shards = checkpoint_shards(directory)

@@ -48,7 +48,8 @@ STEMS = tuple(
     "correct betul benar tepat right best closest hampir sesuai oleh jadi maka justeru therefore thus hence "
     "tetapi tapi sebaliknya melainkan 选 選 正确 demikian cenderung lean tinggal leav left saya kami think believe "
     "guess jwb sebenar sepatut harus mesti actually it's maaf silap sorry eh, oh, oops wait tukar ubah change nampak "
-    "sepertinya rasanya agaknya menepati ralat correction koreksi".split()
+    "sepertinya rasanya agaknya menepati ralat correction koreksi confirm disahkan sahih "
+    "muktamad kunci lock final جواڤن பதில் விடை".split()
 ) + (
     *("go with", "go for", "so ", "but ", "dengan itu", "ya, ", "yes, ", "no, ", "tidak, ", "bukan, ", "salah, "),
     *("it is ", "should be ", BOX),

@@ -80,9 +80,11 @@ def interval(resampled, n, values=None, level=0.95):
     """Percentile interval of bootstrap means, widened for small samples (the "expanded percentile" of Hesterberg 2015)
     -> (low, high).
 
-    n: questions behind the estimate. values: the per-question values; if they are all the same the bootstrap sees no
-    spread at all, and the exact binomial interval is given instead.
+    n: questions behind the estimate. values: the per-question values; with fewer than MANY of them their shape is not
+    that of percentiles, and `t_interval` is given instead.
     """
+    if values is not None and len(values) < MANY:
+        return t_interval(values, level)
     if values is not None and np.ptp(values) == 0:
         return binomial_interval(values[0], len(values), level)
     return expanded(resampled, np.sqrt(n / (n - 1)) if n > 1 else 1.0, max(n - 1, 1), level)
@@ -101,15 +103,16 @@ def expanded(resampled, widening, freedom, level=0.95):
 
 
 FEWEST = 5  # questions of a category from which its spread can be told
-POOL = 10  # questions that a pool should have
+POOL = 10  # questions from which a pool's spread can be told
+MANY = 200  # degrees of freedom from which a mean of shares is about normal, however near to 0 or 1 it is
 
 
 class Strata:
     """Categories as strata of a bootstrap. Those with fewer than FEWEST questions have no spread to speak of, one with
     a single question has none: they are pooled.
 
-    The pool lends them the spread of all its questions. If it has fewer than POOL, the smallest other categories stand
-    in it too; those keep their own spread.
+    The pool lends them the spread of all its questions. One of fewer than POOL questions says little about that, and
+    other categories say nothing: it has a wrong and a right answer besides, which nobody gave (as Laplace's rule has).
     """
 
     def __init__(self, groups):
@@ -117,13 +120,16 @@ class Strata:
         self.questions = sum(map(len, groups.values()))
         self.own = {name: index for name, index in groups.items() if len(index) >= FEWEST}
         self.small = {name: index for name, index in groups.items() if len(index) < FEWEST}
-        pool = list(self.small.values())
-        for index in sorted(self.own.values(), key=len):
-            if pool and sum(map(len, pool)) < POOL:
-                pool.append(index)
-        self.sampled = list(self.own.values())
-        if sum(map(len, pool)) > 1:
-            self.sampled.append(np.concatenate(pool))
+        self.sampled, self.lent = list(self.own.values()), False
+        if self.small:
+            pool = np.concatenate([*self.small.values()])
+            self.lent = len(pool) < POOL
+            added = [self.questions, self.questions + 1] if self.lent else []  # rows of `extended`
+            self.sampled.append(np.append(pool, added).astype(pool.dtype))
+
+    def extended(self, values):
+        """`values`, a row per question, with the wrong and the right answer that a pool may have."""
+        return np.concatenate([values, np.zeros_like(values[:1]), np.ones_like(values[:1])])
 
     def weights(self, by_category):
         """What each sampled stratum weighs in the mean over questions, or over categories, and how much its deviation
@@ -148,22 +154,33 @@ class Strata:
         """Mean and interval -> {"value", "low", "high"}. values: (Q,); means: the bootstrap's, (resamples, strata).
 
         The bootstrap's deviations are stretched to the unbiased standard error of a stratified mean, and the
-        percentiles are those of Student's t with its degrees of freedom (Satterthwaite 1946), on the normal scale.
-        Where no stratum has any spread, though they differ, the questions are taken as one sample.
+        percentiles are those of Student's t with its degrees of freedom (Satterthwaite 1946), on the normal scale. With
+        fewer than MANY of these the interval is `share_interval`'s. Where all questions have one value it is the exact
+        binomial one of as many questions as would weigh the same; where no stratum has any spread, though they differ,
+        the questions are taken as one sample.
         """
         value = np.mean([values[i].mean() for i in self.groups.values()]) if by_category else values.mean()
         if np.ptp(values) == 0:
-            return estimate(value, *binomial_interval(values[0], len(values)))
+            count = len(values)
+            if by_category:
+                count = len(self.groups) ** 2 / sum(1 / len(index) for index in self.groups.values())
+            return estimate(value, *binomial_interval(values[0], count))
         weights, stretch = self.weights(by_category)
-        sizes = np.array([len(index) for index in self.sampled])
+        sizes, values = np.array([len(index) for index in self.sampled]), self.extended(values)
         variance = np.array([values[index].var(ddof=1) for index in self.sampled]) * (weights * stretch) ** 2 / sizes
         if not variance.sum():
-            low, high = t_interval(values)
-            return estimate(value, max(0.0, value + low - values.mean()), min(1.0, value + high - values.mean()))
+            sample = values[: self.questions]
+            low, high = t_interval(sample)
+            return estimate(value, max(0.0, value + low - sample.mean()), min(1.0, value + high - sample.mean()))
+        # a pool with answers that nobody gave has about the most spread that there can be: it is not in doubt
+        told = len(self.own) if self.lent else len(sizes)
+        doubt = (variance**2 / (sizes - 1))[:told].sum()
+        freedom = variance.sum() ** 2 / doubt if doubt else np.inf
+        if freedom < MANY or self.lent:
+            return estimate(value, *share_interval(value, np.sqrt(variance.sum()), freedom))
         centres = np.array([values[index].mean() for index in self.sampled])
         widening = np.sqrt(variance.sum() / (variance * (1 - 1 / sizes)).sum())
         deviations = (means - centres) @ (weights * stretch) * widening
-        freedom = variance.sum() ** 2 / (variance**2 / (sizes - 1)).sum()
         low, high = expanded(value + deviations, 1.0, freedom)
         return estimate(value, max(0.0, low), min(1.0, high))
 
@@ -176,6 +193,20 @@ def binomial_interval(share, n, level=0.95):
     tail, k = (1 - level) / 2, share * n
     low = float(special.betaincinv(k, n - k + 1, tail)) if k > 0 else 0.0
     return low, float(special.betaincinv(k + 1, n - k, 1 - tail)) if k < n else 1.0
+
+
+def share_interval(share, error, freedom, level=0.95):
+    """Interval of a mean of values in [0, 1] by the exact binomial one for as many answers as have its standard error
+    (Korn and Graubard 1998) -> (low, high).
+
+    Near 0 and 1 the mean of few questions is skew: percentiles and Student's t leave the truth out too often there.
+    """
+    from scipy import special
+
+    tail = (1 - level) / 2
+    freedom = min(freedom, 1e9)  # of which stdtrit knows the quantile
+    count = share * (1 - share) / error**2 * (special.ndtri(tail) / special.stdtrit(freedom, tail)) ** 2
+    return binomial_interval(share, float(count), level)
 
 
 @dataclass
@@ -201,7 +232,7 @@ def score(rows, questions, resamples=2000, seed=0, pairs="all", ranked=False):
     parts = Strata(strata(questions))
     read = [row.answers for row in rows] + [row.strict for row in rows if row.strict is not None]
     values = np.stack([measure(answers, keys) for answers in read], 1)  # (Q, readings, measures)
-    means = bootstrap(values.reshape(len(questions), -1), parts.sampled, resamples, seed).reshape(
+    means = bootstrap(parts.extended(values.reshape(len(questions), -1)), parts.sampled, resamples, seed).reshape(
         resamples, len(parts.sampled), len(read), len(MEASURES)
     )
     report = {
@@ -272,12 +303,15 @@ def estimate(value, low, high):
 
 
 def t_interval(values, level=0.95):
-    """Student interval of a mean over questions, inside [0, 1]; the exact binomial one when all values are the same."""
+    """Student interval of a mean over questions, inside [0, 1]; of fewer than MANY `share_interval`'s; the exact
+    binomial one when all values are the same."""
     from scipy import special
 
     n = len(values)
     if np.ptp(values) == 0:
         return binomial_interval(values[0], n, level)
+    if n < MANY:
+        return share_interval(values.mean(), values.std(ddof=1) / np.sqrt(n), n - 1, level)
     half = special.stdtrit(n - 1, 0.5 + level / 2) * values.std(ddof=1) / np.sqrt(n)
     return max(0.0, float(values.mean() - half)), min(1.0, float(values.mean() + half))
 

@@ -13,7 +13,7 @@ import torch
 from malaysian_sft.adapter_files import Adapter, expert_faults, in_groups, manifest_faults, read_adapter_config
 from malaysian_sft.base_model import base_faults, local_base, shapes_of_base
 from malaysian_sft.disk_names import STACK_OF
-from malaysian_sft.lora import CONFIG, DISK_NAME, EXPERT, LAYER, MANIFEST
+from malaysian_sft.lora import DISK_NAME, EXPERT, LAYER, MANIFEST
 from malaysian_sft.safetensors_files import tensor_checksum
 from malaysian_sft.tables import text_table
 
@@ -38,19 +38,13 @@ def verify_adapter(directory, base=None, allow_zero=False) -> list[str]:
     return adapter_faults(Path(directory), shapes, name if shapes is not None else None, allow_zero)
 
 
-def adapter_faults(directory, shapes, base, allow_zero, one_scaling=True) -> list[str]:
-    """As verify_adapter. one_scaling: alpha / r must be the same everywhere, as servers, but not merges, want it."""
+def adapter_faults(directory, shapes, base, allow_zero) -> list[str]:
+    """As verify_adapter. alpha / r may differ from layer to layer: PEFT, vLLM and merges take each module's own."""
     try:
         adapter = Adapter(directory)
     except ValueError as error:
         return [str(error)]
     faults = manifest_faults(adapter) + _value_faults(adapter, allow_zero) + expert_faults(adapter)
-    scalings = {round(slot.scaling, 6) for slot in adapter.slots.values()}
-    if one_scaling and len(scalings) > 1:
-        faults.append(
-            f"{directory / CONFIG}: alpha / r differs from layer to layer: {sorted(scalings)}; servers assume one"
-            " scaling"
-        )
     if shapes is not None:
         faults += _shape_faults(adapter, shapes)
     if base is not None:

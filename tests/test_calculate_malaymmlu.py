@@ -558,8 +558,8 @@ def test_intervals_of_all_right_and_all_wrong_are_the_exact_binomial_ones():
     low, high = t_interval(np.full(12, 2 / 3))  # two of three samples right everywhere: as 8 of 12
     exact = stats.binomtest(8, 12).proportion_ci(0.95, "exact")
     assert (low, high) == pytest.approx((exact.low, exact.high))
-    values = np.random.default_rng(0).random(30)
-    expected = stats.t.interval(0.95, 29, loc=values.mean(), scale=stats.sem(values))
+    values = np.random.default_rng(0).random(300)
+    expected = stats.t.interval(0.95, 299, loc=values.mean(), scale=stats.sem(values))
     assert t_interval(values) == pytest.approx(expected)
 
 

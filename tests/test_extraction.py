@@ -89,7 +89,7 @@ def test_the_hostile_table_is_read_as_a_malay_reader_does():
 def test_the_readers_table_has_no_wrong_letter_and_little_unread():
     read = [extract(*given(case)) for case in READER]
     missed = [(case["text"], said) for case, said in zip(READER, read, strict=True) if said[1] != case["expected"]]
-    assert len(READER) > 400 and len(missed) <= 0.03 * len(READER), missed
+    assert len(READER) > 600 and len(missed) <= 0.01 * len(READER), missed
     assert not [case for case in missed if case[1][1]]
 
 
@@ -114,6 +114,10 @@ def test_the_readers_table_has_no_wrong_letter_and_little_unread():
         ("Jawapan: -18", ("12", "15", "18"), None),
         ("Pilihan jawapan: A. Ipoh B. Muar C. Kota", ("Ipoh", "Muar", "Kota"), None),
         ("答案不是A，而是B。", "wxyz", "B"),
+        ("No other option is correct, but B is popular.", "wxyz", None),  # nothing is left over
+        ("✅ A (salah)", "wxyz", None),
+        ("**✅ B**", "wxyz", "B"),
+        ("1. ✅ B", "wxyz", "B"),
     ],
 )
 def test_rules_that_the_readers_table_asked_for(text, options, letter):
@@ -257,6 +261,18 @@ BUILDERS = {
     "one by one": lambda n: "A salah, B betul, " * (n // 18),
     "waits": lambda n: "Jawapan: A. Tunggu, " * (n // 20),
     "chinese": lambda n: "答案不是A,而是B" * (n // 10),
+    "tables": lambda n: "| Soalan | Jawapan |\n|---|---|\n" * (n // 32),
+    "rows": lambda n: "| Soalan | Jawapan |\n|---|---|\n" + "| 1 | B |\n" * (n // 10),
+    "cells": lambda n: "| a " * (n // 8) + "\n" + "|--" * (n // 6),
+    "ticks": lambda n: "✅ B\n" * (n // 4),
+    "ticks on one line": lambda n: "✅ B " * (n // 4),
+    "check boxes": lambda n: "- [x] B\n- [ ] C\n" * (n // 16),
+    "struck out": lambda n: "~~a " * (n // 4),
+    "struck out by tags": lambda n: "<s>" * (n // 4) + "</p>",
+    "none but": lambda n: "tiada yang lain yang lain selain " * (n // 32),
+    "besides": lambda n: "selain B dan C, semua yang lain " * (n // 31),
+    "yes and no": lambda n: "A: ya. B: tidak. " * (n // 17),
+    "Jawi": lambda n: "جواڤن A" * (n // 7),
     "digits": lambda n: r"\boxed{" + "1" * n + "}",
 }
 
@@ -359,8 +375,10 @@ def slow_plain(text):
     raised = str.maketrans(answer_text.RAISED)
     text = unicodedata.normalize("NFKC", text.translate(raised)) if not text.isascii() else text
     text = text.replace("⁄", "/").replace("。", ". ")
-    text = re.sub("([是\u4e00-\u9fff])([A-F])(?![A-Za-z0-9])", r"\1 \2", text)
-    text = re.sub("(?<![A-Za-z0-9])([A-F])([\u4e00-\u9fff])", r"\1 \2", text)
+    script = "[\u0600-\u06ff\u0900-\u0dff\u0e00-\u0e7f\u3040-\u30ff\u4e00-\u9fff\uac00-\ud7af]"
+    text = re.sub(f"({script})([A-F])(?![A-Za-z0-9])", r"\1 \2", text)
+    text = re.sub(f"(?<![A-Za-z0-9])([A-F])({script})", r"\1 \2", text)
+    text = re.sub(f"([a-z])({script})", r"\1 \2", text)
     text = re.sub("[✓✔✅☑]\ufe0f?(?=[ \t|]{0,9}(\n|\\Z))", " betul", text)
     text = re.sub("[✗✘❌✖]\ufe0f?(?=[ \t|]{0,9}(\n|\\Z))", " salah", text)
     text = answer_text.TAGS.sub("", answer_text.ANSWER_TAG.sub("\nJawapan: ", text))
