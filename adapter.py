@@ -91,6 +91,7 @@ def main(arguments=None) -> None:
             merge_adapter(args.base, args.adapter, args.out, args.workers, args.any_base)
         elif args.command == "convert":
             convert_adapter(args.directory, args.out, args.layout, args.dtype and getattr(torch, args.dtype))
+            print(f"wrote {args.out}")
         elif args.command == "card":
             card = model_card(
                 args.directory,
@@ -98,6 +99,7 @@ def main(arguments=None) -> None:
                 Path(args.scores).read_text() if args.scores else None,
             )
             (Path(args.directory) / "README.md").write_text(card)
+            print(f"wrote {Path(args.directory) / 'README.md'}")
         else:
             push_adapter(args.directory, args.repository, args.private, args.dry_run)
     except (ValueError, OSError) as error:
