@@ -10,6 +10,7 @@ import pandas as pd
 from malaysian_sft.adapter_files import is_tokenizer_file
 from malaysian_sft.lora import CONFIG, MANIFEST, WEIGHTS
 from malaysian_sft.run import FACTS
+from malaysian_sft.safetensors_files import writing
 from malaysian_sft.verify import verify_adapter
 
 USE = """
@@ -69,6 +70,21 @@ def model_card(directory, config: dict, scores: str | None = None) -> str:
         f"## Use\n{USE.format(base=base)}{DORA_NOTE if config.get('use_dora') else ''}",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def write_card(directory, config: dict, scores: str | None = None) -> Path:
+    """Write the model card of an adapter directory; returns its path. One that is there stays until this one is
+    whole."""
+    path = Path(directory, "README.md")
+    card = model_card(directory, config, scores)
+    temporary = path.with_name("README.md.tmp")
+    try:
+        with writing(directory):
+            temporary.write_text(card)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 PUSHED = (CONFIG, WEIGHTS, MANIFEST, "README.md", "generation_config.json")

@@ -1,6 +1,7 @@
 """adapter.py against PEFT, transformers, vLLM and hand-computed merges; and against the ways adapters get damaged."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from malaysian_sft.lora import (
 )
 from malaysian_sft.merge import merge_adapter
 from malaysian_sft.ranks import start_deepspeed_on_cpus
+from malaysian_sft.safetensors_files import disk_is_full
 from malaysian_sft.verify import verify_adapter
 
 HEAD_DIM = 32  # the least that vLLM's CPU attention takes
@@ -1221,6 +1223,31 @@ def test_model_card_of_a_run_on_files_of_this_machine(trained, tmp_path, monkeyp
     assert "adapter of outputs/model.\n" in card.text and "huggingface.co" not in card.text
     names = re.findall(r"(?m)^\| ([a-z_]+) +\| `", card.text)
     assert names == ["rank", "alpha", "dataset", "max_steps", "seed"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_while_the_tokenizer_is_saved_is_said(trained, tmp_path, monkeypatch):
+    """The real error: tokenizers raises a plain Exception."""
+    run = trained("llama", "lora")
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(tokenizer, "save_pretrained", lambda _: tokenizer.backend_tokenizer.save("/dev/full"))
+    with pytest.raises(ValueError, match=r"a\.tmp: the tokenizer cannot be written \(No space left") as caught:
+        save_adapter(run.model, tmp_path / "a", run.base, tokenizer)
+    assert disk_is_full(caught.value) and not (tmp_path / "a").exists()
+
+
+def test_a_card_on_a_full_disk_leaves_the_one_that_is_there(trained, tmp_path, monkeypatch):
+    directory = trained("llama", "lora").copy(tmp_path)
+    (directory / "README.md").write_text("mine")
+
+    def full(self, text):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit, match=f"^error: {directory}: the disk is full"):
+        adapter.main(["card", str(directory)])
+    assert (directory / "README.md").read_text() == "mine" and not list(directory.glob("*.tmp"))
 
 
 def test_push_dry_run_lists_what_would_be_sent(trained, tmp_path, capsys, monkeypatch):

@@ -255,8 +255,11 @@ def test_what_is_no_run_is_not_put_aside(trainer, train, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     line = ends(train, trainer, tmp_path, "--start_anew", "True")
     assert "thesis.tex but no args.json" in line and (tmp_path / "thesis.tex").exists()
-    with pytest.raises(ValueError, match="--run_name ' ': expected a name"):
-        run.output_directory(SimpleNamespace(output_dir=None, run_name=" "))
+    for name in (" ", "/", "..", ".", "../thesis", "/tmp/run"):
+        with pytest.raises(ValueError, match=f"^--run_name '{name}': expected a name without a slash"):
+            run.output_directory(SimpleNamespace(output_dir=None, run_name=name))
+    assert run.output_directory(SimpleNamespace(output_dir="/tmp/run", run_name="..")) == "/tmp/run"
+    assert run.output_directory(SimpleNamespace(output_dir=None, run_name="a b")) == "outputs/a b"
 
 
 def test_a_finished_run_that_is_resumed_trains_nothing(copy, trainer, unbroken, train):
