@@ -23,7 +23,7 @@ import multipack
 import train_dense
 import train_moe
 from conftest import save_tiny_checkpoint, tiny_tokenizer
-from malaysian_sft import checkpoints, ranks, resume_state, run
+from malaysian_sft import adapter_state, checkpoints, ranks, resume_state, run
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.lora import WEIGHTS
 from malaysian_sft.resume_state import Share, StateReader, state_fault, write_index, write_shares
@@ -479,14 +479,14 @@ def test_a_full_disk_is_said_at_once(trainer, copy, train, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(resume_state, "save_tensors", full)
-        line = ends(train, trainer, copy, "--resume", "True")
-    assert line.endswith(
-        "(no space left while writing); earlier checkpoints are whole: make room and go on with --resume"
-    )
-    assert {path: content for path, content in tree(copy).items() if "checkpoint" in str(path)} == kept
-    assert not (copy / ".saving").exists(), "it would fill the disk"
+    for written_by in (resume_state, adapter_state):
+        with monkeypatch.context() as patch:
+            patch.setattr(written_by, "save_tensors", full)
+            line = ends(train, trainer, copy, "--resume", "True")
+        assert line.startswith(f"error: {copy}: the disk is full, checkpoint-{STEPS} is not saved (no space left")
+        assert line.endswith("earlier checkpoints are whole: make room and go on with --resume")
+        assert {path: content for path, content in tree(copy).items() if "checkpoint" in str(path)} == kept
+        assert not (copy / ".saving").exists(), "it would fill the disk"
     train(trainer, copy, "--resume", "True")
     assert len(records(copy)) == STEPS
 

@@ -67,6 +67,9 @@ def test_launcher(launcher, tmp_path):
     )
     assert prepare[0] == "python3" and train[:3] == ["python3", "-m", "malaysian_sft.launch"]
     assert "--prepare_only" in prepare and "--prepare_only" not in train
+    for only in (["--prepare_only"], ["--prepare_only", "True"], ["--dry_run", "True"]):
+        (tmp_path / "calls").unlink()
+        assert len(calls_of(launcher, tmp_path, *only)) == 1, "once, not in every rank again"
     for flag, value in {
         "--nproc_per_node": "8",
         "--nnodes": "2",
