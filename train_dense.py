@@ -378,6 +378,8 @@ class DenseTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         skipped = "loss" in logs and self.not_finite.in_a_row > 0
+        for name in ("train_loss", "total_flos"):  # the Trainer's, wrong of a run that was stopped or resumed
+            logs.pop(name, None)
         if "loss" in logs:
             logs |= self.step_statistics()
         if skipped:
