@@ -26,7 +26,7 @@ from malaysian_sft.adapter_files import Adapter, read_adapter_config
 from malaysian_sft.convert import convert_adapter
 from malaysian_sft.flags import OneLineParser, check_values, refuse_unknown
 from malaysian_sft.merge import merge_adapter
-from malaysian_sft.model_card import model_card, push_adapter
+from malaysian_sft.model_card import push_adapter, write_card
 from malaysian_sft.verify import norm_table, verify_adapter
 
 
@@ -91,13 +91,10 @@ def main(arguments=None) -> None:
             merge_adapter(args.base, args.adapter, args.out, args.workers, args.any_base)
         elif args.command == "convert":
             convert_adapter(args.directory, args.out, args.layout, args.dtype and getattr(torch, args.dtype))
+            print(f"wrote {args.out}")
         elif args.command == "card":
-            card = model_card(
-                args.directory,
-                read_adapter_config(args.directory),
-                Path(args.scores).read_text() if args.scores else None,
-            )
-            (Path(args.directory) / "README.md").write_text(card)
+            scores = Path(args.scores).read_text() if args.scores else None
+            print(f"wrote {write_card(args.directory, read_adapter_config(args.directory), scores)}")
         else:
             push_adapter(args.directory, args.repository, args.private, args.dry_run)
     except (ValueError, OSError) as error:

@@ -21,7 +21,7 @@ ARGS=(
 
 # Tokenise and pack once, in one process: the ranks then only memory-map the result.
 python3 train_moe.py "${ARGS[@]}" --prepare_only True "$@"
-[[ " $* " =~ \ --dry_run[\ =]([TtYy1-]|$) ]] && exit  # the plan is printed
+[[ " $* " =~ \ --(dry_run|prepare_only)[\ =]([TtYy1-]|$) ]] && exit  # the plan, or the report, is printed
 
 # torchrun, whose flags end at "--". Without a GPU the NUM_GPUS processes run on the CPU.
 exec python3 -m malaysian_sft.launch \

@@ -219,15 +219,15 @@ def prepare(
     chat = ChatFormat(tokenizer)
     key = data_fingerprint(data_args, sources, chat)
     root = Path(data_args.data_cache)
-    root.mkdir(parents=True, exist_ok=True)
     directory = root / key
-    if read_meta(directory) is None:
-        with hold(root / f"{key}.lock"):
-            if read_meta(directory) is None:
-                shown = sys.stderr.isatty() if progress is None else progress
-                with writing(root):
+    with writing(root):
+        root.mkdir(parents=True, exist_ok=True)
+        if read_meta(directory) is None:
+            with hold(root / f"{key}.lock"):
+                if read_meta(directory) is None:
+                    shown = sys.stderr.isatty() if progress is None else progress
                     write_cache(directory, data_args, sources, chat, shown)
-    return _load(directory, data_args, model_name, seed)
+        return _load(directory, data_args, model_name, seed)
 
 
 def _load(directory: Path, data_args: DataArguments, model_name: str, seed: int) -> PackedDataset:

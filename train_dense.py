@@ -249,7 +249,8 @@ class DenseTrainer(Trainer):
         named, optimizer = self.trained()
         step = self.state.global_step
         self.saver.begin(step, sum(getattr(p, "ds_numel", p.numel()) for p in named.values()))
-        super()._save_checkpoint(model, trial)
+        with self.saver.or_nothing(step):
+            super()._save_checkpoint(model, trial)
         self.saver.finish(step, *get_shares(named, optimizer))
         self.last_log_time += time.perf_counter() - started  # is no part of the next step's speed
         self.stop.beat()
@@ -377,6 +378,8 @@ class DenseTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         skipped = "loss" in logs and self.not_finite.in_a_row > 0
+        for name in ("train_loss", "total_flos"):  # the Trainer's, wrong of a run that was stopped or resumed
+            logs.pop(name, None)
         if "loss" in logs:
             logs |= self.step_statistics()
         if skipped:

@@ -236,7 +236,7 @@ def _write_adapter(model, directory, base_model, tokenizer, lora_args, tensors, 
     }
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=0) + "\n")
     if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
+        _write_tokenizer(tokenizer, temporary)
     _write_generation_config(model, base_model, temporary)
     (temporary / "README.md").write_text(model_card(directory, config))
     if faults := adapter_faults(temporary, shapes=base_shapes(model), base=None, allow_zero=allow_zero):
@@ -250,6 +250,15 @@ def _write_adapter(model, directory, base_model, tokenizer, lora_args, tensors, 
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == CONFIG):
         os.replace(path, directory / path.name)
     temporary.rmdir()
+
+
+def _write_tokenizer(tokenizer, directory):
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # tokenizers raises Exception itself, and no class below it, for a disk that is full
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"{directory}: the tokenizer cannot be written ({error})") from None
 
 
 def base_quantisation(model) -> dict:

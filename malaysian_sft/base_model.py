@@ -182,6 +182,8 @@ def load_config(name, revision=None):
         what = (str(error) or type(error).__name__).strip().splitlines()[0]
         if "trust_remote_code" in str(error):
             what = "the model is code that comes with it, which is not run; only models of transformers are trained"
+        elif not os.path.exists(name):
+            what = f"no such directory here; asked for at the hub: {what}"
         raise ValueError(f"{name}: no config that transformers can read ({what})") from None
     if not isinstance(text, PreTrainedConfig):
         raise ValueError(f"{name}: config.json's text_config is {text!r}; expected an object")

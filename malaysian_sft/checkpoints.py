@@ -1,5 +1,6 @@
 """A run's checkpoints, the same in both trainers: complete or not there at all; found, checked and chosen to resume."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -62,6 +63,17 @@ class Saver:
         if fault := agreed(fault, self.group):
             raise ValueError(fault)
         return self.saving / f"checkpoint-{step}"
+
+    @contextlib.contextmanager
+    def or_nothing(self, step):
+        """Around what writes a part of checkpoint-`step` before `finish`: what fails leaves nothing behind that would
+        fill the disk, and is said in one line, as ValueError."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if is_main():
+                shutil.rmtree(self.saving, ignore_errors=True)
+            raise ValueError(self._in_words(step, error)) from None
 
     def disk_full(self, step, reason):
         return (

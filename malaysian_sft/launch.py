@@ -10,6 +10,7 @@ where torchrun would listen on all. Several nodes have to trust their network: s
 import errno
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -42,6 +43,13 @@ ON_ONE_NODE = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 WHY_KILLED = {
     "SIGKILL": ", as the kernel does for lack of memory",
     "SIGABRT": ", as NCCL does when another rank does not answer",
+}
+# torchrun's flag -> (the variable that a launcher takes it from, what is expected, as a pattern)
+NUMBERS = {
+    "--nproc_per_node": ("NUM_GPUS", "a positive number", r"0*[1-9]\d*|auto|cpu|gpu|xpu"),
+    "--nnodes": ("NNODES", "a positive number", r"0*[1-9]\d*(:0*[1-9]\d*)?"),
+    "--node_rank": ("NODE_RANK", "0 for the first node, 1 for the next", r"\d+"),
+    "--master_port": ("MASTER_PORT", "a number of at most 65,535", r"\d+"),
 }
 WAIT = 900  # seconds for the other nodes, unless --rdzv_conf timeout=N says otherwise
 
@@ -87,6 +95,19 @@ def meet_on_loopback(args):
     args.rdzv_endpoint = f"{LOOPBACK}:{listening.getsockname()[1]}"
 
 
+def check_numbers(words):
+    """Raise ValueError for the first of NUMBERS in torchrun's flags `words` that torchrun could not use."""
+    words = words[: words.index("--")] if "--" in words else words
+    given = {flag: word for flag, word in zip(words, words[1:], strict=False) if flag in NUMBERS}
+    for flag, word in given.items():
+        variable, expected, pattern = NUMBERS[flag]
+        if not re.fullmatch(pattern, word) or (flag == "--master_port" and int(word) > 65_535):
+            raise ValueError(f"{variable} (or {flag}) is {word!r}: expected {expected}")
+    nodes, rank = given.get("--nnodes", ""), given.get("--node_rank", "0")
+    if nodes.isdigit() and int(rank) >= int(nodes):
+        raise ValueError(f"NODE_RANK (or --node_rank) is {rank}: expected 0 to {int(nodes) - 1}, as NNODES is {nodes}")
+
+
 def say_who_is_waited_for(args):
     """Before torchrun waits for the other nodes, which it does without a word."""
     if "timeout=" not in args.rdzv_conf:
@@ -123,8 +144,9 @@ def set_defaults(environment):
 def main(argv=None):
     set_defaults(os.environ)
     logging.disable(logging.CRITICAL)  # torchrun's own reports of what ranks have said
-    args = parse_args(argv)
     try:
+        check_numbers(sys.argv[1:] if argv is None else argv)
+        args = parse_args(argv)
         if parse_min_max_nnodes(args.nnodes) == (1, 1):
             meet_on_loopback(args)
         elif args.rdzv_backend == "static":

@@ -9,6 +9,8 @@ import pandas as pd
 
 from malaysian_sft.adapter_files import is_tokenizer_file
 from malaysian_sft.lora import CONFIG, MANIFEST, WEIGHTS
+from malaysian_sft.run import FACTS
+from malaysian_sft.safetensors_files import writing
 from malaysian_sft.verify import verify_adapter
 
 USE = """
@@ -19,9 +21,19 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "<this repository>")
 ```
 """
+# The arguments that make an adapter what it is. A run has a hundred: devices, hub, directories of one machine.
+DESCRIBED = (
+    "dataset dataset_config dataset_revision max_seq_length loss_on bad_rows ignore_columns validation_share"
+    " model_revision num_train_epochs max_steps"
+).split() + [name for name in FACTS if name not in ("r", "lora_alpha", "use_dora")]
 DORA_NOTE = """
 vLLM and other servers do not take DoRA adapters: merge it first (`python adapter.py merge`) or load it merged.
 """
+
+
+def on_the_hub(name) -> bool:
+    """Whether a name may be a hub id: the hub refuses others in a card, and links what only looks like one."""
+    return not os.path.exists(name) and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) is not None
 
 
 def model_card(directory, config: dict, scores: str | None = None) -> str:
@@ -37,17 +49,16 @@ def model_card(directory, config: dict, scores: str | None = None) -> str:
     arguments, base = run.get("arguments", {}), config.get("base_model_name_or_path")
     datasets = [name.strip() for name in str(arguments.get("dataset") or "").split(",") if name.strip()]
     data = ModelCardData(
-        base_model=base,
+        base_model=base if on_the_hub(str(base)) else None,
         library_name="peft",
         tags=["lora", "malaysian"],
         language=["ms", "en"],
-        datasets=datasets or None,
+        datasets=[name for name in datasets if on_the_hub(name)] or None,
     )
-    described = base if os.path.isdir(str(base)) else f"[{base}](https://huggingface.co/{base})"
+    described = f"[{base}](https://huggingface.co/{base})" if on_the_hub(str(base)) else base
     rows = {"rank": config["r"], "alpha": config["lora_alpha"]}
     rows |= {f"rank of {name}": rank for name, rank in (config.get("rank_pattern") or {}).items()}
-    shown = {key: value for key, value in arguments.items() if isinstance(value, (int, float, str))}
-    rows |= {key: value for key, value in shown.items() if key not in ("r", "lora_alpha", "use_dora")}
+    rows |= {name: arguments[name] for name in DESCRIBED if arguments.get(name) not in (None, "")}
     rows |= {"commit": run["commit"]} if run.get("commit") else {}
     table = pd.DataFrame({"": [f"`{value}`" for value in rows.values()]}, index=list(rows))
     parts = [
@@ -59,6 +70,21 @@ def model_card(directory, config: dict, scores: str | None = None) -> str:
         f"## Use\n{USE.format(base=base)}{DORA_NOTE if config.get('use_dora') else ''}",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def write_card(directory, config: dict, scores: str | None = None) -> Path:
+    """Write the model card of an adapter directory; returns its path. One that is there stays until this one is
+    whole."""
+    path = Path(directory, "README.md")
+    card = model_card(directory, config, scores)
+    temporary = path.with_name("README.md.tmp")
+    try:
+        with writing(directory):
+            temporary.write_text(card)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 PUSHED = (CONFIG, WEIGHTS, MANIFEST, "README.md", "generation_config.json")
@@ -78,11 +104,17 @@ def push_adapter(directory, repository, private=False, dry_run=False, log=print)
     if dry_run:
         log("dry run: nothing was sent")
         return files
+    import httpx
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(repository, private=private, exist_ok=True)
-    api.upload_folder(
-        folder_path=directory, repo_id=repository, allow_patterns=files, commit_message=f"Upload {directory.name}"
-    )
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(
+            folder_path=directory, repo_id=repository, allow_patterns=files, commit_message=f"Upload {directory.name}"
+        )
+    except httpx.TransportError as error:  # no OSError, as what the hub answers is
+        raise ValueError(
+            f"{repository}: the hub cannot be reached ({error}); the same command sends it later"
+        ) from None
     return files

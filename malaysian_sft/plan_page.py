@@ -76,6 +76,14 @@ def check_launcher(launcher):
         raise ValueError(f'{launcher}: does not hand its flags to the trainer ("$@" last), so --dry_run would train')
 
 
+def launcher_number(variable, default):
+    """The number in one of a launcher's environment variables, or `default`."""
+    word = os.environ.get(variable) or str(default)
+    if not (word.isdecimal() and int(word) > 0):
+        raise ValueError(f"{variable} is {word!r}: expected a positive number")
+    return int(word)
+
+
 def dry_run(model, revision, epochs, **arguments):
     """Print the plan of the run that a trainer's flags would start; `arguments` are `planning.settle`'s.
 
@@ -95,8 +103,8 @@ def dry_run(model, revision, epochs, **arguments):
     machine = this_machine(whole=True)
     no_gpu = machine["gpu_memory_gib"] is None
     if asked or (no_gpu and "WORLD_SIZE" not in os.environ):
-        machine["gpus"] = wanted.gpus or int(os.environ.get("NUM_GPUS", machine["gpus"]))
-        machine["nodes"] = wanted.nodes or int(os.environ.get("NNODES", 1))
+        machine["gpus"] = wanted.gpus or launcher_number("NUM_GPUS", machine["gpus"])
+        machine["nodes"] = wanted.nodes or launcher_number("NNODES", 1)
     if asked or no_gpu:
         machine["gpu_memory_gib"] = wanted.gpu_memory
     try:

@@ -119,8 +119,12 @@ def claim(output_dir):
 
 def output_directory(args):
     """Where a run goes: --output_dir, else outputs/<--run_name>. Raises ValueError without either."""
-    if not args.output_dir and not args.run_name.strip():
-        raise ValueError(f"--run_name {args.run_name!r}: expected a name; the run's directory is outputs/<run_name>")
+    name = args.run_name
+    if not args.output_dir and (not name.strip() or "/" in name or name in (".", "..")):
+        raise ValueError(
+            f"--run_name {name!r}: expected a name without a slash; the run's directory is outputs/<run_name>, or what"
+            " --output_dir says"
+        )
     return args.output_dir or os.path.join("outputs", args.run_name)
 
 

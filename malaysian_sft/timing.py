@@ -70,11 +70,11 @@ SHORTER = {
     "experts: passes": "a smaller --expert_r; the passes are bound by memory",
     "dense products": "--activations none, or GPUs with more memory for it: less is computed twice",
     "attention": "flash-attn-4 on Hopper; shorter documents",
-    "element-wise passes": "LoRA in place of DoRA; --activations none",
+    "element-wise passes": "--activations none; LoRA, if it is DoRA",
     "optimiser": "a larger --global_batch_size, or a smaller rank",
     "links": "--gather_base False where it fits; more packs a GPU and step; faster links",
     "node links": "a larger --global_batch_size; faster links between nodes",
-    "host, not hidden": "LoRA in place of DoRA, whose layers launch twice as much; a faster CPU; longer packs",
+    "host, not hidden": "a faster CPU; longer packs; LoRA, if it is DoRA, whose layers launch more",
     "waiting for the longest documents": "fewer GPUs, or shorter documents",
     "gaps": "longer packs",
 }

@@ -78,8 +78,10 @@ def collator(model):
 
 
 def check_deepspeed(training_args):
-    """Raise ValueError for a DeepSpeed configuration whose state can't be saved."""
+    """Raise ValueError for a DeepSpeed configuration whose state can't be saved; quieten DeepSpeed."""
     if training_args.deepspeed:
+        # its calls have newer names in PyTorch, which says so hundreds of times a step
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         stage = training_args.hf_deepspeed_config.config.get("zero_optimization", {}).get("stage")
         if stage != 3:
             raise ValueError(f"--deepspeed {training_args.deepspeed}: ZeRO stage 3 is expected, not {stage}")

@@ -1,6 +1,7 @@
 """adapter.py against PEFT, transformers, vLLM and hand-computed merges; and against the ways adapters get damaged."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -35,6 +36,7 @@ from malaysian_sft.lora import (
 )
 from malaysian_sft.merge import merge_adapter
 from malaysian_sft.ranks import start_deepspeed_on_cpus
+from malaysian_sft.safetensors_files import disk_is_full
 from malaysian_sft.verify import verify_adapter
 
 HEAD_DIM = 32  # the least that vLLM's CPU attention takes
@@ -1250,6 +1252,58 @@ def test_model_card_has_base_data_arguments_commit_and_scores(trained, tmp_path)
     )
 
 
+def test_model_card_of_a_run_on_files_of_this_machine(trained, tmp_path, monkeypatch, capsys):
+    """What only looks like a hub id is not linked there, and only what makes the adapter is told."""
+    directory = tmp_path / "run" / "checkpoint-2"
+    shutil.copytree(trained("llama", "lora").directory, directory)
+    (tmp_path / "outputs/model").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    arguments = {
+        "dataset": f"data,{tmp_path}/gone.jsonl,owner/set",
+        "seed": 7,
+        "max_steps": 3,
+        "neftune_noise_alpha": None,
+    }
+    arguments |= {"hub_strategy": "every_save", "output_dir": str(directory.parent), "gradient_checkpointing": False}
+    (directory.parent / "args.json").write_text(json.dumps({"launcher": "ds3-tiny", "arguments": arguments}))
+    edit_config(directory, base_model_name_or_path="outputs/model")
+    adapter.main(["card", str(directory)])
+    assert capsys.readouterr().out == f"wrote {directory}/README.md\n"
+    from huggingface_hub import ModelCard
+
+    card = ModelCard((directory / "README.md").read_text())
+    assert card.data.base_model is None and card.data.datasets == ["owner/set"]
+    assert "adapter of outputs/model.\n" in card.text and "huggingface.co" not in card.text
+    names = re.findall(r"(?m)^\| ([a-z_]+) +\| `", card.text)
+    assert names == ["rank", "alpha", "dataset", "max_steps", "seed"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_while_the_tokenizer_is_saved_is_said(trained, tmp_path, monkeypatch):
+    """The real error: tokenizers raises a plain Exception."""
+    run = trained("llama", "lora")
+    tokenizer = tiny_tokenizer()
+    monkeypatch.setattr(tokenizer, "save_pretrained", lambda _: tokenizer.backend_tokenizer.save("/dev/full"))
+    with pytest.raises(ValueError, match=r"a\.tmp: the tokenizer cannot be written \(No space left") as caught:
+        save_adapter(run.model, tmp_path / "a", run.base, tokenizer)
+    assert disk_is_full(caught.value) and not (tmp_path / "a").exists()
+
+
+def test_a_card_on_a_full_disk_leaves_the_one_that_is_there(trained, tmp_path, monkeypatch):
+    directory = trained("llama", "lora").copy(tmp_path)
+    (directory / "README.md").write_text("mine")
+
+    def full(self, text):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit, match=f"^error: {directory}: the disk is full"):
+        adapter.main(["card", str(directory)])
+    assert (directory / "README.md").read_text() == "mine" and not list(directory.glob("*.tmp"))
+
+
 def test_push_dry_run_lists_what_would_be_sent(trained, tmp_path, capsys, monkeypatch):
     import huggingface_hub
 
@@ -1276,6 +1330,18 @@ def test_push_dry_run_lists_what_would_be_sent(trained, tmp_path, capsys, monkey
     with pytest.raises(SystemExit, match="error: .*truncated"):
         adapter.main(["push", str(directory), "someone/adapter"])
     assert len(calls) == 2
+
+
+def test_push_without_a_network_is_one_line(trained, tmp_path, monkeypatch):
+    import httpx
+    import huggingface_hub
+
+    def unreachable(self, *args, **kwargs):
+        raise httpx.ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", unreachable)
+    with pytest.raises(SystemExit, match=r"^error: someone/adapter: the hub cannot be reached \([^\n]+$"):
+        adapter.main(["push", str(trained("llama", "lora").copy(tmp_path)), "someone/adapter"])
 
 
 def test_verify_command_prints_norms_per_layer(trained, capsys):

@@ -1,6 +1,7 @@
 """Files that others wrote, mutated: one clear line or the right values, never a traceback, a hang or other values."""
 
 import argparse
+import contextlib
 import copy
 import json
 import random
@@ -324,6 +325,16 @@ def test_a_full_disk_is_said_and_nothing_half_is_left(files, small_disk, tmp_pat
             write()
         left = [path.name for path in small_disk.rglob("*") if path.is_file() and path.stat().st_size > 100]
         assert left == ["others"]
+
+
+def test_a_disk_without_a_byte_for_the_cache_s_lock_is_named(small_disk, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"input": "Ali makan nasi.", "output": "Ya."}\n')
+    with contextlib.suppress(OSError), open(small_disk / "others", "wb", 0) as file:
+        while file.write(bytes(4096)):
+            pass
+    data_args = DataArguments(dataset=str(tmp_path / "train.jsonl"), data_cache=str(small_disk))
+    with pytest.raises(ValueError, match=f"^{small_disk}: the disk is full"):
+        multipack.prepare(data_args, tiny_tokenizer(), "model")
 
 
 def test_the_hub_s_commit_of_a_base_is_recorded(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ import multipack
 import train_dense
 import train_moe
 from conftest import save_tiny_checkpoint, tiny_tokenizer
-from malaysian_sft import checkpoints, ranks, resume_state, run
+from malaysian_sft import adapter_state, checkpoints, ranks, resume_state, run
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.lora import WEIGHTS
 from malaysian_sft.resume_state import Share, StateReader, state_fault, write_index, write_shares
@@ -255,8 +255,11 @@ def test_what_is_no_run_is_not_put_aside(trainer, train, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     line = ends(train, trainer, tmp_path, "--start_anew", "True")
     assert "thesis.tex but no args.json" in line and (tmp_path / "thesis.tex").exists()
-    with pytest.raises(ValueError, match="--run_name ' ': expected a name"):
-        run.output_directory(SimpleNamespace(output_dir=None, run_name=" "))
+    for name in (" ", "/", "..", ".", "../thesis", "/tmp/run"):
+        with pytest.raises(ValueError, match=f"^--run_name '{name}': expected a name without a slash"):
+            run.output_directory(SimpleNamespace(output_dir=None, run_name=name))
+    assert run.output_directory(SimpleNamespace(output_dir="/tmp/run", run_name="..")) == "/tmp/run"
+    assert run.output_directory(SimpleNamespace(output_dir=None, run_name="a b")) == "outputs/a b"
 
 
 def test_a_finished_run_that_is_resumed_trains_nothing(copy, trainer, unbroken, train):
@@ -476,14 +479,14 @@ def test_a_full_disk_is_said_at_once(trainer, copy, train, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(resume_state, "save_tensors", full)
-        line = ends(train, trainer, copy, "--resume", "True")
-    assert line.endswith(
-        "(no space left while writing); earlier checkpoints are whole: make room and go on with --resume"
-    )
-    assert {path: content for path, content in tree(copy).items() if "checkpoint" in str(path)} == kept
-    assert not (copy / ".saving").exists(), "it would fill the disk"
+    for written_by in (resume_state, adapter_state):
+        with monkeypatch.context() as patch:
+            patch.setattr(written_by, "save_tensors", full)
+            line = ends(train, trainer, copy, "--resume", "True")
+        assert line.startswith(f"error: {copy}: the disk is full, checkpoint-{STEPS} is not saved (no space left")
+        assert line.endswith("earlier checkpoints are whole: make room and go on with --resume")
+        assert {path: content for path, content in tree(copy).items() if "checkpoint" in str(path)} == kept
+        assert not (copy / ".saving").exists(), "it would fill the disk"
     train(trainer, copy, "--resume", "True")
     assert len(records(copy)) == STEPS
 

@@ -15,8 +15,10 @@ import calculate_malaymmlu
 import malaymmlu
 import train_dense
 import train_moe
+from malaysian_sft import launch
 from malaysian_sft.conversations import DataArguments
 from malaysian_sft.lora import LoraArguments
+from malaysian_sft.plan_page import launcher_number
 from malaysian_sft.sample_models import upcycle
 from malaysian_sft.verify import verify_adapter
 
@@ -65,6 +67,9 @@ def test_launcher(launcher, tmp_path):
     )
     assert prepare[0] == "python3" and train[:3] == ["python3", "-m", "malaysian_sft.launch"]
     assert "--prepare_only" in prepare and "--prepare_only" not in train
+    for only in (["--prepare_only"], ["--prepare_only", "True"], ["--dry_run", "True"]):
+        (tmp_path / "calls").unlink()
+        assert len(calls_of(launcher, tmp_path, *only)) == 1, "once, not in every rank again"
     for flag, value in {
         "--nproc_per_node": "8",
         "--nnodes": "2",
@@ -104,6 +109,7 @@ def test_a_launcher_runs_on_two_cpu_processes(tmp_path):
     )
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert verify_adapter(checkpoint, tmp_path / "model") == [], done.stderr[-3000:]
+    assert "FutureWarning" not in done.stderr, "hundreds a step, in which a user finds nothing else"
     saved = {name: t for name, t in load_file(checkpoint / "adapter_model.safetensors").items() if "lora_B" in name}
     assert all((t.bfloat16().float() != t).any() for t in saved.values()), "fp32 is trained and saved, not a bf16 copy"
 
@@ -193,3 +199,30 @@ def test_upcycled_model_can_start_a_dora(tmp_path):
     assert not (tmp_path / "moe.part").exists()
     with pytest.raises(ValueError, match="moe is there already"):
         upcycle(tmp_path / "dense", tmp_path / "moe")
+
+
+@pytest.mark.parametrize(
+    "variable, value",
+    [
+        ("NUM_GPUS", "0"),
+        ("NUM_GPUS", "-1"),
+        ("NUM_GPUS", "eight"),
+        ("NUM_GPUS", "1.5"),
+        ("NNODES", "0"),
+        ("NNODES", "two"),
+        ("NODE_RANK", "first"),
+        ("NODE_RANK", "1"),
+        ("MASTER_PORT", "http"),
+        ("MASTER_PORT", "80000"),
+    ],
+)
+def test_a_number_that_cannot_be_is_one_line_that_names_the_variable(tmp_path, monkeypatch, variable, value):
+    script = "ds3-qwen3-32b-lora-256.sh"
+    *_, start = calls_of(ROOT / script, tmp_path, **{"NUM_GPUS": "1", variable: value})
+    monkeypatch.setattr(launch, "run", lambda args: pytest.fail("started"))
+    with pytest.raises(SystemExit, match=rf"^error: {variable} \(or --\w+\) is '?{value}'?: expected [^\n]+$"):
+        launch.main(start[3:])
+    if variable in ("NUM_GPUS", "NNODES"):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(ValueError, match=f"^{variable} is '{value}': expected a positive number$"):
+            launcher_number(variable, 1)

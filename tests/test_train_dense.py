@@ -92,6 +92,7 @@ def run(workspace, name, *extra, **launch):
 
 def read_log(output):
     records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert not any("train_loss" in r for r in records), "a resumed run divides its own losses by all steps"
     steps = {r["step"]: r for r in records if "loss" in r}
     assert len(steps) == sum("loss" in r for r in records), "a step is logged twice"
     return steps
