@@ -65,11 +65,12 @@ BESIDES = re.compile(
 
 def in_words(text, options):
     """`text` with its tables, ticks and check boxes in words and what is struck out left out."""
-    if "~~" in text or "</" in text or "\\sout" in text:
+    # to look for one sign is quickest, and most texts have none of these
+    if ("~" in text and "~~" in text) or ("<" in text and "</" in text) or "\\sout" in text:
         text = STRUCK.sub(" ", text)
     if "|" in text and "--" in text:
         text = with_tables(text, options)
-    boxes = "[x]" in text or "[X]" in text or "[ ]" in text
+    boxes = "[" in text and ("[x]" in text or "[X]" in text or "[ ]" in text)
     if (boxes and CHECK_LIST.search(text)) or (not text.isascii() and any(sign in text for sign in TICKS + CROSSES)):
         text = "\n".join(lines_with_signs(text.split("\n"), options))
     return text
