@@ -87,7 +87,7 @@ def put(fault, place, trainer, patch, rank=1):
     elif place == "save":
         before(checkpoints, "write_shares", lambda directory, *_: directory.parent.name == "checkpoint-2")
     elif trainer == "moe":
-        before(train_moe, "packs_of_step", lambda _, step, *__: step == 2)
+        before(train_moe, "optimizer_step", lambda _, step, *__: step == 2)
     else:
         before(train_dense.DenseTrainer, "get_batch_samples", lambda trainer, *_: trainer.state.global_step == 2)
 
